@@ -1,0 +1,26 @@
+"""The op set of a LLaMA training step: one record per op, importable without anything else of the project."""
+
+__version__ = "0.1.0"
+
+from kernels.attention import attention
+from kernels.cross_entropy import cross_entropy, head_cross_entropy
+from kernels.einsum import einsum
+from kernels.embedding import embedding
+from kernels.layers import stack, unbind
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope, rope_table
+from kernels.swiglu import swiglu
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "einsum",
+    "embedding",
+    "head_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "stack",
+    "swiglu",
+    "unbind",
+]

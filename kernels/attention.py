@@ -1,0 +1,177 @@
+"""Causal grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023).
+
+Letters: B batch, T query, S key, N query heads, K kv heads, G = N/K, H head dim.
+`reference` is the formula. Two faster forms, chosen by name: `blocked` works on a few blocks of queries against the
+keys they can see, as plain batched matrix products that a compiler fuses the softmax into; `flash` is torch's own
+fused kernel (FlashAttention-2, Dao 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.registry import Factors, kernel
+from kernels.rms_norm import wide
+
+MAX_BLOCKS, MIN_BLOCK = 4, 64
+
+
+def _grouped(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[B, T, N, H] -> [B, K, G, T, H]; query head n reads kv head n // G."""
+    b, t, n, h = q.shape
+    return q.reshape(b, t, kv_heads, n // kv_heads, h).permute(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x: torch.Tensor) -> torch.Tensor:
+    """[B, K, G, T, H] -> [B, T, N, H]."""
+    b, k, g, t, h = x.shape
+    return x.permute(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+
+
+def _spans(t: int, blocks: int) -> list[tuple[int, int]]:
+    return [(t * i // blocks, t * (i + 1) // blocks) for i in range(blocks)]
+
+
+def _hidden(start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """[stop - start, stop] bool: True where a key lies after its query."""
+    query = torch.arange(start, stop, device=device)[:, None]
+    return torch.arange(stop, device=device)[None, :] > query
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, start: int) -> torch.Tensor:
+    """Masked scores [B, K, G, rows, S] of query rows start.. against the first S keys, in float32 or wider."""
+    b, kv, g, rows, h = q.shape
+    s = k.shape[2]
+    raw = torch.matmul(q.reshape(b, kv, g * rows, h), k.transpose(-1, -2)).reshape(b, kv, g, rows, s)
+    return (wide(raw) * scale).masked_fill(_hidden(start, start + rows, q.device), float("-inf"))
+
+
+def _forward(q, k, v, scale, blocks):
+    kv = k.shape[2]
+    qg, ks, vs = _grouped(q, kv), k.transpose(1, 2), v.transpose(1, 2)
+    outs, lses = [], []
+    for start, stop in _spans(q.shape[1], blocks):
+        z = _scores(qg[..., start:stop, :], ks[:, :, :stop], scale, start)
+        top = z.amax(-1, keepdim=True)
+        e = torch.exp(z - top)
+        total = e.sum(-1, keepdim=True)
+        p = (e / total).to(q.dtype)
+        b, kv, g, rows, s = p.shape
+        outs.append(torch.matmul(p.reshape(b, kv, g * rows, s), vs[:, :, :stop]).reshape(b, kv, g, rows, -1))
+        lses.append((total.log() + top).squeeze(-1))
+    lse = torch.cat(lses, -1) if blocks > 1 else lses[0]
+    out = torch.cat(outs, -2) if blocks > 1 else outs[0]
+    return _ungrouped(out), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def _backward(do, q, k, v, o, lse, scale, blocks):
+    kv = k.shape[2]
+    qg, dog, ks, vs = _grouped(q, kv), _grouped(do, kv), k.transpose(1, 2), v.transpose(1, 2)
+    delta = _grouped((wide(do) * wide(o)).sum(-1, keepdim=True), kv)  # [B, K, G, T, 1]
+    lse = lse.reshape(*qg.shape[:-1], 1)
+    dqs = []
+    dk = torch.zeros_like(ks, dtype=lse.dtype, memory_format=torch.contiguous_format)
+    dv = torch.zeros_like(dk)
+    for start, stop in reversed(_spans(q.shape[1], blocks)):
+        span = (..., slice(start, stop), slice(None))
+        qb, dob, kb, vb = qg[span], dog[span], ks[:, :, :stop], vs[:, :, :stop]
+        b, _, g, rows, h = qb.shape
+        flat = (b, kv, g * rows, -1)
+        p = torch.exp(_scores(qb, kb, scale, start) - lse[span])
+        dp = torch.matmul(dob.reshape(flat), vb.transpose(-1, -2)).reshape(p.shape)
+        ds = (p * (wide(dp) - delta[span]) * scale).to(q.dtype).reshape(flat)
+        p = p.to(q.dtype).reshape(flat)
+        dqs.append(torch.matmul(ds, kb).reshape(b, kv, g, rows, h))
+        grow = (0, 0, 0, dk.shape[2] - stop)
+        dk = dk + torch.nn.functional.pad(wide(torch.matmul(ds.transpose(-1, -2), qb.reshape(flat))), grow)
+        dv = dv + torch.nn.functional.pad(wide(torch.matmul(p.transpose(-1, -2), dob.reshape(flat))), grow)
+    dq = torch.cat(dqs[::-1], -2) if blocks > 1 else dqs[0]
+    return (
+        _ungrouped(dq),
+        dk.to(k.dtype).transpose(1, 2).contiguous(),
+        dv.to(v.dtype).transpose(1, 2).contiguous(),
+    )
+
+
+def _blocks(t: int) -> int:
+    return max(1, min(MAX_BLOCKS, t // MIN_BLOCK))
+
+
+def attention_reference(q, k, v, scale):
+    """o [B, T, N, H] in q's dtype = softmax(scale q k^T + causal mask) v, and log-sum-exp [B, N, T] of the scores."""
+    return _forward(q, k, v, scale, 1)
+
+
+def attention_bwd_reference(do, q, k, v, o, lse, scale):
+    """dq, dk, dv in the shapes and dtypes of q, k, v; probabilities are computed again from lse."""
+    return _backward(do, q, k, v, o, lse, scale, 1)
+
+
+def _flash_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
+
+
+def _flash(q, k, v, scale):
+    n = q.shape[2]
+    args = (q.transpose(1, 2), _flash_heads(k, n), _flash_heads(v, n))
+    if q.device.type == "cpu":
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, True, scale=scale)
+        # The CPU kernel leaves lse as [B, T, N] memory seen as [B, N, T].
+        return o.transpose(1, 2).contiguous(), lse.contiguous()
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*args, 0.0, True, False, scale=scale)
+    return o.transpose(1, 2).contiguous(), lse
+
+
+def _flash_bwd(do, q, k, v, o, lse, scale):
+    n, kv = q.shape[2], k.shape[2]
+    heads = (do.transpose(1, 2), q.transpose(1, 2), _flash_heads(k, n), _flash_heads(v, n), o.transpose(1, 2), lse)
+    if q.device.type == "cpu":
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = op(*heads, 0.0, True, scale=scale)
+    else:
+        op, t = torch.ops.aten._scaled_dot_product_flash_attention_backward, q.shape[1]
+        seed = torch.zeros((2,), dtype=torch.uint64, device=q.device)
+        dq, dk, dv = op(*heads, None, None, t, t, 0.0, True, seed, seed[0], scale=scale)
+    fold = (kv, n // kv)
+    dk, dv = (x.unflatten(1, fold).sum(2) if n != kv else x for x in (dk, dv))
+    return tuple(x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
+
+
+def _abstract(q, k, v, scale):
+    b, t, n, _ = q.shape
+    if n % k.shape[2]:
+        raise ValueError(f"attention: {n} query heads are not a multiple of {k.shape[2]} kv heads")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((b, n, t), dtype=dtype)
+
+
+def _flops(q, k, *_):
+    """Two products over the causal half of the T x S square."""
+    return 4 * q.numel() * k.shape[1] // 2
+
+
+attention_bwd = kernel(
+    name="attention_bwd",
+    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+    reference=attention_bwd_reference,
+    abstract=lambda do, q, k, v, o, lse, scale: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    factors=lambda *_: Factors(
+        "b t n h, b t n h, b s n h, b s n h, b t n h, b n t -> b t n h, b s n h, b s n h", frozenset("tsh")
+    ),
+    flops=lambda do, q, k, *_: 5 * _flops(q, k) // 2,
+    impls={"blocked": lambda do, q, *rest: _backward(do, q, *rest, _blocks(q.shape[1])), "flash": _flash_bwd},
+)
+
+attention = kernel(
+    name="attention",
+    schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    reference=attention_reference,
+    abstract=_abstract,
+    factors=lambda *_: Factors("b t n h, b s n h, b s n h -> b t n h, b n t", frozenset("tsh")),
+    flops=_flops,
+    vjp=lambda inputs, outputs, cts: (
+        *attention_bwd(cts[0], *inputs[:3], outputs[0], outputs[1], inputs[3]),
+        None,
+    ),
+    impls={"blocked": lambda q, *rest: _forward(q, *rest, _blocks(q.shape[1])), "flash": _flash},
+)

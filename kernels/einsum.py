@@ -1,0 +1,100 @@
+"""Two-operand einsum: every matrix product of the model, with heads kept as their own dimension."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+
+import torch
+
+from kernels.registry import Factors, kernel
+
+
+@lru_cache(maxsize=None)
+def parse(equation: str) -> tuple[str, str, str]:
+    """Letters of both operands and the result; ValueError unless each letter stands in at least two of the three."""
+    try:
+        operands, out = equation.replace(" ", "").split("->")
+        a, b = operands.split(",")
+    except ValueError:
+        raise ValueError(f"einsum equation {equation!r} is not of the form 'ab,bc->ac'") from None
+    for term in (a, b, out):
+        if len(set(term)) != len(term) or not term.isalpha():
+            raise ValueError(f"einsum equation {equation!r}: term {term!r} needs distinct letters, one per dimension")
+    for letter in set(a + b + out):
+        if (letter in a) + (letter in b) + (letter in out) < 2:
+            raise ValueError(
+                f"einsum equation {equation!r}: {letter!r} stands in one term only; sum or expand it explicitly"
+            )
+    return a, b, out
+
+
+def _sizes(equation: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
+    left, right, _ = parse(equation)
+    sizes: dict[str, int] = {}
+    for letters, tensor in ((left, a), (right, b)):
+        if len(letters) != tensor.dim():
+            raise ValueError(f"einsum {equation!r}: {letters!r} against a tensor of shape {tuple(tensor.shape)}")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(f"einsum {equation!r}: {letter!r} is {sizes[letter]} in one operand, {size} in other")
+    return sizes
+
+
+def einsum_reference(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """One (batched) matrix product: permute to (batch, rows, inner) x (batch, inner, columns), multiply, permute back.
+
+    For the equations of the model the permutes and reshapes are views, so a compiler sees a bare mm or bmm.
+    """
+    left, right, out = parse(equation)
+    sizes = _sizes(equation, a, b)
+    batch = [x for x in out if x in left and x in right]
+    inner = [x for x in left if x in right and x not in out]
+    rows = [x for x in out if x in left and x not in right]
+    columns = [x for x in out if x in right and x not in left]
+    lhs = _matrix(a, left, sizes, batch, rows, inner)
+    rhs = _matrix(b, right, sizes, batch, inner, columns)
+    product = torch.bmm(lhs, rhs) if batch else torch.mm(lhs, rhs)
+    made = batch + rows + columns
+    product = product.reshape([sizes[x] for x in made])
+    return product.permute([made.index(x) for x in out]).contiguous()
+
+
+def _matrix(
+    x: torch.Tensor, letters: str, sizes: dict[str, int], batch: list[str], rows: list[str], columns: list[str]
+) -> torch.Tensor:
+    x = x.permute([letters.index(letter) for letter in batch + rows + columns])
+    groups = ([batch] if batch else []) + [rows, columns]
+    return x.reshape([prod(sizes[letter] for letter in group) for group in groups])
+
+
+def _abstract(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    sizes = _sizes(equation, a, b)
+    return a.new_empty([sizes[letter] for letter in parse(equation)[2]])
+
+
+def _vjp(inputs, outputs, cotangents):
+    equation, a, b = inputs
+    left, right, out = parse(equation)
+    (dy,) = cotangents
+    return None, einsum(f"{out},{right}->{left}", dy, b), einsum(f"{left},{out}->{right}", a, dy)
+
+
+def _factors(equation: str, a: torch.Tensor, b: torch.Tensor) -> Factors:
+    left, right, out = (" ".join(term) for term in parse(equation))
+    return Factors(f"{left}, {right} -> {out}")
+
+
+def _flops(equation: str, a: torch.Tensor, b: torch.Tensor) -> int:
+    return 2 * prod(_sizes(equation, a, b).values())
+
+
+einsum = kernel(
+    name="einsum",
+    schema="(str equation, Tensor a, Tensor b) -> Tensor",
+    reference=einsum_reference,
+    abstract=_abstract,
+    factors=_factors,
+    flops=_flops,
+    vjp=_vjp,
+)

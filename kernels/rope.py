@@ -1,0 +1,61 @@
+"""Rotary position embedding (Su et al. 2021), in the rotate-half order of the published LLaMA checkpoints on HF."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.registry import Factors, kernel
+from kernels.rms_norm import wide
+
+
+def rope_table_reference(
+    like: torch.Tensor, seq_len: int, head_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, H/2] in float32 for positions 0..T-1; `like` only tells the device."""
+    exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
+    inverse_frequency = 1.0 / theta**exponent
+    position = torch.arange(seq_len, device=like.device, dtype=torch.float32)
+    angle = position[:, None] * inverse_frequency[None, :]
+    return angle.cos(), angle.sin()
+
+
+def _table_abstract(like, seq_len, head_dim, theta):
+    if head_dim % 2:
+        raise ValueError(f"rope needs an even head_dim, got {head_dim}")
+    shape = (seq_len, head_dim // 2)
+    return like.new_empty(shape, dtype=torch.float32), like.new_empty(shape, dtype=torch.float32)
+
+
+rope_table = kernel(
+    name="rope_table",
+    schema="(Tensor like, int seq_len, int head_dim, float theta) -> (Tensor, Tensor)",
+    reference=rope_table_reference,
+    abstract=_table_abstract,
+    factors=lambda like, *_: Factors(f"{' '.join('xyz'[: like.dim()])} -> t r, t r", frozenset("tr")),
+)
+
+
+def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    """x [B, T, N, H] with each pair (x[i], x[i + H/2]) turned by its position's angle (`inverse`: turned back)."""
+    half = x.shape[-1] // 2
+    first, second = wide(x[..., :half]), wide(x[..., half:])
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    if inverse:
+        sin = -sin
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([part.to(x.dtype) for part in turned], dim=-1)
+
+
+def _vjp(inputs, outputs, cotangents):
+    _, cos, sin, inverse = inputs
+    return rope(cotangents[0], cos, sin, not inverse), None, None, None
+
+
+rope = kernel(
+    name="rope",
+    schema="(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    reference=rope_reference,
+    abstract=lambda x, cos, sin, inverse: torch.empty_like(x, memory_format=torch.contiguous_format),
+    factors=lambda *_: Factors("b t n h, t r, t r -> b t n h", frozenset("hr")),
+    vjp=_vjp,
+)

@@ -1,0 +1,90 @@
+"""Where in the program an op was asked for: scope path, phase and source line, written on traced nodes.
+
+The three are carried by `torch.fx.traceback.annotate`, which graph tracing copies onto every node made inside;
+outside a trace they cost a dictionary update. Backward ops run long after the scope has closed, so each
+differentiable op remembers its place and reopens it (:func:`backward_of`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.fx.traceback as fx_traceback
+
+
+@dataclass(frozen=True)
+class Place:
+    """Scope path such as "layers/3/attention", phase, and "file.py:line" of the call."""
+
+    path: str = ""
+    phase: str = "forward"
+    source: str = ""
+
+
+_PLACE: ContextVar[Place] = ContextVar("llama_fn_place", default=Place())
+_INTERNAL = (str(Path(__file__).parent), "torch", "contextlib", "functools")
+
+
+def current() -> Place:
+    return _PLACE.get()
+
+
+@contextmanager
+def _at(place: Place) -> Iterator[None]:
+    token = _PLACE.set(place)
+    try:
+        with fx_traceback.annotate({"scope": place.path, "phase": place.phase, "source": place.source}):
+            yield
+    finally:
+        _PLACE.reset(token)
+
+
+@contextmanager
+def named_scope(name: str) -> Iterator[None]:
+    """Open the scope `name` under the current one; ops traced inside carry the joined path."""
+    here = current()
+    with _at(replace(here, path=f"{here.path}/{name}" if here.path else name)):
+        yield
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Mark everything inside as one phase of the step: forward, backward or optimizer."""
+    with _at(replace(current(), phase=name)):
+        yield
+
+
+@contextmanager
+def backward_of(place: Place) -> Iterator[None]:
+    """Reopen the scope of a forward op for the ops of its backward."""
+    with _at(replace(place, phase="backward")):
+        yield
+
+
+@contextmanager
+def source_line() -> Iterator[None]:
+    """Record the innermost caller outside kernels/ and torch as the source of the ops inside.
+
+    Inside a backward the forward's line is already recorded and stays.
+    """
+    here = current()
+    if here.phase == "backward" and here.source:
+        yield
+        return
+    with _at(replace(here, source=_caller())):
+        yield
+
+
+def _caller() -> str:
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(_INTERNAL[0]) and not any(f"/{part}" in filename for part in _INTERNAL[1:]):
+            return f"{Path(filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,42 @@
+"""SwiGLU (Shazeer 2020): silu(gate) * up."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.registry import Factors, kernel
+from kernels.rms_norm import wide
+
+
+def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[B, T, F]; computed in float32 or wider, returned in the operands' dtype."""
+    g = wide(gate)
+    return (g * torch.sigmoid(g) * wide(up)).to(gate.dtype)
+
+
+def swiglu_bwd_reference(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dgate = dy up s (1 + g (1 - s)) and dup = dy g s, with s = sigmoid(g)."""
+    g, dy_wide = wide(gate), wide(dy)
+    s = torch.sigmoid(g)
+    dgate = dy_wide * wide(up) * s * (1 + g * (1 - s))
+    return dgate.to(gate.dtype), (dy_wide * g * s).to(up.dtype)
+
+
+swiglu_bwd = kernel(
+    name="swiglu_bwd",
+    schema="(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    reference=swiglu_bwd_reference,
+    abstract=lambda dy, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+    factors=lambda *_: Factors("b t f, b t f, b t f -> b t f, b t f"),
+)
+
+swiglu = kernel(
+    name="swiglu",
+    schema="(Tensor gate, Tensor up) -> Tensor",
+    reference=swiglu_reference,
+    abstract=lambda gate, up: torch.empty_like(gate),
+    factors=lambda *_: Factors("b t f, b t f -> b t f"),
+    vjp=lambda inputs, outputs, cotangents: swiglu_bwd(cotangents[0], *inputs),
+)

@@ -1,0 +1,17 @@
+"""What a user is told when input is wrong: one paragraph with what, where, expected, found, and the next action."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input. train.py prints the message alone, without a traceback, and exits with status 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "Did you mean x?" for the closest of `known`, or the whole list when nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}."

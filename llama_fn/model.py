@@ -1,0 +1,139 @@
+"""LLaMA (Touvron et al. 2023) as pure functions over stacked layer parameters.
+
+Letters: B batch, T query, S key, D embed, N query heads, K kv heads, H head dim, F mlp, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import kernels as k
+from kernels.scope import named_scope
+from llama_fn import tree
+from llama_fn.arrays import ArrayInfo, Init
+from llama_fn.config import ModelConfig
+from sharding import P, constrain
+
+RESIDUAL = P("batch", "seq", "embed")
+
+
+@tree.dataclass
+class Layer:
+    """Parameters of the layers, stacked: every leaf has a leading L dimension."""
+
+    attn_norm: torch.Tensor  # [L, D]
+    wq: torch.Tensor  # [L, D, N, H]
+    wk: torch.Tensor  # [L, D, K, H]
+    wv: torch.Tensor  # [L, D, K, H]
+    wo: torch.Tensor  # [L, N, H, D]
+    mlp_norm: torch.Tensor  # [L, D]
+    w_gate: torch.Tensor  # [L, D, F]
+    w_up: torch.Tensor  # [L, D, F]
+    w_down: torch.Tensor  # [L, F, D]
+
+
+@tree.dataclass
+class Params:
+    """All parameters; lm_head is None where the embedding is tied."""
+
+    embed: torch.Tensor  # [V, D]
+    layers: Layer
+    final_norm: torch.Tensor  # [D]
+    lm_head: torch.Tensor | None  # [V, D]
+
+
+def abstract_params(cfg: ModelConfig) -> Params:
+    """The declaration of every parameter, float32: shape, logical axes and init (GPT-2's scaled residual init)."""
+    d, n, kv, h, f, v, layers = (
+        cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.mlp_dim, cfg.vocab_size, cfg.num_layers,
+    )  # fmt: skip
+    matrix = Init(std=cfg.init_std)
+    residual = Init(std=cfg.init_std / math.sqrt(2 * layers)) if cfg.init_scaled else matrix
+    one = Init(value=1.0)
+
+    def info(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
+        return ArrayInfo(shape, torch.float32, axes, init)
+
+    def stacked(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
+        return info((layers, *shape), ("layers", *axes), init)
+
+    return Params(
+        embed=info((v, d), ("vocab", "embed")),
+        layers=Layer(
+            attn_norm=stacked((d,), ("embed",), one),
+            wq=stacked((d, n, h), ("embed", "heads", "head_dim")),
+            wk=stacked((d, kv, h), ("embed", "kv_heads", "head_dim")),
+            wv=stacked((d, kv, h), ("embed", "kv_heads", "head_dim")),
+            wo=stacked((n, h, d), ("heads", "head_dim", "embed"), residual),
+            mlp_norm=stacked((d,), ("embed",), one),
+            w_gate=stacked((d, f), ("embed", "mlp")),
+            w_up=stacked((d, f), ("embed", "mlp")),
+            w_down=stacked((f, d), ("mlp", "embed"), residual),
+        ),
+        final_norm=info((d,), ("embed",), one),
+        lm_head=None if cfg.tie_embeddings else info((v, d), ("vocab", "embed")),
+    )
+
+
+def attention_block(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig) -> torch.Tensor:
+    """x + wo(attention(rope(wq n), rope(wk n), wv n)) with n = rms_norm(x)."""
+    with named_scope("attention"):
+        n_BTD = constrain(k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], P("batch", "full_seq", "embed"))
+        q_BTNH = k.rope(k.einsum("btd,dnh->btnh", n_BTD, p.wq), cos, sin, False)
+        k_BSKH = k.rope(k.einsum("btd,dkh->btkh", n_BTD, p.wk), cos, sin, False)
+        v_BSKH = k.einsum("btd,dkh->btkh", n_BTD, p.wv)
+        o_BTNH, _ = k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5)
+        return x_BTD + constrain(k.einsum("btnh,nhd->btd", o_BTNH, p.wo), RESIDUAL)
+
+
+def mlp_block(p: Layer, x_BTD: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+    """x + w_down(silu(w_gate n) * w_up n) with n = rms_norm(x)."""
+    with named_scope("mlp"):
+        n_BTD = constrain(k.rms_norm(x_BTD, p.mlp_norm, cfg.norm_eps)[0], P("batch", "full_seq", "embed"))
+        h_BTF = k.swiglu(k.einsum("btd,df->btf", n_BTD, p.w_gate), k.einsum("btd,df->btf", n_BTD, p.w_up))
+        return x_BTD + constrain(k.einsum("btf,fd->btd", h_BTF, p.w_down), RESIDUAL)
+
+
+def unstack(layers: Layer) -> list[Layer]:
+    """One tree per layer from the stacked tree."""
+    flat, spec = tree.flatten(layers)
+    return [tree.unflatten(spec, parts) for parts in zip(*(k.unbind(leaf) for leaf in flat), strict=True)]
+
+
+def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+    """Normed output of the last layer, [B, T, D] in the parameters' dtype, for integer tokens [B, T]."""
+    with named_scope("embed"):
+        cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta)
+        x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)
+    with named_scope("layers"):
+        layers = unstack(params.layers)
+        for i, layer in enumerate(layers):
+            with named_scope(str(i)):
+                x_BTD = attention_block(layer, x_BTD, cos, sin, cfg=cfg)
+                x_BTD = mlp_block(layer, x_BTD, cfg=cfg)
+    with named_scope("final_norm"):
+        return constrain(k.rms_norm(x_BTD, params.final_norm, cfg.norm_eps)[0], P("batch", "full_seq", "embed"))
+
+
+def head(params: Params) -> torch.Tensor:
+    return params.embed if params.lm_head is None else params.lm_head
+
+
+def logits(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+    """[B, T, V] in the parameters' dtype."""
+    x_BTD = hidden(params, tokens_BT, cfg=cfg)
+    with named_scope("head"):
+        return k.einsum("btd,vd->btv", x_BTD, head(params))
+
+
+def nll(params: Params, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+    """Negative log-likelihood of each target in nats, [B, T] float32."""
+    if cfg.fused_head:
+        x_BTD = hidden(params, tokens_BT, cfg=cfg)
+        with named_scope("head"):
+            return k.head_cross_entropy(x_BTD, head(params), targets_BT)[0]
+    logits_BTV = logits(params, tokens_BT, cfg=cfg)
+    with named_scope("loss"):
+        return k.cross_entropy(logits_BTV, targets_BT)[0]

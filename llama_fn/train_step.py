@@ -1,0 +1,157 @@
+"""The pure training step: (state, batch) -> (state, metrics), everything of one iteration in one function.
+
+batch: tokens, targets int64 [M, B, T] and loss_mask float32 [M, B, T] (M microbatches of B samples).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import kernels as k
+from llama_fn import model, optim, tree
+from llama_fn.arrays import DTYPES, ArrayInfo, Init
+from llama_fn.config import Config
+from llama_fn.transforms import accumulate, named_scope, phase, value_and_grad
+
+MAX_LOSS_SCALE = 2.0**32
+
+
+@tree.dataclass
+class Guard:
+    """What protects a run from non-finite numbers: the fp16 loss scale and the counts of what was refused."""
+
+    loss_scale: Any  # [] float32; 1 and constant unless compute_dtype is fp16
+    good_steps: Any  # [] float32, updates since the scale last changed
+    skipped: Any  # [] float32, iterations without an update so far
+    nan: Any  # [] float32, iterations whose loss was not finite so far
+
+
+@tree.dataclass
+class OptState:
+    chain: Any
+    guard: Guard
+
+
+@tree.dataclass
+class TrainState:
+    """Everything needed to continue, except the position in the data."""
+
+    step: Any  # [] int64, iterations done
+    params: model.Params
+    opt_state: OptState
+
+
+@tree.dataclass
+class Batch:
+    tokens: Any
+    targets: Any
+    loss_mask: Any
+
+
+def abstract_state(cfg: Config) -> TrainState:
+    """The declaration of the state; its init gives iteration 0."""
+    params = model.abstract_params(cfg.model)
+    scale = cfg.optim.initial_loss_scale if cfg.model.compute_dtype == "fp16" else 1.0
+    zero = ArrayInfo((), torch.float32)
+    guard = Guard(ArrayInfo((), torch.float32, init=Init(value=scale)), zero, zero, zero)
+    return TrainState(
+        step=ArrayInfo((), torch.int64), params=params, opt_state=OptState(optim.adamw(cfg)[0].init(params), guard)
+    )
+
+
+def abstract_batch(cfg: Config) -> Batch:
+    m = cfg.data.microbatches
+    shape = (m, cfg.data.global_batch_size // m, cfg.data.seq_len)
+    axes = (None, "batch", "seq")
+    ids = ArrayInfo(shape, torch.int64, axes)
+    return Batch(ids, ids, ArrayInfo(shape, torch.float32, axes))
+
+
+def _microbatches(batch: Batch) -> list[Batch]:
+    fields = (k.unbind(batch.tokens), k.unbind(batch.targets), k.unbind(batch.loss_mask))
+    return [Batch(*parts) for parts in zip(*fields, strict=True)]
+
+
+def _loss_sum(params: model.Params, batch: Batch, cfg: Config) -> torch.Tensor:
+    nll = model.nll(params, batch.tokens, batch.targets, cfg=cfg.model)
+    with named_scope("loss"):
+        return (nll * batch.loss_mask).sum()
+
+
+def _cast(params: model.Params, cfg: Config) -> model.Params:
+    with named_scope("cast"):
+        return tree.map(lambda p: p.to(DTYPES[cfg.model.compute_dtype]), params)
+
+
+def next_guard(guard: Guard, ok: torch.Tensor, loss_ok: torch.Tensor, cfg: Config) -> Guard:
+    """Counts of this iteration added; in fp16 the scale halves on overflow, doubles after a window of good ones."""
+    one = torch.ones_like(guard.skipped)
+    skipped = guard.skipped + torch.where(ok, 0.0 * one, one)
+    nan = guard.nan + torch.where(loss_ok, 0.0 * one, one)
+    if cfg.model.compute_dtype != "fp16":
+        return Guard(guard.loss_scale, guard.good_steps, skipped, nan)
+    good = torch.where(ok, guard.good_steps + 1, 0.0 * one)
+    grow = good >= cfg.optim.loss_scale_window
+    factor = torch.where(ok, torch.where(grow, 2.0 * one, one), 0.5 * one)
+    scale = torch.clamp(guard.loss_scale * factor, 1.0, MAX_LOSS_SCALE)
+    return Guard(scale, torch.where(grow, 0.0 * one, good), skipped, nan)
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    # isfinite has no NPU lowering; x - x is 0 for finite x and nan otherwise.
+    return (x - x) == 0
+
+
+def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, torch.Tensor]]]:
+    """The step for cfg. An iteration whose loss or gradients are not finite leaves params and moments as they were.
+
+    metrics, all float32 scalars: lm_loss (mean nats per unmasked token), grad_norm (before clipping),
+    learning_rate, loss_scale (used in this step), skipped_iterations and nan_iterations (since iteration 0).
+    """
+    optimizer, schedule = optim.adamw(cfg)
+    grad_fn = value_and_grad(lambda params, batch: _loss_sum(params, batch, cfg))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, torch.Tensor]]:
+        guard = state.opt_state.guard
+        compute_params = _cast(state.params, cfg)
+        with named_scope("loss"):
+            tokens = torch.clamp(batch.loss_mask.sum(), min=1.0)
+            weight = guard.loss_scale / tokens
+        loss_sum, grads = accumulate(grad_fn, compute_params, _microbatches(batch), torch.float32, cotangent=weight)
+        with phase("optimizer"), named_scope("optimizer"):
+            loss = loss_sum / tokens
+            grads = tree.map(lambda g: g.float() / guard.loss_scale, grads)
+            norm = optim.global_norm(grads)
+            loss_ok = _finite(loss)
+            ok = loss_ok & _finite(norm)
+            updates, chain = optimizer.update(grads, state.opt_state.chain, state.params, grad_norm=norm)
+            params = optim.apply_updates(state.params, updates)
+            old = (state.params, state.opt_state.chain)
+            params, chain = tree.map(lambda new, was: torch.where(ok, new, was), (params, chain), old)
+            metrics = {
+                "lm_loss": loss,
+                "grad_norm": norm,
+                # The last leaf of the chain is the schedule's own count of updates made.
+                "learning_rate": schedule(state.opt_state.chain[-1] + 1),
+                "loss_scale": guard.loss_scale,
+            }
+            guard = next_guard(guard, ok, loss_ok, cfg)
+            metrics |= {"skipped_iterations": guard.skipped, "nan_iterations": guard.nan}
+            return TrainState(state.step + 1, params, OptState(chain, guard)), metrics
+
+    return step
+
+
+def make_eval_step(cfg: Config) -> Callable[[model.Params, Batch], torch.Tensor]:
+    """(params, batch) -> mean nats per unmasked token, a float32 scalar."""
+
+    def step(params: model.Params, batch: Batch) -> torch.Tensor:
+        compute_params = _cast(params, cfg)
+        total = [_loss_sum(compute_params, part, cfg) for part in _microbatches(batch)]
+        with named_scope("loss"):
+            return torch.stack(total).sum() / torch.clamp(batch.loss_mask.sum(), min=1.0)
+
+    return step

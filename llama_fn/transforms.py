@@ -1,0 +1,50 @@
+"""Functions from functions: gradients over trees, microbatch accumulation, named scopes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kernels.scope import named_scope, phase
+from llama_fn import tree
+
+__all__ = ["accumulate", "named_scope", "phase", "value_and_grad"]
+
+
+def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """`fn(params, *args) -> scalar tensor` into `(params, *args, cotangent=) -> (value, grads)`.
+
+    grads is a tree like params. `cotangent` (a scalar tensor, default one) scales the gradient before the backward
+    starts, which is where a loss scale belongs.
+    """
+
+    def transformed(params: Any, *args: Any, cotangent: torch.Tensor | None = None) -> tuple[Any, Any]:
+        leaves, spec = tree.flatten(params)
+        value, pull = torch.func.vjp(lambda *flat: fn(tree.unflatten(spec, flat), *args), *leaves)
+        with phase("backward"):
+            seed = torch.ones_like(value) if cotangent is None else cotangent.to(value.dtype)
+            grads = pull(seed)
+        return value, tree.unflatten(spec, grads)
+
+    return transformed
+
+
+def accumulate(
+    fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[Any], dtype: torch.dtype, **kwargs: Any
+) -> tuple[Any, Any]:
+    """Sum of `fn(params, part) -> (value, grads)` over microbatches; grads are summed in `dtype`."""
+    total: tuple[Any, Any] | None = None
+    for i, part in enumerate(parts):
+        with named_scope(f"microbatch/{i}"):
+            value, grads = fn(params, part, **kwargs)
+            with phase("backward"):
+                if len(parts) > 1:
+                    grads = tree.map(lambda g: g.to(dtype), grads)
+                if total is None:
+                    total = value, grads
+                else:
+                    total = total[0] + value, tree.map(torch.add, total[1], grads)
+    assert total is not None
+    return total

@@ -1,0 +1,7 @@
+"""Sharding as values: meshes, partition specs and the one annotation that models call."""
+
+from sharding.constraint import constrain
+from sharding.mesh import Mesh
+from sharding.spec import P
+
+__all__ = ["Mesh", "P", "constrain"]

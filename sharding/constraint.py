@@ -1,0 +1,44 @@
+"""constrain: the sharding annotation, and its transpose.
+
+Forward: the value takes the named sharding. Backward: the cotangent goes into the sharding that the primal *input*
+had, so an all-gather in the forward is a reduce-scatter in the backward, exactly. Which sharding the input had is
+known only when the graph is partitioned; the transpose therefore names the input itself (`reshard_as`). On one
+device both are the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.registry import Factors, kernel
+from sharding.spec import P
+
+
+def _same(x: torch.Tensor) -> Factors:
+    letters = " ".join("abcdefgh"[: x.dim()])
+    return Factors(f"{letters} -> {letters}")
+
+
+reshard_as_op = kernel(
+    name="reshard_as",
+    schema="(Tensor x, Tensor like) -> Tensor",
+    reference=lambda x, like: x.clone(),
+    abstract=lambda x, like: torch.empty_like(x),
+    factors=lambda x, like: _same(x),
+)
+
+constrain_op = kernel(
+    name="constrain",
+    schema="(Tensor x, str spec) -> Tensor",
+    reference=lambda x, spec: x.clone(),
+    abstract=lambda x, spec: torch.empty_like(x),
+    factors=lambda x, spec: _same(x),
+    vjp=lambda inputs, outputs, cts: (reshard_as_op(cts[0], inputs[0]), None),
+)
+
+
+def constrain(x: torch.Tensor, spec: P) -> torch.Tensor:
+    """x with the sharding that the rules give to the LOGICAL axes of `spec`, one per dimension."""
+    if len(spec) != x.dim():
+        raise ValueError(f"constrain: {spec} has {len(spec)} dimensions, the tensor {tuple(x.shape)} has {x.dim()}")
+    return constrain_op(x, spec.encode())

@@ -1,0 +1,39 @@
+"""Mesh: named axes and their sizes, as a value. No process group, no device and no global state hangs on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Axis names and sizes in order, outermost first: Mesh((("data", 2), ("model", 4)))."""
+
+    axes: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.axes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"mesh axes {names}: a name stands twice")
+        bad = [(name, size) for name, size in self.axes if size < 1]
+        if bad:
+            raise ValueError(f"mesh axis sizes must be at least 1, got {bad}")
+
+    @classmethod
+    def parse(cls, text: str) -> Mesh:
+        """From "data:2,model:4"; an empty text is one device. ValueError on anything else."""
+        axes = []
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            name, _, size = part.partition(":")
+            if not name.isidentifier() or not size.isdigit():
+                raise ValueError(f"mesh axes {text!r}: {part!r} is not NAME:SIZE, as in data:2,model:4")
+            axes.append((name, int(size)))
+        return cls(tuple(axes))
+
+    @property
+    def size(self) -> int:
+        return prod(size for _, size in self.axes)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}:{size}" for name, size in self.axes) or "one device"

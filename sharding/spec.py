@@ -1,0 +1,45 @@
+"""P: which axis, if any, each dimension of a tensor is sharded over."""
+
+from __future__ import annotations
+
+
+class P:
+    """An immutable partition spec: one axis name, tuple of names or None per dimension, as JAX's PartitionSpec.
+
+    Not a tuple, so that a tree of specs has specs for leaves. `unreduced` names the axes over which the value is
+    still a pending sum.
+    """
+
+    __slots__ = ("dims", "unreduced")
+    dims: tuple[str | tuple[str, ...] | None, ...]
+    unreduced: frozenset[str]
+
+    def __init__(self, *dims: str | tuple[str, ...] | None, unreduced: frozenset[str] = frozenset()) -> None:
+        named = [axis for dim in dims if dim is not None for axis in ((dim,) if isinstance(dim, str) else dim)]
+        repeated = {axis for axis in named if named.count(axis) > 1} | (set(named) & unreduced)
+        if repeated:
+            raise ValueError(f"P{dims}: axis {sorted(repeated)} is used twice; each axis can shard one dimension")
+        object.__setattr__(self, "dims", tuple(dims))
+        object.__setattr__(self, "unreduced", frozenset(unreduced))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("P is immutable; make a new one")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, P) and (self.dims, self.unreduced) == (other.dims, other.unreduced)
+
+    def __hash__(self) -> int:
+        return hash((self.dims, self.unreduced))
+
+    def __len__(self) -> int:
+        return len(self.dims)
+
+    def __repr__(self) -> str:
+        parts = [repr(dim) for dim in self.dims]
+        if self.unreduced:
+            parts.append(f"unreduced={sorted(self.unreduced)}")
+        return f"P({', '.join(parts)})"
+
+    def encode(self) -> str:
+        """The form a graph node carries: dims joined by ',', several axes of a dim by '+', '-' for None."""
+        return ",".join("-" if d is None else d if isinstance(d, str) else "+".join(d) for d in self.dims)
