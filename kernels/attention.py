@@ -1,9 +1,8 @@
 """Causal grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023).
 
 Letters: B batch, T query, S key, N query heads, K kv heads, G = N/K, H head dim.
-`reference` is the formula. Two faster forms, chosen by name: `blocked` works on a few blocks of queries against the
-keys they can see, as plain batched matrix products that a compiler fuses the softmax into; `flash` is torch's own
-fused kernel (FlashAttention-2, Dao 2023).
+`reference` is the formula. A faster form, chosen by name: `blocked` works on a few blocks of queries against the keys
+they can see, as plain batched matrix products that a compiler fuses the softmax into.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def _grouped(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def _ungrouped(x: torch.Tensor) -> torch.Tensor:
     """[B, K, G, T, H] -> [B, T, N, H]."""
     b, k, g, t, h = x.shape
-    return x.permute(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+    return x.permute(0, 3, 1, 2, 4).reshape(b, t, k * g, h).contiguous()
 
 
 def _spans(t: int, blocks: int) -> list[tuple[int, int]]:
@@ -107,36 +106,6 @@ def attention_bwd_reference(do, q, k, v, o, lse, scale):
     return _backward(do, q, k, v, o, lse, scale, 1)
 
 
-def _flash_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    return x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
-
-
-def _flash(q, k, v, scale):
-    n = q.shape[2]
-    args = (q.transpose(1, 2), _flash_heads(k, n), _flash_heads(v, n))
-    if q.device.type == "cpu":
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, True, scale=scale)
-        # The CPU kernel leaves lse as [B, T, N] memory seen as [B, N, T].
-        return o.transpose(1, 2).contiguous(), lse.contiguous()
-    o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*args, 0.0, True, False, scale=scale)
-    return o.transpose(1, 2).contiguous(), lse
-
-
-def _flash_bwd(do, q, k, v, o, lse, scale):
-    n, kv = q.shape[2], k.shape[2]
-    heads = (do.transpose(1, 2), q.transpose(1, 2), _flash_heads(k, n), _flash_heads(v, n), o.transpose(1, 2), lse)
-    if q.device.type == "cpu":
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = op(*heads, 0.0, True, scale=scale)
-    else:
-        op, t = torch.ops.aten._scaled_dot_product_flash_attention_backward, q.shape[1]
-        seed = torch.zeros((2,), dtype=torch.uint64, device=q.device)
-        dq, dk, dv = op(*heads, None, None, t, t, 0.0, True, seed, seed[0], scale=scale)
-    fold = (kv, n // kv)
-    dk, dv = (x.unflatten(1, fold).sum(2) if n != kv else x for x in (dk, dv))
-    return tuple(x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
-
-
 def _abstract(q, k, v, scale):
     b, t, n, _ = q.shape
     if n % k.shape[2]:
@@ -159,7 +128,7 @@ attention_bwd = kernel(
         "b t n h, b t n h, b s n h, b s n h, b t n h, b n t -> b t n h, b s n h, b s n h", frozenset("tsh")
     ),
     flops=lambda do, q, k, *_: 5 * _flops(q, k) // 2,
-    impls={"blocked": lambda do, q, *rest: _backward(do, q, *rest, _blocks(q.shape[1])), "flash": _flash_bwd},
+    impls={"blocked": lambda do, q, *rest: _backward(do, q, *rest, _blocks(q.shape[1]))},
 )
 
 attention = kernel(
@@ -173,5 +142,5 @@ attention = kernel(
         *attention_bwd(cts[0], *inputs[:3], outputs[0], outputs[1], inputs[3]),
         None,
     ),
-    impls={"blocked": lambda q, *rest: _forward(q, *rest, _blocks(q.shape[1])), "flash": _flash},
+    impls={"blocked": lambda q, *rest: _forward(q, *rest, _blocks(q.shape[1]))},
 )

@@ -41,10 +41,12 @@ def _sizes(equation: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
     return sizes
 
 
-def einsum_reference(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """One (batched) matrix product: permute to (batch, rows, inner) x (batch, inner, columns), multiply, permute back.
+def matrices(
+    equation: str, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
+    """The product as (batch, rows, inner) x (batch, inner, columns), then the shape and order to bring it back.
 
-    For the equations of the model the permutes and reshapes are views, so a compiler sees a bare mm or bmm.
+    Without batch letters the operands are 2-dimensional. For the equations of the model they are views.
     """
     left, right, out = parse(equation)
     sizes = _sizes(equation, a, b)
@@ -52,12 +54,17 @@ def einsum_reference(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.T
     inner = [x for x in left if x in right and x not in out]
     rows = [x for x in out if x in left and x not in right]
     columns = [x for x in out if x in right and x not in left]
+    made = batch + rows + columns
     lhs = _matrix(a, left, sizes, batch, rows, inner)
     rhs = _matrix(b, right, sizes, batch, inner, columns)
-    product = torch.bmm(lhs, rhs) if batch else torch.mm(lhs, rhs)
-    made = batch + rows + columns
-    product = product.reshape([sizes[x] for x in made])
-    return product.permute([made.index(x) for x in out]).contiguous()
+    return lhs, rhs, [sizes[x] for x in made], [made.index(x) for x in out]
+
+
+def einsum_reference(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """One (batched) matrix product, contiguous."""
+    lhs, rhs, shape, order = matrices(equation, a, b)
+    product = torch.bmm(lhs, rhs) if lhs.dim() == 3 else torch.mm(lhs, rhs)
+    return product.reshape(shape).permute(order).contiguous()
 
 
 def _matrix(

@@ -1,0 +1,72 @@
+"""Faster forms of kernels that a backend may use, by kernel and form name.
+
+Kernels bring the forms that are plain torch (`Kernel.impls`); the ones here call fused operators of torch whose names
+are private and live in compat.py. Which form is used is chosen by name and said once at compile time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kernels.einsum import einsum_reference, matrices
+from kernels.registry import KERNELS
+from llama_fn import compat
+from llama_fn.errors import UserError, nearest
+
+
+def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, S, K, H] -> [B, N, S, H], kv heads repeated for the query heads that read them."""
+    return x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1) if heads != x.shape[2] else x.transpose(1, 2)
+
+
+def flash(q, k, v, scale):
+    """torch's FlashAttention-2 kernels (Dao 2023)."""
+    n = q.shape[2]
+    o, lse = compat.flash_attention(q.transpose(1, 2), _heads(k, n), _heads(v, n), scale)
+    return o.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def flash_bwd(do, q, k, v, o, lse, scale):
+    n, kv = q.shape[2], k.shape[2]
+    operands = (do.transpose(1, 2), q.transpose(1, 2), _heads(k, n), _heads(v, n), o.transpose(1, 2), lse)
+    dq, dk, dv = compat.flash_attention_backward(*operands, scale)
+    if n != kv:
+        dk, dv = (x.unflatten(1, (kv, n // kv)).sum(2) for x in (dk, dv))
+    return tuple(x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
+
+
+def onednn(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Unbatched products through oneDNN, which reads transposed operands as they are; MKL is slow on other CPUs."""
+    lhs, rhs, shape, order = matrices(equation, a, b)
+    if lhs.dim() == 3:
+        return einsum_reference(equation, a, b)
+    return compat.onednn_product(lhs, rhs).reshape(shape).permute(order).contiguous()
+
+
+FORMS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "attention": {"flash": flash, **KERNELS["attention"].impls},
+    "attention_bwd": {"flash": flash_bwd, **KERNELS["attention_bwd"].impls},
+    "einsum": {"onednn": onednn},
+}
+
+
+def find(kernel: str, form: str) -> Callable[..., Any]:
+    """The form of a kernel; `reference` always exists. UserError for an unknown one."""
+    if form == "reference":
+        return KERNELS[kernel].reference
+    known = FORMS.get(kernel, {})
+    if form not in known:
+        raise UserError(f"kernel {kernel} has no form {form!r}. {nearest(form, ['reference', *known])}")
+    return known[form]
+
+
+def choose(device: str, dtype: torch.dtype, attention: str) -> dict[str, str]:
+    """The form per kernel family: `attention` as asked for or, with auto, the fastest known on the device."""
+    chosen = {"attention": {"cpu": "blocked", "cuda": "flash"}[device] if attention == "auto" else attention}
+    if device == "cpu" and dtype == torch.float32 and compat.has_onednn():
+        chosen["einsum"] = "onednn"
+    return chosen
+

@@ -1,0 +1,54 @@
+"""Graph passes, in order. A pass is `fn(gm, ctx) -> gm`; what it changed is logged by name."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llama_fn.passes.dead_code import dead_code
+from llama_fn.passes.donation import donation
+from llama_fn.passes.partition import partition
+from llama_fn.passes.scopes import scopes
+from sharding.mesh import Mesh
+
+log = logging.getLogger("llama_fn.passes")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know: the mesh and which (input, output) leaves share a buffer."""
+
+    mesh: Mesh
+    aliases: Sequence[tuple[int, int]]
+
+
+Pass = Callable[[torch.fx.GraphModule, Context], torch.fx.GraphModule]
+
+TRACING: list[Pass] = [scopes, dead_code]
+LOWERING: list[Pass] = [partition, dead_code, donation]
+
+
+def run(passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context) -> torch.fx.GraphModule:
+    """A new graph module after `passes`; the given one is not changed."""
+    gm = copy_graph(gm)
+    for each in passes:
+        before = len(gm.graph.nodes)
+        gm = each(gm, ctx)
+        log.debug("%s: %d -> %d nodes", each.__name__, before, len(gm.graph.nodes))
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A graph module with its own nodes; metadata values (fake tensors) are shared."""
+    graph = torch.fx.Graph()
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in gm.graph.nodes:
+        values[node] = graph.node_copy(node, values.__getitem__)
+        values[node].meta = copy.copy(node.meta)
+    return torch.fx.GraphModule(gm, graph)

@@ -1,0 +1,80 @@
+"""Replace our ops by plain torch ops for a compiler that does not know them, in one of their forms.
+
+    %y = llama_fn.swiglu(%g, %u)   ->   %s = aten.sigmoid(%g); %m = aten.mul(%g, %s); %y = aten.mul(%m, %u)
+
+`forms` names the form per kernel family where it is not `reference`, `find(kernel, form)` gives it. Opaque kernels stay. New ops carry the scope, phase
+and source of the op they replace.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kernels.registry import Kernel, of_node
+from llama_fn import compat, ir
+
+Find = Callable[[str, str], Callable[..., Any]]
+
+
+def expand(gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find) -> torch.fx.GraphModule:
+    for child in gm.children():
+        if isinstance(child, torch.fx.GraphModule):
+            expand(child, forms, find)
+    traced: dict[str, torch.fx.GraphModule] = {}
+    for node in ir.calls(gm.graph):
+        record = of_node(node.target)
+        if record is None or record.opaque:
+            continue
+        key = f"{node.target}{torch.fx.node.map_arg(node.args, lambda n: _Layout(compat.node_value(n)))}"
+        if key not in traced:
+            traced[key] = _form(record, node, forms, find)
+        _inline(gm.graph, node, traced[key])
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+class _Layout:
+    def __init__(self, value: torch.Tensor) -> None:
+        self.text = f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _form(record: Kernel, node: torch.fx.Node, forms: Mapping[str, str], find: Find) -> torch.fx.GraphModule:
+    """The op's form traced with the node's operands; tensor operands are the placeholders, in order."""
+    operands = ir.operands(node)
+    fn = find(record.name, forms.get(record.name.removesuffix("_bwd"), "reference"))
+
+    def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        place = dict(zip(operands, tensors, strict=True))
+        result = fn(*torch.fx.node.map_arg(node.args, place.__getitem__))
+        results = result if isinstance(result, (tuple, list)) else [result]
+        return [r.contiguous() for r in results]  # as the op's abstract promises; views in users rely on it
+
+    values = [compat.node_value(n) for n in operands]
+    world = compat.FakeTensors.of(values[0])
+    # Fresh tensors: nodes made from one traced body share their values, and tracing tells operands apart by identity.
+    return world.trace(flat, [world.like(value, str(value.device)) for value in values])
+
+
+def _inline(graph: torch.fx.Graph, node: torch.fx.Node, body: torch.fx.GraphModule) -> None:
+    values: dict[torch.fx.Node, torch.fx.Node] = dict(zip(ir.placeholders(body.graph), ir.operands(node), strict=True))
+    with graph.inserting_before(node):
+        for each in ir.calls(body.graph):
+            values[each] = graph.node_copy(each, values.__getitem__)
+            values[each].meta = {"val": each.meta["val"], "custom": compat.annotations(node)}
+    results = [values[r] for r in ir.results(body.graph)]
+    if isinstance(compat.node_value(node), (tuple, list)):
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(results[0])
+    graph.erase_node(node)

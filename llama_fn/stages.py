@@ -1,0 +1,266 @@
+"""The ladder: jit -> trace -> lower -> compile, after JAX's stages.
+
+    jit(step, donate=0)             Wrapped   nothing has happened yet
+      .trace(state, batch)          Traced    global shapes, our own small op set, no mesh
+      .lower(mesh)                  Lowered   the graph of one device
+      .compile("inductor")          Compiled  callable
+
+Each rung is immutable, prints itself (`as_text`) and answers `cost_analysis()` and `memory_analysis()`, or None where
+it cannot. A rung keeps what is above it: `compiled.lowered.traced`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llama_fn import backends, compat, cost, ir, passes, tree
+from llama_fn.arrays import ArrayInfo, abstract, describe
+from sharding.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Trees that go in and come out, leaf by leaf; `donated` are the arguments whose buffers the caller gives up."""
+
+    in_spec: Any
+    in_paths: tuple[str, ...]
+    in_infos: tuple[ArrayInfo, ...]
+    out_spec: Any
+    out_paths: tuple[str, ...]
+    donated: tuple[int, ...]
+    argument_names: tuple[str, ...]
+
+    def aliases(self) -> list[tuple[int, int]]:
+        """(input leaf, output leaf) pairs that share one buffer: the k-th donated argument is the k-th result."""
+        by_path = {path: i for i, path in enumerate(self.out_paths)}
+        pairs = []
+        for position, argument in enumerate(self.donated):
+            name = self.argument_names[argument]
+            for i, path in enumerate(self.in_paths):
+                if path == name or path.startswith((name + ".", name + "[")):
+                    pairs.append((i, by_path[f"out[{position}]{path[len(name) :]}"]))
+        return pairs
+
+    def check(self, args: Sequence[Any], what: str) -> list[Any]:
+        """The flat leaves of args; ValueError naming every path whose leaf is missing, extra, or of another type."""
+        leaves, spec = tree.flatten(tuple(args))
+        if spec == self.in_spec and all(_matches(x, i) for x, i in zip(leaves, self.in_infos, strict=True)):
+            return leaves
+        given = dict(zip(_argument_paths(args, self.argument_names), leaves, strict=True))
+        expected = dict(zip(self.in_paths, self.in_infos, strict=True))
+        lines = [
+            f"  {path}: expected {describe(expected[path]) if path in expected else 'nothing'}, "
+            f"given {describe(given[path]) if path in given else 'nothing'}"
+            for path in [*expected, *(p for p in given if p not in expected)]
+            if path not in expected or path not in given or not _matches(given[path], expected[path])
+        ] or [f"  trees differ in structure: expected {self.in_spec}, given {spec}"]
+        raise ValueError("\n".join([f"{what} was made for other arguments:", *lines[:20], *_more(len(lines) - 20)]))
+
+
+def _more(n: int) -> list[str]:
+    return [f"  ... and {n} more"] if n > 0 else []
+
+
+def _matches(x: Any, info: ArrayInfo) -> bool:
+    return hasattr(x, "shape") and tuple(x.shape) == info.shape and x.dtype == info.dtype
+
+
+def _argument_paths(args: Sequence[Any], names: Sequence[str]) -> list[str]:
+    return [path for arg, name in zip(args, names, strict=True) for path in tree.paths(arg, name)]
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A function that can be traced. Calling it climbs the whole ladder once and keeps the result."""
+
+    fn: Callable[..., Any]
+    donate: tuple[int, ...] = ()
+    max_traces: int = 1
+    backend: str = "inductor"
+    _compiled: list[Compiled] = field(default_factory=list, repr=False)
+    _traces: list[Signature] = field(default_factory=list, repr=False)
+
+    @property
+    def trace_count(self) -> int:
+        return len(self._traces)
+
+    def trace(self, *args: Any) -> Traced:
+        """Trace with the shapes and dtypes of `args`, whose leaves are ArrayInfo or tensors.
+
+        ValueError when the function was already traced `max_traces` times: a step that is traced anew in the middle
+        of a run is a bug that costs minutes each time.
+        """
+        if len(self._traces) >= self.max_traces:
+            self._traces[-1].check(args, f"{self.fn.__name__} (traced {self.trace_count} of {self.max_traces} times)")
+            raise ValueError(f"{self.fn.__name__} was already traced for these arguments; keep the Traced and reuse it")
+        traced = _trace(self.fn, args, self.donate)
+        self._traces.append(traced.signature)
+        return traced
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._compiled:
+            self._compiled.append(self.trace(*args).lower().compile(self.backend))
+        return self._compiled[0](*args)
+
+
+def jit(fn: Callable[..., Any], donate: int | tuple[int, ...] = (), **options: Any) -> Wrapped:
+    """Wrap a pure function over trees. The k-th donated argument must have the tree of the k-th result, which then
+    lives in the argument's buffers: after the call the old values are gone."""
+    return Wrapped(fn, (donate,) if isinstance(donate, int) else tuple(donate), **options)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The global graph of a function: no mesh, no device, our op set and plain pointwise aten."""
+
+    name: str
+    graph_module: torch.fx.GraphModule
+    signature: Signature
+    seconds: float
+
+    def as_text(self) -> str:
+        return ir.as_text(self.graph_module, f"{self.name} traced")
+
+    __str__ = as_text
+
+    def cost_analysis(self) -> cost.Cost:
+        return cost.cost_analysis(self.graph_module)
+
+    def memory_analysis(self) -> cost.Memory:
+        return cost.memory_analysis(self.graph_module, self.signature.aliases())
+
+    def lower(self, mesh: Mesh | None = None) -> Lowered:
+        """The graph of one device of `mesh` (default: a single device)."""
+        mesh = mesh or Mesh()
+        start = time.perf_counter()
+        gm = passes.run(passes.LOWERING, self.graph_module, passes.Context(mesh, self.signature.aliases()))
+        return Lowered(self, gm, mesh, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The graph that one device runs; donated inputs are overwritten at its end."""
+
+    traced: Traced
+    graph_module: torch.fx.GraphModule
+    mesh: Mesh
+    seconds: float
+
+    @property
+    def signature(self) -> Signature:
+        return self.traced.signature
+
+    def as_text(self) -> str:
+        return ir.as_text(self.graph_module, f"{self.traced.name} lowered for {self.mesh}")
+
+    __str__ = as_text
+
+    def cost_analysis(self) -> cost.Cost:
+        return cost.cost_analysis(self.graph_module)
+
+    def memory_analysis(self) -> cost.Memory:
+        return cost.memory_analysis(self.graph_module, [])
+
+    def compile(self, backend: str = "inductor", **options: Any) -> Compiled:
+        """An executable; `options` are the backend's keyword arguments (see llama_fn/backends/)."""
+        start = time.perf_counter()
+        executable = backends.get(backend)(self.graph_module, **options)
+        return Compiled(self, backend, executable, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Callable with the trees that were traced. `from_cache`: nothing was compiled, an artifact was loaded."""
+
+    lowered: Lowered
+    backend: str
+    executable: backends.Executable
+    seconds: float
+
+    @property
+    def from_cache(self) -> bool:
+        return self.executable.from_cache
+
+    def __call__(self, *args: Any) -> Any:
+        signature = self.lowered.signature
+        leaves = signature.check(args, f"compiled {self.lowered.traced.name}")
+        flat = list(self.executable.run(leaves))
+        for i, o in signature.aliases():
+            flat.insert(o, leaves[i])
+        return tree.unflatten(signature.out_spec, flat)
+
+    def as_text(self) -> str:
+        return self.executable.text
+
+    __str__ = as_text
+
+    def cost_analysis(self) -> cost.Cost:
+        return self.lowered.cost_analysis()
+
+    def memory_analysis(self) -> cost.Memory | None:
+        """What the backend measured of its last call, or None where it measures nothing."""
+        return self.executable.measured()
+
+
+def _trace(fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...]) -> Traced:
+    start = time.perf_counter()
+    names = tuple(list(inspect.signature(fn).parameters)[: len(args)])
+    leaves, in_spec = tree.flatten(tuple(args))
+    infos = tuple(abstract(x) for x in leaves)
+    world = compat.FakeTensors()
+    out: dict[str, Any] = {}
+
+    def flat_fn(*flat: torch.Tensor) -> list[torch.Tensor]:
+        result = fn(*tree.unflatten(in_spec, flat))
+        out["paths"] = tuple(tree.paths(result, "out"))
+        flat_out, out["spec"] = tree.flatten(result)
+        return flat_out
+
+    gm = world.trace(flat_fn, [world.make(info.shape, info.dtype) for info in infos])
+    signature = Signature(
+        in_spec, tuple(_argument_paths(args, names)), infos, out["spec"], out["paths"], donate, names
+    )
+    _refuse_constants(gm, fn.__name__)
+    _name_placeholders(gm, signature.in_paths)
+    ir.output_node(gm.graph).meta["paths"] = signature.out_paths
+    _check_donation(signature, gm)
+    gm = passes.run(passes.TRACING, gm, passes.Context(Mesh(), []))
+    return Traced(fn.__name__, gm, signature, time.perf_counter() - start)
+
+
+def _refuse_constants(gm: torch.fx.GraphModule, name: str) -> None:
+    baked = [node.target for node in gm.graph.nodes if node.op == "get_attr"]
+    if baked:
+        raise ValueError(
+            f"{name} uses tensors that are not among its arguments ({len(baked)} of them: {baked[:3]}); tracing would "
+            "freeze their present values into the graph. Pass them as arguments."
+        )
+
+
+def _name_placeholders(gm: torch.fx.GraphModule, paths: Sequence[str]) -> None:
+    for node, path in zip(ir.placeholders(gm.graph), paths, strict=True):
+        node.meta["path"] = path
+        node._rename(path.replace(".", "_").replace("[", "_").replace("]", ""))
+    gm.recompile()
+
+
+def _check_donation(signature: Signature, gm: torch.fx.GraphModule) -> None:
+    by_path = dict(zip(signature.out_paths, ir.results(gm.graph), strict=True))
+    for position, argument in enumerate(signature.donated):
+        name = signature.argument_names[argument]
+        for path, info in zip(signature.in_paths, signature.in_infos, strict=True):
+            if not (path == name or path.startswith((name + ".", name + "["))):
+                continue
+            result = by_path.get(f"out[{position}]{path[len(name) :]}")
+            found = "nothing" if result is None else describe(compat.node_value(result))
+            if result is None or not _matches(compat.node_value(result), info):
+                raise ValueError(
+                    f"donated argument {name}: result {position} must have the same tree, but at {path} it should be "
+                    f"{describe(info)} and is {found}"
+                )
