@@ -99,6 +99,7 @@ class RunConfig:
     eval_batches: int = opt(4, "global batches in one validation", False)
     compile_cache: str = opt("", "folder of compiled artifacts; empty: ~/.cache/llama_fn", False)
     threads: int = opt(0, "CPU threads; 0: one per physical core", False)
+    accept_changes: bool = opt(False, "resume although flags that change the numbers differ", False)
     tensorboard: bool = opt(True, "write TensorBoard events into workdir/tensorboard", False)
 
 

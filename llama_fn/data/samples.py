@@ -1,0 +1,89 @@
+"""Megatron's sample order for one source: which tokens are sample k, given seed, length and count.
+
+Follows megatron-core's GPTDataset: documents shuffled over all epochs together (the last epoch apart where it is
+used by less than 80 %), cut into samples of seq_len + 1 tokens that overlap by one, and the samples shuffled. No
+index is written to disk: the order is made anew in memory from a few NumPy calls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llama_fn.data.indexed import IndexedDataset
+from llama_fn.errors import UserError
+
+SEPARATE_BELOW = 0.80
+
+
+def split_ranges(split: str, sequences: int) -> list[tuple[int, int]]:
+    """[(first, last)) of train, validation and test sequences for weights such as "949,50,1"."""
+    weights = [float(w) for w in split.split(",")]
+    weights += [0.0] * (3 - len(weights))
+    total = sum(weights)
+    if total <= 0:
+        raise UserError(f"--data.split={split}: the weights sum to zero; give at least one positive weight")
+    ends = np.cumsum([w / total for w in weights])
+    marks = [0, *(int(round(float(end) * float(sequences))) for end in ends)]
+    return list(zip(marks[:-1], marks[1:], strict=True))
+
+
+class Samples:
+    """Sample k (0 <= k < count) as seq_len + 1 tokens."""
+
+    def __init__(self, data: IndexedDataset, part: tuple[int, int], seq_len: int, count: int, seed: int, name: str):
+        sequences = np.arange(part[0], part[1], dtype=np.int32)
+        per_epoch = int(data.lengths[part[0] : part[1]].sum(dtype=np.int64))
+        if per_epoch < 2:
+            raise UserError(
+                f"{data.bin_path}: the {name} part has {len(sequences)} of {len(data)} documents and {per_epoch} tokens; "
+                "it needs at least 2 tokens. Change --data.split or give more data"
+            )
+        epochs = -(-(count * seq_len + 1) // per_epoch)
+        before_last = ((epochs - 1) * per_epoch - 1) // seq_len
+        separate = epochs > 1 and count - before_last < int(SEPARATE_BELOW * ((per_epoch - 1) // seq_len))
+        random = np.random.RandomState(seed)
+        if separate:
+            order = [_repeat_shuffled(sequences, epochs - 1, random), _repeat_shuffled(sequences, 1, random)]
+            self.sequences = np.concatenate(order)
+        else:
+            self.sequences = _repeat_shuffled(sequences, epochs, random)
+        self.ends = np.cumsum(data.lengths[self.sequences], dtype=np.int64)
+        total = (epochs * per_epoch - 1) // seq_len
+        self.shuffle = _shuffled_parts(before_last if separate else total, total, random)
+        self.data, self.seq_len, self.count, self.epochs = data, seq_len, count, epochs
+
+    def row(self, i: int) -> tuple[int, int]:
+        """(document position, offset) of flat token i * seq_len."""
+        flat = i * self.seq_len
+        position = int(np.searchsorted(self.ends, flat, side="right"))
+        return position, flat - (int(self.ends[position - 1]) if position else 0)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        """int64 [seq_len + 1]."""
+        position, offset = self.row(int(self.shuffle[k]))
+        parts, missing = [], self.seq_len + 1
+        while missing:
+            sequence = int(self.sequences[position])
+            tokens = self.data.read(sequence, offset, min(int(self.data.lengths[sequence]), offset + missing))
+            parts.append(tokens)
+            missing -= len(tokens)
+            position, offset = position + 1, 0
+        return np.concatenate(parts).astype(np.int64)
+
+
+def _repeat_shuffled(sequences: np.ndarray, epochs: int, random: np.random.RandomState) -> np.ndarray:
+    order = np.tile(sequences, epochs)
+    random.shuffle(order)
+    return order
+
+
+def _shuffled_parts(first: int, total: int, random: np.random.RandomState) -> np.ndarray:
+    """0..first shuffled, then first..total shuffled."""
+    dtype = np.int64 if total >= np.iinfo(np.uint32).max - 1 else np.uint32
+    parts = []
+    for start, stop in ((0, first), (first, total)):
+        part = np.arange(start, stop, dtype=dtype)
+        if start < stop:
+            random.shuffle(part)
+        parts.append(part)
+    return np.concatenate(parts)

@@ -1,0 +1,75 @@
+"""sentencepiece tokenizers: load a LLaMA tokenizer.model, or train one like it on a corpus."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece as spm
+
+from llama_fn.errors import UserError
+from llama_fn.files import atomic
+
+TRAINING_CHARS = 8_000_000
+PADDING = 1024  # rows that a model may have beyond its tokenizer's pieces
+
+
+def load(path: Path) -> spm.SentencePieceProcessor:
+    """The tokenizer at `path`; UserError if it is missing or not a sentencepiece model."""
+    if not path.is_file():
+        raise UserError(f"--data.tokenizer={path}: no such file; expected a sentencepiece tokenizer.model")
+    try:
+        return spm.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        raise UserError(
+            f"--data.tokenizer={path} is not a sentencepiece model ({str(error)[:80]}). LLaMA-3's tokenizer.model is a "
+            "tiktoken file and cannot be used here"
+        ) from None
+
+
+def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Write a BPE model like LLaMA's (byte fallback, digits split, text kept as it is) of `vocab_size` pieces.
+
+    Trained on the first TRAINING_CHARS characters of lines; the same texts give the same bytes.
+    """
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            byte_fallback=True, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+            allow_whitespace_only_pieces=True, max_sentence_length=1 << 16,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise UserError(
+            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {str(error)[-160:]}. "
+            "Lower the vocabulary or give --data.tokenizer"
+        ) from None
+    with atomic(path, "wb") as f:
+        f.write(model.getvalue())
+
+
+def _lines(texts: Iterable[str]) -> Iterable[str]:
+    """Lines for training, several joined so that line breaks and indentation are learned, until enough characters."""
+    budget = TRAINING_CHARS
+    for text in texts:
+        lines = text.splitlines(keepends=True)
+        for start in range(0, len(lines), 8):
+            block = "".join(itertools.islice(lines, start, start + 8))
+            budget -= len(block)
+            if budget < 0:
+                return
+            if block.strip():
+                yield block
+
+
+def check_vocabulary(tokenizer: spm.SentencePieceProcessor, vocab_size: int, path: Path) -> None:
+    """UserError unless the model's rows fit the tokenizer, padding of up to PADDING rows allowed."""
+    pieces = tokenizer.vocab_size()
+    if not pieces <= vocab_size < pieces + PADDING:
+        raise UserError(
+            f"tokenizer {path} has {pieces} pieces, the model --model.vocab_size={vocab_size} rows; "
+            f"use --model.vocab_size={pieces} or the tokenizer of this model"
+        )

@@ -1,0 +1,43 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, one plain line per record elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+log = logging.getLogger("llama_fn.display")
+
+
+class Display:
+    """`console` is rich's on a terminal, None elsewhere."""
+
+    def __init__(self, steps: int, start: int) -> None:
+        self.console: Any = None
+        self.progress: Any = None
+        if sys.stderr.isatty():
+            from rich import progress as bars
+            from rich.console import Console
+
+            self.console = Console(stderr=True)
+            self.progress = bars.Progress(
+                bars.TextColumn("step {task.completed}/{task.total}"), bars.BarColumn(),
+                bars.TimeRemainingColumn(), bars.TextColumn("{task.description}"), console=self.console,
+            )  # fmt: skip
+            self.task = self.progress.add_task("", total=steps, completed=start)
+
+    def start(self) -> None:
+        if self.progress:
+            self.progress.start()
+
+    def record(self, row: Mapping[str, Any], text: str) -> None:
+        if self.progress:
+            summary = f"loss {row['lm_loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  lr {row['learning_rate']:.2e}"
+            self.progress.update(self.task, completed=row["iteration"], description=summary)
+        else:
+            log.info("%s", text)
+
+    def stop(self) -> None:
+        if self.progress:
+            self.progress.stop()

@@ -1,0 +1,121 @@
+"""Names, units and destinations of a run's numbers: train.log, metrics.jsonl, TensorBoard, the terminal.
+
+metrics.jsonl is the source of truth: one object per logged iteration. skipped_iterations and nan_iterations count
+since iteration 0. train.log lines have Megatron's format.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_fn import cost
+from llama_fn.config import Config
+from llama_fn.files import atomic
+from llama_fn.hardware import Hardware
+
+log = logging.getLogger("llama_fn.metrics")
+LINE = (
+    " iteration {iteration:8d}/{steps:8d} | consumed samples: {consumed_samples:12d} |"
+    " consumed tokens: {consumed_tokens:12d} | elapsed time per iteration (ms): {step_time_ms:.1f} |"
+    " learning rate: {learning_rate:.3E} | global batch size: {global_batch_size:5d} | lm loss: {lm_loss:.6E} |"
+    " loss scale: {loss_scale:.1f} | grad norm: {grad_norm:.3f} | actual seqlen: {seq_len:5d} |"
+    " number of skipped iterations: {skipped_iterations:3d} | number of nan iterations: {nan_iterations:3d} |"
+    " samples per second: {samples_per_second:.3f} | TFLOPs: {tflops_hardware:.2f} |"
+)
+
+
+def record(cfg: Config, iteration: int, values: Mapping[str, float], seconds: float, hw: Hardware | None) -> dict[str, Any]:
+    """The object of metrics.jsonl for one iteration. tflops_hardware is AscendSpeed's count per device, mfu the model
+    FLOPs against the device's peak, None where the peak is unknown."""
+    d, m = cfg.data, cfg.model
+    tokens = d.global_batch_size * d.seq_len
+    per_s = tokens / seconds
+    return {
+        "iteration": iteration,
+        "consumed_samples": iteration * d.global_batch_size,
+        "consumed_tokens": iteration * tokens,
+        "lm_loss": values["lm_loss"],
+        "learning_rate": values["learning_rate"],
+        "grad_norm": values["grad_norm"],
+        "loss_scale": values["loss_scale"],
+        "skipped_iterations": int(values["skipped_iterations"]),
+        "nan_iterations": int(values["nan_iterations"]),
+        "step_time_ms": seconds * 1e3,
+        "tokens_per_second": per_s,
+        "tflops_hardware": cost.hardware_flops_per_token(m, d.seq_len, recompute=False) * per_s / 1e12,
+        "mfu": None if hw is None else cost.model_flops_per_token(m, d.seq_len) * per_s / hw.peak_flops_per_s,
+    }
+
+
+def line(cfg: Config, row: Mapping[str, Any]) -> str:
+    """The Megatron line of one record."""
+    size = cfg.data.global_batch_size
+    return LINE.format(
+        **row, steps=cfg.run.steps, global_batch_size=size, seq_len=cfg.data.seq_len,
+        samples_per_second=size / row["step_time_ms"] * 1e3,
+    )  # fmt: skip
+
+
+class Writer:
+    """Writes records to every destination. After a resume at iteration `start`, later records are dropped first."""
+
+    def __init__(self, cfg: Config, workdir: Path, start: int) -> None:
+        self.cfg = cfg
+        self.path = workdir / "metrics.jsonl"
+        _truncate(self.path, start)
+        self.jsonl = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.text = open(workdir / "train.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.board: Any = None
+        if cfg.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+    def note(self, text: str) -> None:
+        """A line of train.log that is not a record."""
+        self.text.write(text + "\n")
+
+    def write(self, row: Mapping[str, Any]) -> str:
+        text = line(self.cfg, row)
+        self.jsonl.write(json.dumps(row) + "\n")
+        self.text.write(text + "\n")
+        for name, value in row.items() if self.board else ():
+            if value is not None and name != "iteration":
+                self.board.add_scalar(f"train/{name}", value, row["iteration"])
+        return text
+
+    def validation(self, iteration: int, loss: float) -> str:
+        text = f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |"
+        self.note(text)
+        if self.board:
+            self.board.add_scalar("validation/lm_loss", loss, iteration)
+        return text
+
+    def close(self) -> None:
+        for f in (self.jsonl, self.text, self.board):
+            if f is not None:
+                f.close()
+
+
+def _exp(loss: float) -> float:
+    return float(2.718281828459045 ** min(loss, 20.0))
+
+
+def _truncate(path: Path, start: int) -> None:
+    """Keep the records up to iteration `start`: those after it will be computed, and written, again."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed process
+        if row["iteration"] <= start:
+            kept.append(text + "\n")
+    with atomic(path) as f:
+        f.writelines(kept)

@@ -1,0 +1,78 @@
+"""The process around the run: threads, allocator, device, logging to the terminal, and signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llama_fn import compat, hardware
+from llama_fn.config import RunConfig
+from llama_fn.errors import UserError
+
+log = logging.getLogger("llama_fn")
+
+
+def setup(run: RunConfig) -> hardware.Hardware | None:
+    """Threads, memory and device as the flags say; returns the device's entry in the hardware table, if any."""
+    compat.check_torch_version()
+    compat.keep_memory()
+    torch.set_num_threads(run.threads or compat.physical_cores())
+    device = torch.device(run.device)
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise UserError(f"--run.device={run.device}: expected cpu or cuda")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--run.device={run.device}: torch {torch.__version__} finds no CUDA device. Install the CUDA build of torch "
+            "(BUILD.md) and check nvidia-smi, or use --run.device=cpu"
+        )
+    return hardware.identify(torch.cuda.get_device_name(device))
+
+
+@dataclass
+class StopRequest:
+    """Set by SIGTERM or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
+
+    signal: int = 0
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def install(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def remove(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
+            os.write(2, b"second interrupt: leaving without saving\n")
+            os._exit(130)
+        self.signal = number
+        os.write(2, f"{signal.Signals(number).name}: stopping after this step, then saving\n".encode())
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.signal == signal.SIGINT else 0
+
+
+def log_to_terminal(console: Any | None) -> None:
+    """Plain lines on standard error; through rich's console where a progress display shares the terminal."""
+    root = logging.getLogger("llama_fn")
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if console is not None:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=console, show_path=False, show_level=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root.handlers[:] = [handler]
