@@ -34,7 +34,8 @@ class FakeTensors:
     """A world of tensors with shape, dtype and device but no storage."""
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode()
+        # Captured real tensors become graph constants, which the ladder then refuses by name.
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def make(self, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         with self.mode:

@@ -1,0 +1,38 @@
+# Two commands need nothing but Python 3.11 (or 3.12) and a C++ compiler: make demo, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test nightly lint format clean
+
+demo: $(VENV)/.base
+	$(BIN)/python train.py --flagfile=configs/tiny_cpu.flags
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -q
+
+nightly: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "llama_fn needs Python 3.11 or 3.12, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) work .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,65 @@
+"""Shared fixtures: tiny configs, and one compile cache for the whole session."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
+
+torch.set_num_threads(2)
+
+
+def tiny(**model):
+    """A two-layer GQA model and a batch that a test can afford."""
+    shape = {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "vocab_size": 64}
+    return Config(
+        model=ModelConfig(**{**shape, **model}),
+        data=DataConfig(seq_len=16, global_batch_size=4),
+        run=RunConfig(steps=10),
+    )
+
+
+@pytest.fixture
+def tiny_config():
+    return tiny
+
+
+@pytest.fixture
+def random_batch():
+    from llama_fn.train_step import Batch
+
+    def make(cfg, seed=0):
+        m, size = cfg.data.microbatches, cfg.data.global_batch_size
+        generator = torch.Generator().manual_seed(seed)
+        shape = (m, size // m, cfg.data.seq_len + 1)
+        ids = torch.randint(0, cfg.model.vocab_size, shape, generator=generator)
+        mask = (torch.rand(ids[..., 1:].shape, generator=generator) > 0.1).float()
+        return Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), mask)
+
+    return make
+
+
+@pytest.fixture
+def fresh_state():
+    from llama_fn import arrays, random, train_step
+
+    def make(cfg, seed=0):
+        return arrays.materialize(train_step.abstract_state(cfg), random.key(seed))
+
+    return make
+
+
+@pytest.fixture
+def with_data():
+    def change(cfg, **data):
+        return replace(cfg, data=replace(cfg.data, **data))
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")

@@ -1,0 +1,169 @@
+"""Data against megatron-core's own reader and sampler, worked examples, and inputs that are wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
+from llama_fn.data import corpus, indexed, prepare, tokenizer
+from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.samples import Samples, split_ranges
+from llama_fn.errors import UserError
+
+
+def write(prefix, lengths, seed=0):
+    random = np.random.default_rng(seed)
+    indexed.write(prefix, [random.integers(0, 1000, n) for n in lengths], np.uint16)
+    return indexed.IndexedDataset(prefix)
+
+
+def test_files_have_the_bytes_of_the_format(tmp_path):
+    documents = [np.array([10, 11, 12]), np.array([13]), np.arange(14, 19)]
+    indexed.write(tmp_path / "x", documents, np.uint16)
+    assert (tmp_path / "x.bin").read_bytes().hex() == "0a000b000c000d000e000f00100011001200"
+    idx = (tmp_path / "x.idx").read_bytes()
+    assert len(idx) == 102
+    assert idx.hex().startswith("4d4d494449445800000100000000000000080300000000000000" + "0400000000000000")
+
+
+def test_order_of_the_worked_example(tmp_path):
+    lengths = [5, 9, 3, 12, 7, 1, 20, 4, 6, 11]
+    samples = Samples(write(tmp_path / "x", lengths), (0, 10), 8, 9, 1234, "train")
+    assert samples.sequences.tolist() == [7, 2, 9, 1, 0, 8, 4, 5, 6, 3]
+    rows = [[0, 0], [2, 1], [2, 9], [3, 6], [5, 0], [6, 2], [8, 2], [8, 10], [8, 18], [9, 6]]
+    assert [list(samples.row(i)) for i in range(10)] == rows
+    assert samples.shuffle.tolist() == [7, 3, 5, 1, 4, 8, 0, 2, 6]
+
+
+@pytest.mark.parametrize(
+    "count, seq_len, split", [(9, 8, "1"), (60, 8, "90,5,5"), (25, 16, "8,1,1"), (31, 7, "5,4,1")], ids=str
+)
+def test_samples_equal_megatron_cores(count, seq_len, split, tmp_path):
+    lengths = np.random.default_rng(5).integers(1, 40, 30).tolist()
+    data = write(tmp_path / "x", lengths)
+    part = split_ranges(split, len(data))[0]
+    samples = Samples(data, part, seq_len, count, 1234, "train")
+    padded = ",".join((split.split(",") + ["0", "0"])[:3])
+    spec = {"seed": 1234, "seq_len": seq_len, "split": padded, "count": count, "port": 29600 + count}
+    script = Path(__file__).with_name("megatron_oracle.py")
+    command = [sys.executable, "-P", str(script), str(tmp_path / "x"), str(tmp_path / "o.npz"), json.dumps(spec)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    want = np.load(tmp_path / "o.npz")
+    assert want["lengths"].tolist() == lengths
+    assert np.array_equal(want["first"], data.read(0, 0, lengths[0]))
+    assert np.array_equal(want["documents"], data.documents)
+    assert np.array_equal(np.stack([samples[k] for k in range(count)]), want["samples"])
+
+
+def test_batches_do_not_depend_on_microbatches_and_resume_exactly(tmp_path):
+    samples = Samples(write(tmp_path / "x", [50] * 20), (0, 20), 8, 40, 1, "train")
+    whole = BatchIterator(samples, 4, 1, 1000)
+    split = BatchIterator(samples, 4, 2, 1000)
+    for _ in range(3):
+        a, b = next(whole), next(split)
+        assert np.array_equal(a.tokens.flatten(), b.tokens.flatten())
+    resumed = BatchIterator(samples, 4, 1, 1000, **{"consumed": whole.state()["consumed_samples"]})
+    assert np.array_equal(next(resumed).tokens, next(whole).tokens)
+    assert sum(1 for _ in iter(lambda: next(resumed, None), None)) == 6
+
+
+def config(tmp_path, path, **data):
+    return Config(
+        model=ModelConfig(vocab_size=300),
+        data=DataConfig(path=str(path), seq_len=8, global_batch_size=2, **data),
+        run=RunConfig(workdir=str(tmp_path / "work"), steps=2, eval_batches=1),
+    )
+
+
+def test_text_is_tokenized_once_and_decodes_back(tmp_path, monkeypatch):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = [f"def f{i}(x):\n\treturn  x + {i}  # 世界\n" * 5 for i in range(40)]
+    for i, text in enumerate(texts):
+        (folder / f"{i:02}.txt").write_text(text)
+    cfg = config(tmp_path, folder, split="8,2,0")
+    train, valid = prepare.datasets(cfg, tmp_path / "work")
+    pieces = tokenizer.load(tmp_path / "work" / "data" / "tokenizer.model")
+    data = train.data
+    assert len(data) == 40 and valid is not None
+    ids = data.read(3, 0, int(data.lengths[3])).tolist()
+    assert ids[-1] == pieces.eos_id() and pieces.decode(ids[:-1]) == texts[3]
+    monkeypatch.setattr(prepare, "_tokenize", lambda *a: pytest.fail("tokenized twice"))
+    prepare.datasets(cfg, tmp_path / "work")
+
+
+def test_jsonl_documents_are_read_by_key(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    assert list(corpus.documents(str(file), "text")) == ["one", "two"]
+    file.write_text('{"text": "one"}\n{"body": "two"}\n')
+    with pytest.raises(UserError, match=r"x.jsonl:2 has no text under --data.jsonl_key=text; found \['body'\]"):
+        list(corpus.documents(str(file), "text"))
+
+
+def test_wrong_corpora_are_named(tmp_path):
+    cases = {
+        "missing.txt": (None, "no such file"),
+        "empty.txt": (b"", "is empty"),
+        "blank.jsonl": (b"\n\n", "holds no text"),
+        "binary.txt": (b"\x7fELF\0\0", "binary file"),
+        "latin.txt": ("é".encode("latin-1") * 3, "not UTF-8"),
+        "broken.jsonl": (b"{oops\n", "broken.jsonl:1 is not JSON"),
+    }
+    for name, (content, message) in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            list(corpus.documents(str(tmp_path / name), "text"))
+
+
+def test_truncated_files_are_named(tmp_path):
+    write(tmp_path / "x", [5, 6, 7])
+    idx, bin_ = tmp_path / "x.idx", tmp_path / "x.bin"
+    good_idx, good_bin = idx.read_bytes(), bin_.read_bytes()
+    for idx_bytes, bin_bytes, message in (
+        (good_idx[:60], good_bin, "x.idx is truncated"),
+        (good_idx[:10], good_bin, "x.idx is truncated"),
+        (good_idx, good_bin[:-4], "x.bin is truncated"),
+        (b"GARBAGE!!" + good_idx[9:], good_bin, "not a Megatron index"),
+    ):
+        idx.write_bytes(idx_bytes)
+        bin_.write_bytes(bin_bytes)
+        with pytest.raises(UserError, match=message):
+            indexed.IndexedDataset(tmp_path / "x")
+    bin_.unlink()
+    with pytest.raises(UserError, match=r"x.bin is missing"):
+        indexed.IndexedDataset(tmp_path / "x")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    (tmp_path / "t.txt").write_text("some words to learn from, again and again\n" * 50)
+    tokenizer.train(["some words to learn from " * 50], 280, tmp_path / "t.model")
+    cfg = config(tmp_path, tmp_path / "t.txt", tokenizer=str(tmp_path / "t.model"))
+    cfg = replace(cfg, model=replace(cfg.model, vocab_size=32000))
+    with pytest.raises(UserError, match=r"280 pieces, the model --model.vocab_size=32000 rows"):
+        prepare.datasets(cfg, tmp_path / "work")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        tokenizer.load(tmp_path / "bad.model")
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
+    samples = Samples(write(tmp_path / "x", [50] * 4), (0, 4), 8, 4, 1, "train")
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        next(BatchIterator(samples, 4, 1, 10))
+
+
+def test_a_split_of_nothing_is_refused(tmp_path):
+    data = write(tmp_path / "x", [5, 6])
+    with pytest.raises(UserError, match="0 of 2 documents"):
+        Samples(data, split_ranges("0,1", 2)[0], 4, 1, 1, "train")
+    with pytest.raises(UserError, match="sum to zero"):
+        split_ranges("0,0", 2)

@@ -1,0 +1,97 @@
+"""The model against transformers' LlamaForCausalLM, and its parameter counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llama_fn import arrays, model, random, tree
+from llama_fn.config import PRESETS, preset
+
+COUNTS = {
+    "llama_7b": 6_738_415_616,
+    "llama_13b": 13_015_864_320,
+    "llama_33b": 32_528_943_616,
+    "llama_65b": 65_285_660_672,
+    "llama_65b_8layers": 7_000_432_640,
+    "llama2_70b": 68_976_648_192,
+    "llama3_8b": 8_030_261_248,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_number_of_parameters(name):
+    m = preset(name)
+    h, kv = m.embed_dim // m.num_heads, m.num_kv_heads
+    attention = 2 * m.embed_dim**2 + 2 * m.embed_dim * kv * h
+    by_hand = m.num_layers * (attention + 3 * m.embed_dim * m.mlp_dim + 2 * m.embed_dim)
+    by_hand += 2 * m.vocab_size * m.embed_dim + m.embed_dim
+    assert arrays.total_size(model.abstract_params(m)) == COUNTS.get(name, by_hand) == by_hand
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm_eps": 1e-6},
+        {"num_kv_heads": 2, "norm_eps": 1e-5, "rope_theta": 500000.0},
+        {"num_kv_heads": 1, "rope_theta": 100.0, "fused_head": True},
+        {"tie_embeddings": True},
+    ],
+    ids=str,
+)
+def test_logits_loss_and_gradients_equal_transformers(change, tmp_path, tiny_config):
+    cfg = replace(tiny_config(num_kv_heads=4).model, init_std=0.2, **change)
+    params = arrays.materialize(model.abstract_params(cfg), random.key(3))
+    params = tree.map(lambda p: p + 0.1 * torch.randn_like(p), params)
+    ids = torch.randint(0, cfg.vocab_size, (3, 20))
+    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def loss_fn(*leaves):
+        return model.nll(tree.unflatten(spec, leaves), tokens, targets, cfg=cfg).mean()
+
+    leaves, spec = tree.flatten(params)
+    logits = model.logits(params, tokens, cfg=cfg)
+    loss, pull = torch.func.vjp(loss_fn, *leaves)
+    grads = dict(zip(tree.paths(params), pull(torch.ones(())), strict=True))
+
+    given = {**tree.by_path(params), "tokens": tokens, "targets": targets}
+    np.savez(tmp_path / "in.npz", **{name: value.numpy() for name, value in given.items()})
+    script = Path(__file__).with_name("hf_oracle.py").read_text()
+    (tmp_path / "oracle.py").write_text(script)
+    command = [sys.executable, "oracle.py", "in.npz", "out.npz", json.dumps(asdict(cfg))]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    want = {name: torch.from_numpy(a) for name, a in np.load(tmp_path / "out.npz").items()}
+
+    def error(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    assert error(logits, want.pop("logits")) < 2e-6
+    assert error(loss, want.pop("loss")) < 1e-6
+    assert set(want) == set(grads)
+    for name, theirs in want.items():
+        assert error(grads[name], theirs) < 5e-6, name
+
+
+def test_initial_loss_is_log_vocab_plus_half_the_logit_variance():
+    cfg = replace(preset("llama_tiny"), init_scaled=False)
+    params = arrays.materialize(model.abstract_params(cfg), random.key(1))
+    ids = torch.randint(0, cfg.vocab_size, (2, 65))
+    loss = model.nll(params, ids[:, :-1], ids[:, 1:], cfg=cfg).mean().item()
+    expected = math.log(cfg.vocab_size) + cfg.embed_dim * cfg.init_std**2 / 2
+    assert abs(loss / expected - 1) < 0.02
+
+
+def test_a_shard_draws_the_same_numbers_as_the_whole():
+    key, shape = random.fold_in(random.key(0), "layers.wq"), (3, 400, 500)
+    whole = random.normal(key, shape, 0.5, torch.float32).flatten()
+    part = random.normal(key, shape, 0.5, torch.float32, start=270_000, stop=530_001)
+    assert torch.equal(part, whole[270_000:530_001])
+    assert abs(whole.std().item() - 0.5) < 0.002 and abs(whole.mean().item()) < 0.002

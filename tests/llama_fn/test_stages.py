@@ -1,0 +1,174 @@
+"""The ladder: what is traced is what runs, on every backend; labels, donation, guards and errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama_fn import ir, stages, train_step, tree
+from llama_fn.errors import UserError
+from sharding import Mesh
+
+
+def traced_step(cfg):
+    step = stages.jit(train_step.make_train_step(cfg), donate=0)
+    return step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "interpret"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_traced_equals_eager_bitwise(backend, dtype, tiny_config, random_batch, fresh_state, with_data):
+    cfg = with_data(tiny_config(compute_dtype=dtype), microbatches=2)
+    compiled = traced_step(cfg).lower().compile(backend)
+    step = train_step.make_train_step(cfg)
+    state, want = fresh_state(cfg), fresh_state(cfg)
+    for i in range(3):
+        state, metrics = compiled(state, random_batch(cfg, i))
+        want, want_metrics = step(want, random_batch(cfg, i))
+        assert equal((state, metrics), (want, want_metrics))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_batch, fresh_state, compile_cache):
+    cfg = tiny_config(compute_dtype=dtype, num_layers=3)
+    lowered = traced_step(cfg).lower()
+    eager, fast = lowered.compile("eager"), lowered.compile("inductor", cache=compile_cache)
+    a, b = fresh_state(cfg), fresh_state(cfg)
+    tolerance = 1e-5 if dtype == "fp32" else 2e-2
+    for i in range(2):
+        a, want = eager(a, random_batch(cfg, i))
+        b, got = fast(b, random_batch(cfg, i))
+        for name in want:
+            assert got[name].item() == pytest.approx(want[name].item(), rel=tolerance), name
+    again = lowered.compile("inductor", cache=compile_cache)
+    assert not fast.from_cache and again.from_cache
+    c = fresh_state(cfg)
+    for i in range(2):
+        c, _ = again(c, random_batch(cfg, i))
+    assert equal(c, b)
+
+
+def test_donated_state_lives_in_the_old_buffers(tiny_config, random_batch, fresh_state):
+    cfg = tiny_config()
+    state = fresh_state(cfg)
+    new, _ = traced_step(cfg).lower().compile("interpret")(state, random_batch(cfg))
+    pointers = [x.data_ptr() for x in tree.leaves(state)]
+    assert [x.data_ptr() for x in tree.leaves(new)] == pointers
+    assert new.step.item() == 1
+
+
+def test_a_donated_swap_does_not_read_overwritten_values():
+    def swap(state, x):
+        return {"a": state["b"], "b": state["a"]}, state["a"] + x
+
+    args = ({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, torch.tensor(3.0))
+    state, out = stages.jit(swap, donate=0).trace(*args).lower().compile("eager")(*args)
+    assert (state["a"].item(), state["b"].item(), out.item()) == (2.0, 1.0, 4.0)
+
+
+def test_every_node_has_scope_and_phase_and_placeholders_have_paths(tiny_config):
+    graph = traced_step(tiny_config()).graph_module.graph
+    for node in ir.calls(graph):
+        assert ir.scope_of(node) and ir.phase_of(node) in ir.PHASES, node
+    phases = [ir.phase_of(node) for node in ir.calls(graph)]
+    assert phases == sorted(phases, key=ir.PHASES.index), "phases follow one another"
+    backward = [n for n in ir.calls(graph) if ir.phase_of(n) == "backward" and "/layers/1/" in ir.scope_of(n)]
+    assert any("attention_bwd" in str(n.target) for n in backward)
+    assert ir.placeholders(graph)[1].meta["path"] == "state.params.embed"
+
+
+def test_text_of_a_rung_names_shapes_scopes_and_sources(tiny_config):
+    text = traced_step(tiny_config()).as_text()
+    assert "llama_fn.attention.default" in text and "layers/0/attention model.py:" in text
+    assert "f32[2,32,4,8]" in text and "return %" in text
+
+
+def test_costs_are_those_counted_by_hand(tiny_config):
+    cfg = tiny_config()
+    lowered = traced_step(cfg).lower()
+    m, tokens, t = cfg.model, 4 * 16, 16
+    matrices = m.num_layers * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48) + 64 * 32
+    forward = 2 * matrices * tokens + m.num_layers * 2 * t * 32 * tokens
+    flops = lowered.cost_analysis().flops
+    assert flops["forward"] == forward
+    assert flops["backward"] == 4 * matrices * tokens + m.num_layers * 5 * t * 32 * tokens
+    assert flops["optimizer"] == 0
+
+
+def test_predicted_peak_memory_is_what_the_interpreter_measures(tiny_config, random_batch, fresh_state):
+    cfg = replace(tiny_config(vocab_size=512, embed_dim=64), data=replace(tiny_config().data, seq_len=64))
+    lowered = traced_step(cfg).lower()
+    compiled = lowered.compile("interpret")
+    compiled(fresh_state(cfg), random_batch(cfg))
+    measured, predicted = compiled.memory_analysis(), lowered.memory_analysis()
+    assert predicted.temporary_bytes == pytest.approx(measured.temporary_bytes, rel=0.05)
+    assert predicted.argument_bytes == measured.argument_bytes
+
+
+def test_repeated_layers_are_outlined_and_compute_the_same(tiny_config, random_batch, fresh_state, with_data):
+    from llama_fn import passes
+    from llama_fn.passes.outline import outline
+
+    cfg = with_data(tiny_config(num_layers=4), microbatches=2)
+    lowered = traced_step(cfg).lower()
+    outlined = outline(passes.copy_graph(lowered.graph_module), None)
+    calls = [n for n in ir.calls(outlined.graph) if "invoke_subgraph" in str(n.target)]
+    assert len(calls) == 2 * 2 * 4 and len(list(outlined.children())) == 2
+    inputs = lambda: [*tree.leaves(fresh_state(cfg)), *tree.leaves(random_batch(cfg))]  # noqa: E731
+    a, b = inputs(), inputs()
+    with torch.no_grad():
+        want, got = lowered.graph_module(*a), outlined(*b)
+    assert equal((want, a), (got, b))
+
+
+def test_a_compiled_step_names_every_leaf_that_differs(tiny_config, random_batch, fresh_state):
+    cfg = tiny_config()
+    compiled = traced_step(cfg).lower().compile("eager")
+    batch = random_batch(cfg)
+    wrong = train_step.Batch(batch.tokens[..., :-1], batch.targets.int(), batch.loss_mask)
+    with pytest.raises(ValueError) as error:
+        compiled(fresh_state(cfg), wrong)
+    assert "batch.tokens: expected i64[1,4,16], given i64[1,4,15]" in str(error.value)
+    assert "batch.targets: expected i64[1,4,16], given i32[1,4,16]" in str(error.value)
+    assert "loss_mask" not in str(error.value)
+
+
+def test_a_step_is_traced_once(tiny_config):
+    cfg = tiny_config()
+    step = stages.jit(train_step.make_train_step(cfg), donate=0)
+    args = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
+    step.trace(*args)
+    assert step.trace_count == 1
+    with pytest.raises(ValueError, match="already traced"):
+        step.trace(*args)
+
+
+def test_jit_called_directly_climbs_the_ladder(tiny_config):
+    double = stages.jit(lambda x: {"y": x["a"] * 2}, backend="eager")
+    assert double({"a": torch.ones(2)})["y"].tolist() == [2.0, 2.0]
+    assert double({"a": torch.ones(2) * 3})["y"].tolist() == [6.0, 6.0] and double.trace_count == 1
+
+
+def test_constants_baked_into_a_trace_are_refused():
+    hidden = torch.ones(3)
+    with pytest.raises(ValueError, match="not among its arguments"):
+        stages.jit(lambda x: x + hidden).trace(torch.zeros(3))
+
+
+def test_donation_of_another_tree_is_refused():
+    with pytest.raises(ValueError, match=r"x\.b it should be f32\[2\] and is nothing"):
+        stages.jit(lambda x: ({"a": x["a"]}, x["b"]), donate=0).trace({"a": torch.ones(1), "b": torch.ones(2)})
+
+
+def test_unknown_backends_and_larger_meshes_are_refused(tiny_config):
+    traced = traced_step(tiny_config())
+    with pytest.raises(UserError, match="Did you mean inductor"):
+        traced.lower().compile("inducter")
+    with pytest.raises(UserError, match="2 devices"):
+        traced.lower(Mesh.parse("data:2"))
