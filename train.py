@@ -39,7 +39,12 @@ def _define(name: str, kind: Any, default: Any, help_text: str) -> None:
     if typing.get_origin(kind) is typing.Literal:
         flags.DEFINE_enum(name, default, list(typing.get_args(kind)), help_text)
     else:
-        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+        define = {
+            bool: flags.DEFINE_bool,
+            int: flags.DEFINE_integer,
+            float: flags.DEFINE_float,
+            str: flags.DEFINE_string,
+        }
         define[kind](name, default, help_text)
 
 
@@ -77,7 +82,10 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv) if "--helpfull" in argv else FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        print(f"error: --{error.flagname} is not a flag. {nearest(error.flagname, config.flat(config.Config()))}", file=sys.stderr)
+        print(
+            f"error: --{error.flagname} is not a flag. {nearest(error.flagname, config.flat(config.Config()))}",
+            file=sys.stderr,
+        )
     except (flags.Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import contender  # noqa: E402
+import contender
 
 SHAPES = {  # layers, dim, heads, mlp, vocab
     "llama_tiny": (4, 256, 4, 688, 4096),

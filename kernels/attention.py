@@ -106,6 +106,14 @@ def attention_bwd_reference(do, q, k, v, o, lse, scale):
     return _backward(do, q, k, v, o, lse, scale, 1)
 
 
+def attention_blocked(q, k, v, scale):
+    return _forward(q, k, v, scale, _blocks(q.shape[1]))
+
+
+def attention_bwd_blocked(do, q, k, v, o, lse, scale):
+    return _backward(do, q, k, v, o, lse, scale, _blocks(q.shape[1]))
+
+
 def _abstract(q, k, v, scale):
     b, t, n, _ = q.shape
     if n % k.shape[2]:
@@ -128,7 +136,7 @@ attention_bwd = kernel(
         "b t n h, b t n h, b s n h, b s n h, b t n h, b n t -> b t n h, b s n h, b s n h", frozenset("tsh")
     ),
     flops=lambda do, q, k, *_: 5 * _flops(q, k) // 2,
-    impls={"blocked": lambda do, q, *rest: _backward(do, q, *rest, _blocks(q.shape[1]))},
+    impls={"blocked": attention_bwd_blocked},
 )
 
 attention = kernel(
@@ -142,5 +150,5 @@ attention = kernel(
         *attention_bwd(cts[0], *inputs[:3], outputs[0], outputs[1], inputs[3]),
         None,
     ),
-    impls={"blocked": lambda q, *rest: _forward(q, *rest, _blocks(q.shape[1]))},
+    impls={"blocked": attention_blocked},
 )

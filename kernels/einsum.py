@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from math import prod
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from kernels.registry import Factors, kernel
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(equation: str) -> tuple[str, str, str]:
     """Letters of both operands and the result; ValueError unless each letter stands in at least two of the three."""
     try:

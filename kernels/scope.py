@@ -26,7 +26,8 @@ class Place:
     source: str = ""
 
 
-_PLACE: ContextVar[Place] = ContextVar("llama_fn_place", default=Place())
+_TOP = Place()
+_PLACE: ContextVar[Place] = ContextVar("llama_fn_place", default=_TOP)
 _INTERNAL = (str(Path(__file__).parent), "torch", "contextlib", "functools")
 
 

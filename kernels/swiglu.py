@@ -14,9 +14,7 @@ def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return (g * torch.sigmoid(g) * wide(up)).to(gate.dtype)
 
 
-def swiglu_bwd_reference(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_bwd_reference(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """dgate = dy up s (1 + g (1 - s)) and dup = dy g s, with s = sigmoid(g)."""
     g, dy_wide = wide(gate), wide(dy)
     s = torch.sigmoid(g)

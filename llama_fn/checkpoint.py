@@ -34,7 +34,11 @@ def _to_numpy(t: torch.Tensor) -> np.ndarray:
 
 def _to_torch(a: np.ndarray) -> torch.Tensor:
     a = np.ascontiguousarray(a) if a.ndim else np.asarray(a)
-    return torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16) if a.dtype == ml_dtypes.bfloat16 else torch.from_numpy(a)
+    return (
+        torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16)
+        if a.dtype == ml_dtypes.bfloat16
+        else torch.from_numpy(a)
+    )
 
 
 def _keys(path: str) -> list[str]:
@@ -59,7 +63,7 @@ def _find(nested: Any, path: str) -> Any:
 
 
 def _checksum(a: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)
 
 
 class Checkpointer:
@@ -87,7 +91,7 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Start writing iteration `step`; returns once the state is copied. An error of the previous save rises here."""
+        """Start writing iteration `step`; returns once the state is copied. An earlier failure rises here."""
         arrays = {path: _to_numpy(leaf) for path, leaf in tree.by_path(state).items()}
         meta = {**meta, "checksums": {path: _checksum(a) for path, a in arrays.items()}}
         args = self.ocp.args
@@ -137,7 +141,7 @@ class Checkpointer:
                 self._set_aside(step)
         if steps:
             raise UserError(
-                f"no checkpoint in {self.folder} can be restored (tried {steps[::-1]}; they were renamed to *.damaged). "
+                f"no checkpoint in {self.folder} can be restored (tried {steps[::-1]}; they were moved to ../damaged). "
                 "Start in another --run.workdir, or bring back a copy"
             )
         return None

@@ -67,7 +67,7 @@ class FakeTensors:
             return fn(*args)
 
 
-def annotations(node: torch.fx.Node) -> dict[str, Any]:
+def labels(node: torch.fx.Node) -> dict[str, Any]:
     return node.meta.get("custom", {})
 
 
@@ -136,9 +136,7 @@ def has_onednn() -> bool:
 
 _FORMS = torch.library.Library("llama_fn_forms", "FRAGMENT")
 _FORMS.define("onednn_product(Tensor a, Tensor b) -> Tensor")
-_FORMS.impl(
-    "onednn_product", lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""), "CPU"
-)
+_FORMS.impl("onednn_product", lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""), "CPU")
 torch.library.register_fake(
     "llama_fn_forms::onednn_product", lambda a, b: a.new_empty((a.shape[0], b.shape[1])), lib=_FORMS
 )

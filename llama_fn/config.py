@@ -83,7 +83,9 @@ class MeshConfig:
 class RunConfig:
     """The run around the step."""
 
-    workdir: str = opt("work/run", "folder for checkpoints, logs and the tokenized corpus; resumes what it holds", False)
+    workdir: str = opt(
+        "work/run", "folder for checkpoints, logs and the tokenized corpus; resumes what it holds", False
+    )
     steps: int = opt(300, "iterations to train in all")
     seed: int = opt(1234, "seed of the initial parameters and of the sample order")
     backend: Literal["inductor", "interpret", "eager"] = opt("inductor", "how the step graph is executed")
@@ -100,6 +102,7 @@ class RunConfig:
     compile_cache: str = opt("", "folder of compiled artifacts; empty: ~/.cache/llama_fn", False)
     threads: int = opt(0, "CPU threads; 0: one per physical core", False)
     accept_changes: bool = opt(False, "resume although flags that change the numbers differ", False)
+    wandb: str = opt("", "Weights & Biases project to log to; empty: none, no network", False)
     tensorboard: bool = opt(True, "write TensorBoard events into workdir/tensorboard", False)
 
 

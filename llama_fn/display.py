@@ -33,7 +33,9 @@ class Display:
 
     def record(self, row: Mapping[str, Any], text: str) -> None:
         if self.progress:
-            summary = f"loss {row['lm_loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  lr {row['learning_rate']:.2e}"
+            summary = (
+                f"loss {row['lm_loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  lr {row['learning_rate']:.2e}"
+            )
             self.progress.update(self.task, completed=row["iteration"], description=summary)
         else:
             log.info("%s", text)

@@ -13,16 +13,16 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 def scope_of(node: torch.fx.Node) -> str:
-    return str(compat.annotations(node).get("scope", ""))
+    return str(compat.labels(node).get("scope", ""))
 
 
 def phase_of(node: torch.fx.Node) -> str:
-    return str(compat.annotations(node).get("phase", "forward"))
+    return str(compat.labels(node).get("phase", "forward"))
 
 
 def label(node: torch.fx.Node, like: torch.fx.Node) -> None:
     """Give `node` the scope, phase and source of another."""
-    node.meta["custom"] = dict(compat.annotations(like))
+    node.meta["custom"] = dict(compat.labels(like))
 
 
 def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -35,7 +35,7 @@ def output_node(graph: torch.fx.Graph) -> torch.fx.Node:
 
 def results(graph: torch.fx.Graph) -> list[Any]:
     """The graph's flat results."""
-    return list(output_node(graph).args[0])  # type: ignore[arg-type, call-overload]
+    return list(output_node(graph).args[0])  # type: ignore[arg-type]
 
 
 def calls(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -76,13 +76,15 @@ def as_text(gm: torch.fx.GraphModule, title: str) -> str:
     for node in gm.graph.nodes:
         arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
         if node.op == "placeholder":
-            lines.append(f"  %{node.name}: {describe(node.meta.get('val'))} = input {node.meta.get('path', '')}".rstrip())
+            lines.append(
+                f"  %{node.name}: {describe(node.meta.get('val'))} = input {node.meta.get('path', '')}".rstrip()
+            )
         elif node.op == "output":
             names = node.meta.get("paths") or [""] * len(node.args[0])
             for name, value in zip(names, node.args[0], strict=True):
                 lines.append(f"  return {_argument(value)} {name}".rstrip())
         else:
-            where = compat.annotations(node)
+            where = compat.labels(node)
             trail = " ".join(str(where[key]) for key in ("phase", "scope", "source") if where.get(key))
             call = f"{_target(node)}({', '.join(arguments)})"
             lines.append(f"  %{node.name}: {_result(node.meta.get('val'))} = {call}  # {trail}")
@@ -91,4 +93,8 @@ def as_text(gm: torch.fx.GraphModule, title: str) -> str:
 
 def _target(node: torch.fx.Node) -> str:
     target = node.target
-    return str(target) if isinstance(target, str) or hasattr(target, "_schema") else getattr(target, "__name__", str(target))
+    return (
+        str(target)
+        if isinstance(target, str) or hasattr(target, "_schema")
+        else getattr(target, "__name__", str(target))
+    )

@@ -28,7 +28,7 @@ log = logging.getLogger("llama_fn.loop")
 def run(cfg: Config, flags_text: str = "") -> int:
     """Train as cfg says, resuming what the work folder holds. Returns the exit status: 0, or 130 after Ctrl-C."""
     cfg = config.validate(cfg)
-    mesh = Mesh.parse(cfg.mesh.axes)
+    mesh = _mesh(cfg)
     workdir = Path(cfg.run.workdir)
     _make_writable(workdir)
     hardware = runtime.setup(cfg.run)
@@ -48,7 +48,9 @@ def run(cfg: Config, flags_text: str = "") -> int:
         writer = metrics.Writer(cfg, workdir, start)
         display.start()
         try:
-            return _train(cfg, start, state, step, evaluate, batches, validation, checkpointer, writer, display, stop, hardware)
+            return _train(
+                cfg, start, state, step, evaluate, batches, validation, checkpointer, writer, display, stop, hardware
+            )
         finally:
             display.stop()
             writer.close()
@@ -57,7 +59,9 @@ def run(cfg: Config, flags_text: str = "") -> int:
         stop.remove()
 
 
-def _train(cfg, start, state, step, evaluate, batches, validation, checkpointer, writer, display, stop, hardware) -> int:
+def _train(
+    cfg, start, state, step, evaluate, batches, validation, checkpointer, writer, display, stop, hardware
+) -> int:
     """The loop. Batch n + 1 is prepared in a thread while step n runs; the metrics of step n - 1 are written after
     step n has been started, so that a device never waits for a log line."""
     pending: tuple[int, dict[str, torch.Tensor], float] | None = None
@@ -99,6 +103,13 @@ def _train(cfg, start, state, step, evaluate, batches, validation, checkpointer,
     return 0
 
 
+def _mesh(cfg: Config) -> Mesh:
+    try:
+        return Mesh.parse(cfg.mesh.axes)
+    except ValueError as error:
+        raise UserError(f"--mesh.axes={cfg.mesh.axes}: {error}") from None
+
+
 def _make_writable(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -129,8 +140,8 @@ def _refuse_changes(cfg: Config, checkpointer: Checkpointer) -> None:
             lines = [f"  --{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items()]
             raise UserError(
                 f"{checkpointer.folder} holds iteration {at} of a run with other flags:\n" + "\n".join(lines) + "\n"
-                "Going on would give other numbers. Restore the flags, name another --run.workdir, or accept the change "
-                "with --run.accept_changes"
+                "Going on would give other numbers. Restore the flags, name another --run.workdir, or accept the "
+                "change with --run.accept_changes"
             )
         return
 

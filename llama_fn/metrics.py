@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_fn import cost
-from llama_fn.config import Config
+from llama_fn.config import Config, flat
+from llama_fn.errors import UserError
 from llama_fn.files import atomic
 from llama_fn.hardware import Hardware
 
@@ -28,7 +30,9 @@ LINE = (
 )
 
 
-def record(cfg: Config, iteration: int, values: Mapping[str, float], seconds: float, hw: Hardware | None) -> dict[str, Any]:
+def record(
+    cfg: Config, iteration: int, values: Mapping[str, float], seconds: float, hw: Hardware | None
+) -> dict[str, Any]:
     """The object of metrics.jsonl for one iteration. tflops_hardware is AscendSpeed's count per device, mfu the model
     FLOPs against the device's peak, None where the peak is unknown."""
     d, m = cfg.data, cfg.model
@@ -70,6 +74,7 @@ class Writer:
         self.jsonl = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self.text = open(workdir / "train.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self.board: Any = None
+        self.wandb: Any = _wandb(cfg, workdir)
         if cfg.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -86,10 +91,14 @@ class Writer:
         for name, value in row.items() if self.board else ():
             if value is not None and name != "iteration":
                 self.board.add_scalar(f"train/{name}", value, row["iteration"])
+        if self.wandb:
+            self.wandb.log(dict(row), step=row["iteration"])
         return text
 
     def validation(self, iteration: int, loss: float) -> str:
-        text = f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |"
+        text = (
+            f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |"
+        )
         self.note(text)
         if self.board:
             self.board.add_scalar("validation/lm_loss", loss, iteration)
@@ -99,10 +108,23 @@ class Writer:
         for f in (self.jsonl, self.text, self.board):
             if f is not None:
                 f.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _wandb(cfg: Config, workdir: Path) -> Any:
+    """A Weights & Biases run, or None. The one thing here that may use the network, and only when asked."""
+    if not cfg.run.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--run.wandb needs the package wandb: pip install 'llama_fn[wandb]'") from None
+    return wandb.init(project=cfg.run.wandb, dir=str(workdir), config=flat(cfg), resume="allow")
 
 
 def _exp(loss: float) -> float:
-    return float(2.718281828459045 ** min(loss, 20.0))
+    return math.exp(min(loss, 20.0))
 
 
 def _truncate(path: Path, start: int) -> None:

@@ -6,6 +6,7 @@ Letters: B batch, T query, S key, D embed, N query heads, K kv heads, H head dim
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from llama_fn.arrays import ArrayInfo, Init
 from llama_fn.config import ModelConfig
 from sharding import P, constrain
 
+Leaf = Any  # a tensor, or its ArrayInfo
 RESIDUAL = P("batch", "seq", "embed")
 
 
@@ -23,25 +25,25 @@ RESIDUAL = P("batch", "seq", "embed")
 class Layer:
     """Parameters of the layers, stacked: every leaf has a leading L dimension."""
 
-    attn_norm: torch.Tensor  # [L, D]
-    wq: torch.Tensor  # [L, D, N, H]
-    wk: torch.Tensor  # [L, D, K, H]
-    wv: torch.Tensor  # [L, D, K, H]
-    wo: torch.Tensor  # [L, N, H, D]
-    mlp_norm: torch.Tensor  # [L, D]
-    w_gate: torch.Tensor  # [L, D, F]
-    w_up: torch.Tensor  # [L, D, F]
-    w_down: torch.Tensor  # [L, F, D]
+    attn_norm: Leaf  # [L, D]
+    wq: Leaf  # [L, D, N, H]
+    wk: Leaf  # [L, D, K, H]
+    wv: Leaf  # [L, D, K, H]
+    wo: Leaf  # [L, N, H, D]
+    mlp_norm: Leaf  # [L, D]
+    w_gate: Leaf  # [L, D, F]
+    w_up: Leaf  # [L, D, F]
+    w_down: Leaf  # [L, F, D]
 
 
 @tree.dataclass
 class Params:
     """All parameters; lm_head is None where the embedding is tied."""
 
-    embed: torch.Tensor  # [V, D]
+    embed: Leaf  # [V, D]
     layers: Layer
-    final_norm: torch.Tensor  # [D]
-    lm_head: torch.Tensor | None  # [V, D]
+    final_norm: Leaf  # [D]
+    lm_head: Leaf  # [V, D]
 
 
 def abstract_params(cfg: ModelConfig) -> Params:

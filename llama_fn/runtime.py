@@ -30,8 +30,8 @@ def setup(run: RunConfig) -> hardware.Hardware | None:
         raise UserError(f"--run.device={run.device}: expected cpu or cuda")
     if not torch.cuda.is_available():
         raise UserError(
-            f"--run.device={run.device}: torch {torch.__version__} finds no CUDA device. Install the CUDA build of torch "
-            "(BUILD.md) and check nvidia-smi, or use --run.device=cpu"
+            f"--run.device={run.device}: torch {torch.__version__} finds no CUDA device. Install the CUDA build of "
+            "torch (BUILD.md) and check nvidia-smi, or use --run.device=cpu"
         )
     return hardware.identify(torch.cuda.get_device_name(device))
 

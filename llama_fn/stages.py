@@ -223,9 +223,7 @@ def _trace(fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...])
         return flat_out
 
     gm = world.trace(flat_fn, [world.make(info.shape, info.dtype) for info in infos])
-    signature = Signature(
-        in_spec, tuple(_argument_paths(args, names)), infos, out["spec"], out["paths"], donate, names
-    )
+    signature = Signature(in_spec, tuple(_argument_paths(args, names)), infos, out["spec"], out["paths"], donate, names)
     _refuse_constants(gm, fn.__name__)
     _name_placeholders(gm, signature.in_paths)
     ir.output_node(gm.graph).meta["paths"] = signature.out_paths

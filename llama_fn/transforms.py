@@ -22,7 +22,7 @@ def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
     def transformed(params: Any, *args: Any, cotangent: torch.Tensor | None = None) -> tuple[Any, Any]:
         leaves, spec = tree.flatten(params)
-        value, pull = torch.func.vjp(lambda *flat: fn(tree.unflatten(spec, flat), *args), *leaves)
+        value, pull, *_ = torch.func.vjp(lambda *flat: fn(tree.unflatten(spec, flat), *args), *leaves)
         with phase("backward"):
             seed = torch.ones_like(value) if cotangent is None else cotangent.to(value.dtype)
             grads = pull(seed)

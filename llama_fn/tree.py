@@ -19,7 +19,8 @@ TreeSpec = optree.PyTreeSpec
 @dataclass_transform(frozen_default=True)
 def dataclass(cls: type) -> Any:
     """A frozen dataclass whose fields are children. It must not validate in __post_init__: maps re-run it."""
-    return optree.dataclasses.dataclass(cls, frozen=True, namespace=NAMESPACE)
+    make: Any = optree.dataclasses.dataclass
+    return make(cls, frozen=True, namespace=NAMESPACE)
 
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:

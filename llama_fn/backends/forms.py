@@ -69,4 +69,3 @@ def choose(device: str, dtype: torch.dtype, attention: str) -> dict[str, str]:
     if device == "cpu" and dtype == torch.float32 and compat.has_onednn():
         chosen["einsum"] = "onednn"
     return chosen
-

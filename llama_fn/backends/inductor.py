@@ -102,7 +102,9 @@ def _load(where: Path) -> Any:
     try:
         return compat.load_artifact(where)
     except Exception as error:  # a damaged artifact costs a compilation, never a run
-        log.warning("compiled artifact %s cannot be loaded (%s: %s); compiling again", where, type(error).__name__, error)
+        log.warning(
+            "compiled artifact %s cannot be loaded (%s: %s); compiling again", where, type(error).__name__, error
+        )
         where.unlink(missing_ok=True)
         return None
 

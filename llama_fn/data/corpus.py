@@ -49,7 +49,9 @@ def _standard_library() -> Iterator[str]:
 def _text_files(root: Path) -> list[Path]:
     files = [f for f in sorted(root.rglob("*")) if f.is_file() and f.suffix.lower() in TEXT_SUFFIXES | {".jsonl"}]
     if not files:
-        raise UserError(f"--data.path={root}: the folder holds no text files ({', '.join(sorted(TEXT_SUFFIXES - {''}))})")
+        raise UserError(
+            f"--data.path={root}: the folder holds no text files ({', '.join(sorted(TEXT_SUFFIXES - {''}))})"
+        )
     return files
 
 

@@ -34,8 +34,8 @@ class BatchIterator:
         rows = np.stack([self.samples[k] for k in range(first, first + self.size)])
         if rows.max() >= self.vocab_size or rows.min() < 0:
             raise UserError(
-                f"{self.samples.data.bin_path} holds token {int(rows.max())}, --model.vocab_size is {self.vocab_size}: the "
-                "data was made with another tokenizer"
+                f"{self.samples.data.bin_path} holds token {int(rows.max())}, --model.vocab_size is {self.vocab_size}: "
+                "the data was made with another tokenizer"
             )
         shaped = torch.from_numpy(rows).reshape(self.microbatches, self.size // self.microbatches, -1)
         tokens, targets = shaped[..., :-1].contiguous(), shaped[..., 1:].contiguous()

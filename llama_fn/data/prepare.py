@@ -30,7 +30,10 @@ def datasets(cfg: Config, workdir: Path) -> tuple[Samples, Samples | None]:
         "data: %s, %d documents, %d tokens; train %d samples over %d epochs",
         data.bin_path, len(data), int(data.lengths.sum(dtype=np.int64)), samples.count, samples.epochs,
     )  # fmt: skip
-    if not cfg.run.eval_every or valid[0] == valid[1]:
+    if not cfg.run.eval_every:
+        return samples, None
+    if valid[0] == valid[1]:
+        log.warning("--data.split=%s gives no validation document of %d: no validation", cfg.data.split, len(data))
         return samples, None
     return samples, Samples(data, valid, seq_len, cfg.run.eval_batches * size, cfg.run.seed, "validation")
 

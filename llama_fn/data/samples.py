@@ -7,6 +7,8 @@ index is written to disk: the order is made anew in memory from a few NumPy call
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from llama_fn.data.indexed import IndexedDataset
@@ -23,8 +25,8 @@ def split_ranges(split: str, sequences: int) -> list[tuple[int, int]]:
     if total <= 0:
         raise UserError(f"--data.split={split}: the weights sum to zero; give at least one positive weight")
     ends = np.cumsum([w / total for w in weights])
-    marks = [0, *(int(round(float(end) * float(sequences))) for end in ends)]
-    return list(zip(marks[:-1], marks[1:], strict=True))
+    marks = [0, *(round(float(end) * float(sequences)) for end in ends)]
+    return list(itertools.pairwise(marks))
 
 
 class Samples:
@@ -35,8 +37,8 @@ class Samples:
         per_epoch = int(data.lengths[part[0] : part[1]].sum(dtype=np.int64))
         if per_epoch < 2:
             raise UserError(
-                f"{data.bin_path}: the {name} part has {len(sequences)} of {len(data)} documents and {per_epoch} tokens; "
-                "it needs at least 2 tokens. Change --data.split or give more data"
+                f"{data.bin_path}: the {name} part has {len(sequences)} of {len(data)} documents and {per_epoch} "
+                "tokens; it needs at least 2 tokens. Change --data.split or give more data"
             )
         epochs = -(-(count * seq_len + 1) // per_epoch)
         before_last = ((epochs - 1) * per_epoch - 1) // seq_len

@@ -44,8 +44,8 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         )  # fmt: skip
     except RuntimeError as error:
         raise UserError(
-            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {str(error)[-160:]}. "
-            "Lower the vocabulary or give --data.tokenizer"
+            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {str(error)[-160:]}"
+            ". Lower the vocabulary or give --data.tokenizer"
         ) from None
     with atomic(path, "wb") as f:
         f.write(model.getvalue())

@@ -1,8 +1,12 @@
 """Replace our ops by plain torch ops for a compiler that does not know them, in one of their forms.
 
-    %y = llama_fn.swiglu(%g, %u)   ->   %s = aten.sigmoid(%g); %m = aten.mul(%g, %s); %y = aten.mul(%m, %u)
+    %y = llama_fn.swiglu(%g, %u)   ->   %s = aten.sigmoid(%g)
+                                        %m = aten.mul(%g, %s)
+                                        %y = aten.mul(%m, %u)
+                                        %m = aten.mul(%g, %s)
+                                        %y = aten.mul(%m, %u)
 
-`forms` names the form per kernel family where it is not `reference`, `find(kernel, form)` gives it. Opaque kernels stay. New ops carry the scope, phase
+
 and source of the op they replace.
 """
 
@@ -29,7 +33,7 @@ def expand(gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find) -> to
         record = of_node(node.target)
         if record is None or record.opaque:
             continue
-        key = f"{node.target}{torch.fx.node.map_arg(node.args, lambda n: _Layout(compat.node_value(n)))}"
+        key = f"{node.target}{torch.fx.node.map_arg(node.args, _layout)}"
         if key not in traced:
             traced[key] = _form(record, node, forms, find)
         _inline(gm.graph, node, traced[key])
@@ -38,12 +42,9 @@ def expand(gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find) -> to
     return gm
 
 
-class _Layout:
-    def __init__(self, value: torch.Tensor) -> None:
-        self.text = f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
-
-    def __repr__(self) -> str:
-        return self.text
+def _layout(node: torch.fx.Node) -> Any:
+    value = compat.node_value(node)
+    return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
 
 
 def _form(record: Kernel, node: torch.fx.Node, forms: Mapping[str, str], find: Find) -> torch.fx.GraphModule:
@@ -68,12 +69,13 @@ def _inline(graph: torch.fx.Graph, node: torch.fx.Node, body: torch.fx.GraphModu
     with graph.inserting_before(node):
         for each in ir.calls(body.graph):
             values[each] = graph.node_copy(each, values.__getitem__)
-            values[each].meta = {"val": each.meta["val"], "custom": compat.annotations(node)}
+            values[each].meta = {"val": each.meta["val"], "custom": compat.labels(node)}
     results = [values[r] for r in ir.results(body.graph)]
     if isinstance(compat.node_value(node), (tuple, list)):
         for user in list(node.users):
             assert user.target is operator.getitem
-            user.replace_all_uses_with(results[user.args[1]])
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])
             graph.erase_node(user)
     else:
         node.replace_all_uses_with(results[0])

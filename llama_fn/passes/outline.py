@@ -103,7 +103,9 @@ def _subgraph(region: Region) -> torch.fx.GraphModule:
 def _call(gm: torch.fx.GraphModule, name: str, region: Region) -> dict[torch.fx.Node, torch.fx.Node]:
     """Put a call in the region's place; returns which value now stands for each of its outputs."""
     last = region.nodes[-1]
-    where = {**compat.annotations(last), "scope": _PREFIX.match(ir.scope_of(last)).group(), "source": ""}  # type: ignore[union-attr]
+    prefix = _PREFIX.match(ir.scope_of(last))
+    assert prefix is not None
+    where = {**compat.labels(last), "scope": prefix.group(), "source": ""}
     new: list[torch.fx.Node] = []
     with gm.graph.inserting_after(last):
         body = gm.graph.get_attr(name)

@@ -23,6 +23,6 @@ def partition(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     for node in ir.calls(gm.graph):
         record = of_node(node.target)
         if record is not None and record.name in ("constrain", "reshard_as"):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
     return gm

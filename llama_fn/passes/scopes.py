@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from llama_fn import ir
-from llama_fn.compat import annotations
+from llama_fn.compat import labels
 
 
 def scopes(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in ir.calls(gm.graph):
-        here = {"scope": "", "phase": "forward", "source": "", **annotations(node)}
+        here = {"scope": "", "phase": "forward", "source": "", **labels(node)}
         engine_made = here["phase"] == "backward" and not here["source"]
         producers = [n for n in node.all_input_nodes if ir.phase_of(n) == here["phase"] and ir.scope_of(n)]
         if (engine_made or not here["scope"]) and producers:

@@ -50,7 +50,7 @@ def test_samples_equal_megatron_cores(count, seq_len, split, tmp_path):
     data = write(tmp_path / "x", lengths)
     part = split_ranges(split, len(data))[0]
     samples = Samples(data, part, seq_len, count, 1234, "train")
-    padded = ",".join((split.split(",") + ["0", "0"])[:3])
+    padded = ",".join([*split.split(","), "0", "0"][:3])
     spec = {"seed": 1234, "seq_len": seq_len, "split": padded, "count": count, "port": 29600 + count}
     script = Path(__file__).with_name("megatron_oracle.py")
     command = [sys.executable, "-P", str(script), str(tmp_path / "x"), str(tmp_path / "o.npz"), json.dumps(spec)]

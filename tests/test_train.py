@@ -1,0 +1,178 @@
+"""train.py as a user runs it: flags, errors, stopping, killing and resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "--flagfile=configs/tiny_cpu.flags", "--model.num_layers=2", "--model.embed_dim=32", "--model.num_heads=2",
+    "--model.num_kv_heads=2", "--model.mlp_dim=48", "--model.vocab_size=400", "--data.seq_len=32",
+    "--run.steps=40", "--run.checkpoint_every=8", "--run.eval_every=16", "--run.backend=eager",
+    "--data.split=8,2,0",
+]  # fmt: skip
+MEGATRON = re.compile(
+    r" iteration +(\d+)/ +\d+ \| consumed samples: +(\d+) \| consumed tokens: +\d+ \|"
+    r" elapsed time per iteration \(ms\): [\d.]+ \| learning rate: (\S+) \| global batch size: +\d+ \|"
+    r" lm loss: (\S+) \| loss scale: [\d.]+ \| grad norm: [\d.]+ \| actual seqlen: +\d+ \|"
+    r" number of skipped iterations: +\d+ \| number of nan iterations: +\d+ \|"
+    r" samples per second: [\d.]+ \| TFLOPs: [\d.]+ \|"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A small folder of Python sources, so that tests do not tokenize the whole library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in ("argparse.py", "ast.py", "bdb.py", "cmd.py", "csv.py", "glob.py", "heapq.py", "json/decoder.py"):
+        source = Path(os.__file__).parent / name
+        (folder / name.replace("/", "_")).write_bytes(source.read_bytes())
+    return folder
+
+
+def start(*flags):
+    command = [sys.executable, "train.py", *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(*flags):
+    process = start(*flags)
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(workdir):
+    return [(r["iteration"], r["lm_loss"], r["grad_norm"]) for r in rows(workdir)]
+
+
+def wait_for_rows(workdir, n, process):
+    path = Path(workdir) / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < n:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("a")
+    code, out = run(*SMALL, f"--data.path={corpus}", f"--run.workdir={workdir}")
+    assert code == 0, out
+    return workdir
+
+
+def test_a_run_leaves_metrics_logs_flags_and_checkpoints(uninterrupted):
+    table = rows(uninterrupted)
+    assert [r["iteration"] for r in table] == list(range(1, 41))
+    assert set(table[0]) == {
+        "iteration", "consumed_samples", "consumed_tokens", "lm_loss", "learning_rate", "grad_norm", "loss_scale",
+        "skipped_iterations", "nan_iterations", "step_time_ms", "tokens_per_second", "tflops_hardware", "mfu",
+    }  # fmt: skip
+    assert table[-1]["consumed_tokens"] == 40 * 8 * 32 and table[-1]["mfu"] is None
+    assert table[-1]["lm_loss"] < table[0]["lm_loss"]
+    lines = (uninterrupted / "train.log").read_text().splitlines()
+    matched = [m for m in map(MEGATRON.fullmatch, lines) if m]
+    assert len(matched) == 40 and f"{table[2]['lm_loss']:.6E}" == matched[2][4]
+    assert len([line for line in lines if "validation loss" in line]) == 2
+    assert sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir()) == [32, 40]
+    assert "--data.seq_len=32" in (uninterrupted / "flags.txt").read_text()
+    assert list((uninterrupted / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("kill_at", [3, 11, 21])
+def test_killed_and_resumed_equals_uninterrupted_bitwise(kill_at, uninterrupted, corpus, tmp_path):
+    flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}"]
+    process = start(*flags)
+    wait_for_rows(tmp_path, kill_at, process)
+    process.kill()
+    process.communicate()
+    code, out = run(*flags)
+    assert code == 0, out
+    assert numbers(tmp_path) == numbers(uninterrupted)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_save_say_where_and_exit(number, status, uninterrupted, corpus, tmp_path):
+    flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}"]
+    process = start(*flags)
+    wait_for_rows(tmp_path, 5, process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == status, out
+    at = int(re.search(r"saved iteration (\d+) in (\S+);", out)[1])
+    assert (tmp_path / "checkpoints" / str(at)).is_dir()
+    code, out = run(*flags)
+    assert code == 0 and f"resuming from iteration {at}" in out
+    assert numbers(tmp_path) == numbers(uninterrupted)
+
+
+def test_a_resume_with_other_numbers_is_refused_with_the_difference(uninterrupted, corpus):
+    code, out = run(*SMALL, f"--data.path={corpus}", f"--run.workdir={uninterrupted}", "--optim.lr=0.5")
+    assert code == 2 and "--optim.lr: was 0.002, now 0.5" in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--run.step=3"], "Did you mean run.steps?"),
+        (["--model.preset=llama_7"], "Did you mean llama_7b?"),
+        (["--data.global_batch_size=6", "--data.microbatches=4"], "not divisible by --data.microbatches=4"),
+        (["--model.num_heads=3"], "--model.embed_dim=256 is not divisible by --model.num_heads=3"),
+        (["--model.compute_dtype=int8"], "compute_dtype"),
+        (["--run.steps=many"], "run.steps"),
+        (["--data.path=/nowhere/at/all"], "no such file or folder"),
+        (["--mesh.axes=data:2"], "2 devices"),
+        (["--mesh.axes=data=2"], "is not NAME:SIZE"),
+        (["--run.device=cuda"], "finds no CUDA device"),
+        (["--run.workdir=/proc/none"], "cannot be written"),
+        (["stray"], "unexpected argument"),
+        (["--flagfile=missing.flags"], "missing.flags"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_wrong_flags_get_one_paragraph_and_a_status(flags, message, tmp_path):
+    import torch
+
+    if flags == ["--run.device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device; the message is for machines without one")
+    code, out = run(f"--run.workdir={tmp_path}", *flags)
+    assert code == 2 and message in out and "Traceback" not in out, out
+
+
+def test_help_lists_every_flag():
+    from llama_fn import config
+
+    code, out = run("--help")
+    assert code == 1  # absl's status for a help page
+    for name in config.flat(config.Config()):
+        assert f"--{name}" in out or f"--[no]{name}" in out
+
+
+def test_the_megatron_line_of_the_published_slice():
+    """TFLOPs 107.09 and 7.570 samples/s for the 65B slice at 33.818 s on 8 devices; consumed counts of iteration 3."""
+    from dataclasses import replace
+
+    from llama_fn import metrics
+    from llama_fn.config import Config, preset
+
+    cfg = Config(model=preset("llama_65b_8layers"))
+    cfg = replace(cfg, data=replace(cfg.data, seq_len=2048, global_batch_size=256), run=replace(cfg.run, steps=50000))
+    values = {"lm_loss": 1.0, "learning_rate": 1.40625e-07, "grad_norm": 1.0, "loss_scale": 1.0}
+    row = metrics.record(cfg, 3, {**values, "skipped_iterations": 0, "nan_iterations": 0}, 33.818, None)
+    assert row["tflops_hardware"] / 8 * 4 / 3 == pytest.approx(107.09, abs=0.01)  # full recompute: 4 instead of 3
+    text = metrics.line(cfg, row)
+    assert "consumed samples:          768 | consumed tokens:      1572864 |" in text
+    assert "learning rate: 1.406E-07" in text and "samples per second: 7.570" in text
+    assert MEGATRON.fullmatch(text)
