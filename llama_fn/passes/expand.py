@@ -3,11 +3,9 @@
     %y = llama_fn.swiglu(%g, %u)   ->   %s = aten.sigmoid(%g)
                                         %m = aten.mul(%g, %s)
                                         %y = aten.mul(%m, %u)
-                                        %m = aten.mul(%g, %s)
-                                        %y = aten.mul(%m, %u)
 
-
-and source of the op they replace.
+`forms` names the form per kernel family where it is not `reference`, `find(kernel, form)` gives it. Opaque kernels
+stay. New ops carry the scope, phase and source of the op they replace.
 """
 
 from __future__ import annotations
