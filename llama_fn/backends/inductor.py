@@ -42,6 +42,7 @@ def compile(
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(gm), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
+    compat.trust_cpu_flags()
     gm = passes.copy_graph(gm)
     ctx = passes.Context(Mesh(), [])
     if outlined:
