@@ -27,8 +27,8 @@ log = logging.getLogger("llama_fn.checkpoint")
 
 
 def _to_numpy(t: torch.Tensor) -> np.ndarray:
-    """A private copy: the step overwrites its state while the copy is still being written."""
-    t = t.detach().to("cpu", copy=True).contiguous()
+    """A view where t is on the CPU: Orbax copies host arrays itself before save() returns."""
+    t = t.detach().to("cpu").contiguous()
     return t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if t.dtype is torch.bfloat16 else t.numpy()
 
 
