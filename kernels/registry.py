@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -140,8 +139,3 @@ def of_node(target: Any) -> Kernel | None:
     if not name.startswith(NAMESPACE + "."):
         return None
     return KERNELS[name.split(".")[1]]
-
-
-def dims(*tensors: torch.Tensor) -> int:
-    """Product of all sizes of the given tensors' shapes: helper for flops formulas."""
-    return prod(prod(t.shape) for t in tensors)

@@ -6,7 +6,6 @@ spells it this year.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import sys
@@ -152,8 +151,14 @@ def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.ops.llama_fn_forms.onednn_product(a, b)
 
 
-def cpu_capability() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+def cpu_model() -> str:
+    """Everything about this CPU that compiled code depends on: it is built for exactly this one (-march=native)."""
+    facts = {torch.backends.cpu.get_cpu_capability()}
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith(("model name", "flags", "Features", "CPU part")):
+            facts.add(line)
+    return "\n".join(sorted(facts))
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3

@@ -34,10 +34,6 @@ def fold_in(parent: Key, data: str | int) -> Key:
     return Key((int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")))
 
 
-def split(parent: Key, n: int) -> tuple[Key, ...]:
-    return tuple(fold_in(parent, i) for i in range(n))
-
-
 def normal(
     k: Key, shape: tuple[int, ...], std: float, dtype: torch.dtype, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:

@@ -80,15 +80,10 @@ def _options(kind: str) -> dict[str, Any]:
 def _key(text: str, options: dict[str, Any]) -> str:
     """Graph, versions and machine: the same key means that the compiled code would be the same."""
     facts = [text, repr(options), torch.__version__, platform.python_version(), platform.machine()]
-    facts += [compat.cpu_capability(), str(torch.get_num_threads()), platform.node() if _is_shared_home() else ""]
+    facts += [compat.cpu_model(), str(torch.get_num_threads())]
     if torch.cuda.is_available():
         facts.append(torch.cuda.get_device_name())
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
-
-
-def _is_shared_home() -> bool:
-    """On clusters one home serves machines with different CPUs; there the host is part of the key."""
-    return "SLURM_JOB_ID" in os.environ
 
 
 def _place_in(cache: Path) -> Path:
