@@ -74,7 +74,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps in one turn")
     parser.add_argument("--attention", default="auto", help="form of our attention kernel")
     parser.add_argument("--only", nargs="*", default=CONTENDERS, choices=CONTENDERS)
-    parser.add_argument("--no-cold", action="store_true", help="skip the second, warm start of each contender")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: Path(folder) / name for name in args.only}
