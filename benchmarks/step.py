@@ -37,11 +37,12 @@ class Worker:
             "preset": args.preset, "dtype": args.dtype, "device": args.device, "threads": args.threads,
             "batch": batch, "seq": seq, "compiled": name == "transformers_compiled", "attention": args.attention,
         }  # fmt: skip
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "BENCH_CACHE": str(cache)}
+        # Inductor keeps precompiled headers under the temporary folder, whatever its cache folder is.
+        folders = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TMPDIR": str(cache), "BENCH_CACHE": str(cache)}
         self.name = name
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(script), json.dumps(spec)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=cache,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **folders}, cwd=cache,
         )  # fmt: skip
         self.first = self._answer()
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from llama_fn.passes.place import place
 from sharding.mesh import Mesh
 
 log = logging.getLogger("llama_fn.inductor")
+
+_PATCHES: Mapping[str, dict[str, Any]] = {"cpu": {}, "cuda": {"triton.cudagraphs": True}}
 
 
 def default_cache() -> Path:
@@ -42,29 +44,24 @@ def compile(
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(gm), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
-    compat.trust_cpu_flags()
     gm = passes.copy_graph(gm)
     ctx = passes.Context(Mesh(), [])
     if outlined:
         gm = outline(gm, ctx)
-    gm = expand(place(gm, device), chosen, forms.find)
+    gm = expand(place(gm, device), chosen, forms.find, compat.inductor_decompositions())
     text = ir.as_text(gm, "inductor")
     inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
-    options = _options(kind)
-    where = None if cache is None else _place_in(cache) / f"{_key(text, options)}.artifact"
-    artifact = None if where is None else _load(where)
-    loaded = artifact is not None
-    if artifact is None:
-        artifact = compat.inductor_compile(gm, inputs, options)
-        if where is not None:
-            _save(artifact, where)
+    if cache is not None:
+        compat.keep_compiled_code(_private(cache) / _machine())
+    compiled, from_cache = compat.inductor_compile(
+        gm, inputs, _PATCHES[kind], units=compat.physical_cores(), cached=cache is not None
+    )
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        result = artifact(*flat)
-        return result if isinstance(result, (tuple, list)) else [result]
+        return compiled(*flat)
 
-    return Executable(run, text, from_cache=loaded)
+    return Executable(run, text, from_cache)
 
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:
@@ -73,44 +70,12 @@ def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:
     return compat.node_value(products[0]).dtype if products else torch.float32
 
 
-def _options(kind: str) -> dict[str, Any]:
-    return {"config_patches": {"triton.cudagraphs": True} if kind == "cuda" else {}}
+def _machine() -> str:
+    """What compiled code depends on besides its graph, inductor's settings and torch, which inductor's key has."""
+    facts = [platform.python_version(), platform.machine(), compat.cpu_model(), str(torch.get_num_threads())]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
-def _key(text: str, options: dict[str, Any]) -> str:
-    """Graph, versions and machine: the same key means that the compiled code would be the same."""
-    facts = [text, repr(options), torch.__version__, platform.python_version(), platform.machine()]
-    facts += [compat.cpu_model(), str(torch.get_num_threads())]
-    if torch.cuda.is_available():
-        facts.append(torch.cuda.get_device_name())
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
-
-
-def _place_in(cache: Path) -> Path:
+def _private(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    compat.keep_compiled_code(cache / "code")
     return cache
-
-
-def _load(where: Path) -> Any:
-    if not where.is_file():
-        return None
-    try:
-        return compat.load_artifact(where)
-    except Exception as error:  # a damaged artifact costs a compilation, never a run
-        log.warning(
-            "compiled artifact %s cannot be loaded (%s: %s); compiling again", where, type(error).__name__, error
-        )
-        where.unlink(missing_ok=True)
-        return None
-
-
-def _save(artifact: Any, where: Path) -> None:
-    """Write aside and rename: no other process ever sees half an artifact."""
-    aside = where.with_name(f".{where.name}.{os.getpid()}")
-    try:
-        compat.save_artifact(artifact, aside)
-        os.replace(aside, where)
-    except (OSError, RuntimeError) as error:
-        log.warning("compiled artifact is not kept as %s: %s; the next start compiles again", where, error)
-        aside.unlink(missing_ok=True)

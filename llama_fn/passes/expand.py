@@ -5,7 +5,8 @@
                                         %y = aten.mul(%m, %u)
 
 `forms` names the form per kernel family where it is not `reference`, `find(kernel, form)` gives it. Opaque kernels
-stay. New ops carry the scope, phase and source of the op they replace.
+stay. Aten ops with an entry in `decompositions` are replaced by it, so that the result holds only what the compiler
+takes. New ops carry the scope, phase and source of the op they replace.
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ from typing import Any
 
 import torch
 
-from kernels.registry import Kernel, of_node
+from kernels.registry import of_node
 from llama_fn import compat, ir
 
 Find = Callable[[str, str], Callable[..., Any]]
+Decompositions = Mapping[Any, Callable[..., Any]]
 
 
-def expand(gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find) -> torch.fx.GraphModule:
+def expand(
+    gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find, decompositions: Decompositions
+) -> torch.fx.GraphModule:
     for child in gm.children():
         if isinstance(child, torch.fx.GraphModule):
-            expand(child, forms, find)
+            expand(child, forms, find, decompositions)
     traced: dict[str, torch.fx.GraphModule] = {}
     for node in ir.calls(gm.graph):
         record = of_node(node.target)
-        if record is None or record.opaque:
+        if record is None and node.target in decompositions:
+            fn: Any = node.target  # traced, it comes apart by itself
+        elif record is not None and not record.opaque:
+            fn = find(record.name, forms.get(record.name.removesuffix("_bwd"), "reference"))
+        else:
             continue
-        key = f"{node.target}{torch.fx.node.map_arg(node.args, _layout)}"
+        key = f"{node.target}{torch.fx.node.map_arg((node.args, node.kwargs), _layout)}"
         if key not in traced:
-            traced[key] = _form(record, node, forms, find)
+            traced[key] = _trace(fn, node, decompositions)
         _inline(gm.graph, node, traced[key])
     gm.graph.lint()
     gm.recompile()
@@ -45,21 +53,21 @@ def _layout(node: torch.fx.Node) -> Any:
     return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
 
 
-def _form(record: Kernel, node: torch.fx.Node, forms: Mapping[str, str], find: Find) -> torch.fx.GraphModule:
-    """The op's form traced with the node's operands; tensor operands are the placeholders, in order."""
+def _trace(fn: Callable[..., Any], node: torch.fx.Node, decompositions: Decompositions) -> torch.fx.GraphModule:
+    """`fn` traced with the node's arguments; tensor operands are the placeholders, in order."""
     operands = ir.operands(node)
-    fn = find(record.name, forms.get(record.name.removesuffix("_bwd"), "reference"))
 
     def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
         place = dict(zip(operands, tensors, strict=True))
-        result = fn(*torch.fx.node.map_arg(node.args, place.__getitem__))
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), place.__getitem__)
+        result = fn(*args, **kwargs)
         results = result if isinstance(result, (tuple, list)) else [result]
         return [r.contiguous() for r in results]  # as the op's abstract promises; views in users rely on it
 
     values = [compat.node_value(n) for n in operands]
     world = compat.FakeTensors.of(values[0])
     # Fresh tensors: nodes made from one traced body share their values, and tracing tells operands apart by identity.
-    return world.trace(flat, [world.like(value, str(value.device)) for value in values])
+    return world.trace(flat, [world.like(value, str(value.device)) for value in values], decompositions)
 
 
 def _inline(graph: torch.fx.Graph, node: torch.fx.Node, body: torch.fx.GraphModule) -> None:

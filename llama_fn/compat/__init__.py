@@ -1,0 +1,41 @@
+"""Every private torch symbol that the project touches, pinned to torch 2.13. When torch moves, this folder moves.
+
+Functions here say what is wanted in terms of public ideas (a traced graph, a compiled graph) and hide how torch spells
+it this year.
+"""
+
+from llama_fn.compat.inductor import inductor_compile, inductor_decompositions, keep_compiled_code
+from llama_fn.compat.native import (
+    cpu_model,
+    flash_attention,
+    flash_attention_backward,
+    has_onednn,
+    keep_memory,
+    onednn_product,
+    physical_cores,
+)
+from llama_fn.compat.tracing import (
+    INVOKE_SUBGRAPH,
+    FakeTensors,
+    check_torch_version,
+    labels,
+    node_value,
+)
+
+__all__ = [
+    "INVOKE_SUBGRAPH",
+    "FakeTensors",
+    "check_torch_version",
+    "cpu_model",
+    "flash_attention",
+    "flash_attention_backward",
+    "has_onednn",
+    "inductor_compile",
+    "inductor_decompositions",
+    "keep_compiled_code",
+    "keep_memory",
+    "labels",
+    "node_value",
+    "onednn_product",
+    "physical_cores",
+]

@@ -1,0 +1,144 @@
+"""Inductor: compiling a graph that is already what it lowers, with what costs time and gives nothing left out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from llama_fn.compat import cpp_units as cpp
+
+log = logging.getLogger("llama_fn.compat")
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """Aten ops that inductor does not lower as they are, and what they mean in terms of ops that it does."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def inductor_compile(
+    gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], patches: dict[str, Any], units: int, cached: bool
+) -> tuple[Callable[..., Any], bool]:
+    """A callable of the flat inputs, and whether it came from inductor's cache on disk.
+
+    `gm` must already be what inductor lowers: functional aten without what inductor_decompositions() lists, but for
+    copies into inputs at its end. So the graph goes to inductor's inner compiler as it is. AOTAutograd and the passes
+    after it, which find nothing to do in such a graph and take time that grows with the number of layers, are left
+    out. C++ kernels are built as `units` files at once.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor import compile_fx, config
+
+    assert isinstance(inputs[0], FakeTensor)
+    counts = counters["inductor"]
+    hits, skipped = counts["fxgraph_cache_hit"], counts["fxgraph_cache_bypass"]
+    settings = config.patch({"fx_graph_cache": cached, **patches})
+    with torch.no_grad(), settings, _no_detours(inputs[0].fake_mode), _CppKernels.together(units):
+        compiled = compile_fx.compile_fx_inner(gm, list(inputs), is_inference=True)
+    if counts["fxgraph_cache_bypass"] > skipped:
+        log.warning("inductor does not keep this graph on disk; every start compiles it again")
+    return lambda *args: compiled(list(args)), counts["fxgraph_cache_hit"] > hits
+
+
+@contextlib.contextmanager
+def _no_detours(mode: Any) -> Iterator[None]:
+    """Leave out what inductor would do or find out again, each for a second or more of a cold start.
+
+    The graph needs no passes, and its nodes have their values. The vector instructions that the CPU lists are there (a
+    compiler too old for them says so itself); which of them to use is asked a thousand times. An index without
+    division needs no simplification for its stride to be read. One table of dtype rules, a singleton, is filled again
+    at each of thousands of uses.
+    """
+    from torch._inductor import compile_fx, config, cpu_vec_isa, dtype_propagation, sizevars
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+    simplify = sizevars.simplify_index_in_vec_range
+
+    def simplify_divided(index: Any, var: Any, vec_length: int) -> Any:
+        return simplify(index, var, vec_length) if index.has(FloorDiv, ModularIndexing) else index
+
+    rules = dtype_propagation.DtypePropagationOpsHandler
+    rules()
+    # (where, what, meanwhile); inductor's cache asks for symbolic shapes, though here all are numbers.
+    replaced: list[tuple[Any, str, Any]] = [
+        (mode, "shape_env", ShapeEnv()),
+        (compile_fx, "fake_tensor_prop", lambda *_: mode),
+        (cpu_vec_isa.VecISA, "check_build", lambda *_: True),
+        (cpu_vec_isa, "pick_vec_isa", functools.cache(cpu_vec_isa.pick_vec_isa)),
+        (sizevars, "simplify_index_in_vec_range", simplify_divided),
+        (rules, "__init__", lambda _: None),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(config.patch({"use_post_grad_passes": False}))
+        stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(mode)))
+        for where, name, meanwhile in replaced:
+            stack.enter_context(mock.patch.object(where, name, meanwhile))
+        yield
+
+
+class _CppKernels:
+    """Stands in for inductor's compilation of single C++ kernels: collects all of a graph, then builds them at once.
+
+    Inductor's generated module first asks for every kernel and then waits for all of them; the first wait builds.
+    """
+
+    def __init__(self, units: int) -> None:
+        self.units = units
+        self.asked: list[tuple[Sequence[str], str]] = []
+        self.built: list[Callable[..., Any]] = []
+
+    @classmethod
+    @contextlib.contextmanager
+    def together(cls, units: int) -> Iterator[None]:
+        from torch._inductor import config
+        from torch._inductor.async_compile import AsyncCompile
+
+        kernels = cls(units)
+        with (
+            config.patch({"cpp_cache_precompile_headers": False}),
+            mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: kernels.ask(types, source)),
+        ):
+            yield
+
+    def ask(self, types: Sequence[str], source: str) -> Any:
+        from torch._inductor.codecache import LambdaFuture
+
+        index = len(self.asked)
+        self.asked.append((types, source))
+        return LambdaFuture(lambda: self.result(index))
+
+    def result(self, index: int) -> Callable[..., Any]:
+        if not self.built:
+            self.build()
+        return self.built[index]
+
+    def build(self) -> None:
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        groups = cpp.group([source for _, source in self.asked], self.units)
+        units = [cpp.translation_unit([self.asked[i] for i in group]) for group in groups]
+        with ThreadPoolExecutor(len(units)) as pool:
+            loads = [CppPythonBindingsCodeCache.load_async(unit, submit_fn=pool.submit) for unit in units]
+            modules = [load() for load in loads]
+        found = {i: getattr(m, f"f{k}") for g, m in zip(groups, modules, strict=True) for k, i in enumerate(g)}
+        self.built = [found[i] for i in range(len(self.asked))]
+
+
+def keep_compiled_code(folder: Path) -> None:
+    """Let inductor keep what it compiles in `folder`.
+
+    Finding it there again runs native code and unpickles: the folder must be the user's own.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -1,0 +1,83 @@
+"""Fused operators of torch that have no public name, and what the CPU and its allocator are asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def flash_attention(q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention on [B, N, T, H]: o and log-sum-exp [B, N, T]."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[:2]
+
+
+def flash_attention_backward(do, q, k, v, o, lse, scale: float) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv of :func:`flash_attention`."""
+    if q.device.type == "cpu":
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return op(do, q, k, v, o, lse, 0.0, True, scale=scale)
+    t = q.shape[2]
+    seed = torch.zeros((2,), dtype=torch.uint64, device=q.device)
+    op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    return op(do, q, k, v, o, lse, None, None, t, t, 0.0, True, seed, seed[0], scale=scale)
+
+
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available()
+
+
+_FORMS = torch.library.Library("llama_fn_forms", "FRAGMENT")
+_FORMS.define("onednn_product(Tensor a, Tensor b) -> Tensor")
+_FORMS.impl("onednn_product", lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""), "CPU")
+torch.library.register_fake(
+    "llama_fn_forms::onednn_product", lambda a, b: a.new_empty((a.shape[0], b.shape[1])), lib=_FORMS
+)
+
+
+def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [M, K] times b [K, N]; either may be a transposed view. An op of its own, which inductor leaves alone."""
+    return torch.ops.llama_fn_forms.onednn_product(a, b)
+
+
+def cpu_model() -> str:
+    """Everything about this CPU that compiled code depends on: it is built for exactly this one (-march=native)."""
+    facts = {torch.backends.cpu.get_cpu_capability()}
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith(("model name", "flags", "Features", "CPU part")):
+            facts.add(line)
+    return "\n".join(sorted(facts))
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def keep_memory() -> bool:
+    """Tell glibc's malloc to keep freed memory, so that large tensors are not mapped and zeroed again every step.
+
+    Returns False where there is no glibc; then nothing changes.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    limit = 2**31 - 1
+    return bool(mallopt(M_MMAP_THRESHOLD, limit) and mallopt(M_TRIM_THRESHOLD, limit))
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads counted once."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.exists() else str(cpu))
+    return max(1, len(siblings))
