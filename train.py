@@ -10,6 +10,7 @@ single values of it. A run resumes what its --run.workdir holds.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import typing
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from llama_fn import config
-from llama_fn.errors import UserError, nearest
+from llama_fn.errors import FULL_DISK, UserError, nearest
 
 FLAGS = flags.FLAGS
 
@@ -70,11 +71,22 @@ def main(argv: list[str]) -> None:
 
         sys.exit(loop.run(cfg, flags_text()))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        fail(f"{error}: free some space and start the same command again")
     except KeyboardInterrupt:
         print("interrupted before the first step; nothing to save", file=sys.stderr)
         sys.exit(130)
+
+
+def fail(message: str) -> typing.NoReturn:
+    """Say what is wrong and leave with status 2, at once: the run has closed its files, and on a full disk the threads
+    of its libraries would go on reporting it with tracebacks."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
 
 
 def parse(argv: list[str]) -> list[str]:

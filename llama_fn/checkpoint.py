@@ -7,6 +7,7 @@ checkpoint that can be seen is complete; checksums catch what the disk did to it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -77,7 +78,7 @@ class Checkpointer:
         _quiet_orbax()
         keep: list[Any] = [policies.LatestN(keep_latest)]
         keep += [policies.EveryNSteps(keep_every)] if keep_every else []
-        self.ocp, self.folder = ocp, folder.absolute()
+        self.ocp, self.folder, self.saving = ocp, folder.absolute(), 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.manager = ocp.CheckpointManager(
             self.folder,
@@ -91,7 +92,9 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Start writing iteration `step`; returns once the state is copied. An earlier failure rises here."""
+        """Start writing iteration `step`; returns once the state is copied. UserError if the one before failed."""
+        self.wait()
+        self.saving = step
         arrays = {path: _to_numpy(leaf) for path, leaf in tree.by_path(state).items()}
         meta = {**meta, "checksums": {path: _checksum(a) for path, a in arrays.items()}}
         args = self.ocp.args
@@ -99,23 +102,29 @@ class Checkpointer:
         try:
             self.manager.save(step, args=items, force=True)
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Until everything is on disk; UserError if a save failed."""
         try:
             self.manager.wait_until_finished()
         except Exception as error:
-            raise self._failed(None, error) from error
+            raise self._failed(error) from error
 
-    def _failed(self, step: int | None, error: Exception) -> UserError:
+    def settle(self) -> None:
+        """Wait for a save under way, whatever becomes of it: for a run that ends with another error."""
+        with contextlib.suppress(UserError):
+            self.wait()
+
+    def _failed(self, error: Exception) -> UserError:
         self.manager.reload()
         kept = self.steps()
         free = shutil.disk_usage(self.folder).free
-        what = f"checkpoint of iteration {step}" if step is not None else "the last checkpoint"
+        reason = "No space left on device" if "os_error_code='28'" in str(error) else str(error)[:300]
         return UserError(
-            f"{what} could not be written to {self.folder} ({free / 1e6:.0f} MB free): {str(error)[:300]}. "
-            f"Complete checkpoints there: {kept or 'none'}. Free some space and start the same command again"
+            f"the checkpoint of iteration {self.saving} could not be written to {self.folder} "
+            f"({free / 1e6:.1f} MB free): {reason}. Complete checkpoints there: {len(kept)}, the newest "
+            f"{kept[-1] if kept else 'none'}. Free some space and start the same command again"
         )
 
     def steps(self) -> list[int]:
@@ -179,13 +188,16 @@ class Checkpointer:
 
 
 def _quiet_orbax() -> None:
-    """Orbax logs dozens of INFO lines per save through absl; warnings stay."""
+    """Keep orbax's INFO lines and its threads' tracebacks from the terminal; a failed save is told once, by us."""
     from absl import logging as absl_logging
 
-    class NoChatter(logging.Filter):
+    class OneLineWarnings(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            return record.levelno >= logging.WARNING or "orbax" not in record.pathname
+            if "orbax" in record.pathname:
+                record.exc_info, record.exc_text = None, None
+                return logging.WARNING <= record.levelno < logging.ERROR
+            return True
 
     handler = absl_logging.get_absl_handler()
-    if not any(type(f).__name__ == "NoChatter" for f in handler.filters):
-        handler.addFilter(NoChatter())
+    if not any(type(f).__name__ == "OneLineWarnings" for f in handler.filters):
+        handler.addFilter(OneLineWarnings())

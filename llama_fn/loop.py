@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,25 @@ from llama_fn.data.samples import Samples
 from llama_fn.display import Display
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
+from llama_fn.hardware import Hardware
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.loop")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, once everything is prepared."""
+
+    step: stages.Compiled
+    evaluate: stages.Compiled | None
+    batches: BatchIterator
+    validation: list[train_step.Batch]
+    checkpointer: Checkpointer
+    writer: metrics.Writer
+    display: Display
+    stop: runtime.StopRequest
+    hardware: Hardware | None
 
 
 def run(cfg: Config, flags_text: str = "") -> int:
@@ -47,11 +64,11 @@ def run(cfg: Config, flags_text: str = "") -> int:
         runtime.log_to_terminal(display.console)
         writer = metrics.Writer(cfg, workdir, start)
         display.start()
+        parts = Parts(step, evaluate, batches, validation, checkpointer, writer, display, stop, hardware)
         try:
-            return _train(
-                cfg, start, state, step, evaluate, batches, validation, checkpointer, writer, display, stop, hardware
-            )
+            return _train(cfg, start, state, parts)
         finally:
+            checkpointer.settle()
             display.stop()
             writer.close()
             batches.close()
@@ -59,9 +76,7 @@ def run(cfg: Config, flags_text: str = "") -> int:
         stop.remove()
 
 
-def _train(
-    cfg, start, state, step, evaluate, batches, validation, checkpointer, writer, display, stop, hardware
-) -> int:
+def _train(cfg: Config, start: int, state: train_step.TrainState, parts: Parts) -> int:
     """The loop. Batch n + 1 is prepared in a thread while step n runs; the metrics of step n - 1 are written after
     step n has been started, so that a device never waits for a log line."""
     pending: tuple[int, dict[str, torch.Tensor], float] | None = None
@@ -71,13 +86,13 @@ def _train(
             iteration, values, seconds = pending
             if iteration % cfg.run.log_every == 0 or iteration == cfg.run.steps:
                 numbers = {name: value.item() for name, value in values.items()}
-                row = metrics.record(cfg, iteration, numbers, seconds, hardware)
-                display.record(row, writer.write(row))
+                row = metrics.record(cfg, iteration, numbers, seconds, parts.hardware)
+                parts.display.record(row, parts.writer.write(row))
 
     iteration, began = start, time.perf_counter()
-    while iteration < cfg.run.steps and not stop.signal:
-        batch = _to_device(next(batches), cfg)
-        state, values = step(state, batch)
+    while iteration < cfg.run.steps and not parts.stop.signal:
+        batch = _to_device(next(parts.batches), cfg)
+        state, values = parts.step(state, batch)
         iteration += 1
         write_pending()
         ended = time.perf_counter()
@@ -85,20 +100,20 @@ def _train(
         if iteration % cfg.run.checkpoint_every == 0 or iteration == cfg.run.steps:
             write_pending()
             pending = None
-            checkpointer.save(iteration, state, _meta(cfg, batches))
-        if evaluate is not None and iteration % cfg.run.eval_every == 0:
-            losses = [evaluate(state.params, b).item() for b in validation]
-            log.info("%s", writer.validation(iteration, sum(losses) / len(losses)))
+            parts.checkpointer.save(iteration, state, _meta(cfg, parts.batches))
+        if parts.evaluate is not None and iteration % cfg.run.eval_every == 0:
+            losses = [parts.evaluate(state.params, b).item() for b in parts.validation]
+            log.info("%s", parts.writer.validation(iteration, sum(losses) / len(losses)))
             began = time.perf_counter()
     write_pending()
-    if stop.signal and iteration > start and iteration not in checkpointer.steps():
-        checkpointer.save(iteration, state, _meta(cfg, batches))
-    checkpointer.close()
-    where = checkpointer.folder / str(iteration)
-    if stop.signal:
+    if parts.stop.signal and iteration > start and iteration not in parts.checkpointer.steps():
+        parts.checkpointer.save(iteration, state, _meta(cfg, parts.batches))
+    parts.checkpointer.close()
+    where = parts.checkpointer.folder / str(iteration)
+    if parts.stop.signal:
         saved = f"saved iteration {iteration} in {where}" if iteration else "nothing to save yet"
         log.info("stopped: %s; the same command goes on from there", saved)
-        return stop.exit_code
+        return parts.stop.exit_code
     log.info("done: %d iterations, checkpoint %s", iteration, where)
     return 0
 

@@ -95,17 +95,18 @@ def _power(base: float, exponent: torch.Tensor) -> torch.Tensor:
     return torch.exp(exponent * math.log(base)) if base > 0 else torch.zeros_like(exponent)
 
 
-def add_decayed_weights(rate: float) -> Optimizer:
-    """Decoupled weight decay (Loshchilov and Hutter 2019); vectors, i.e. the norms, are left alone."""
-    names = ("attn_norm", "mlp_norm", "final_norm")
+def add_decayed_weights(rate: float, mask: Any) -> Optimizer:
+    """Decoupled weight decay (Loshchilov and Hutter 2019) where `mask`, a tree of bool like params, is True."""
 
     def decay(updates: Any, params: Any, **extra: Any) -> Any:
-        def one(path: str, u: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-            return u if path.split(".")[-1] in names else u + rate * p
-
-        return tree.map_with_path(one, updates, params)
+        return tree.map(lambda u, p, decayed: u + rate * p if decayed else u, updates, params, mask)
 
     return _stateless(decay)
+
+
+def matrices(params: Any) -> Any:
+    """The mask of what weight decay applies to: every leaf of ArrayInfo but vectors, stacked or not (the norms)."""
+    return tree.map(lambda info: len([axis for axis in info.axes if axis != "layers"]) > 1, params)
 
 
 def scale_by_schedule(schedule: Schedule) -> Optimizer:
@@ -138,13 +139,13 @@ def warmup_decay(cfg: OptimConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def adamw(cfg: Config) -> tuple[Optimizer, Schedule]:
-    """The optimizer of a training run, and its schedule for the metrics."""
+def adamw(cfg: Config, params: Any) -> tuple[Optimizer, Schedule]:
+    """The optimizer of a training run on parameters declared as `params`, and its schedule for the metrics."""
     o = cfg.optim
     schedule = warmup_decay(o, cfg.run.steps)
     parts = [clip_by_global_norm(o.clip)] if o.clip else []
     parts += [scale_by_adam(o.b1, o.b2, o.eps)]
-    parts += [add_decayed_weights(o.weight_decay)] if o.weight_decay else []
+    parts += [add_decayed_weights(o.weight_decay, matrices(params))] if o.weight_decay else []
     return chain(*parts, scale_by_schedule(schedule)), schedule
 
 

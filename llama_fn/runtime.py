@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from llama_fn import compat, hardware
 from llama_fn.config import RunConfig
-from llama_fn.errors import UserError
+from llama_fn.errors import FULL_DISK, UserError
 
 log = logging.getLogger("llama_fn")
 
@@ -22,6 +23,7 @@ def setup(run: RunConfig) -> hardware.Hardware | None:
     """Threads, memory and device as the flags say; returns the device's entry in the hardware table, if any."""
     compat.check_torch_version()
     compat.keep_memory()
+    report_full_disk_once()
     torch.set_num_threads(run.threads or compat.physical_cores())
     device = torch.device(run.device)
     if device.type == "cpu":
@@ -34,6 +36,20 @@ def setup(run: RunConfig) -> hardware.Hardware | None:
             "torch (BUILD.md) and check nvidia-smi, or use --run.device=cpu"
         )
     return hardware.identify(torch.cuda.get_device_name(device))
+
+
+def report_full_disk_once() -> None:
+    """One line instead of a traceback where a background thread (TensorBoard's writer) finds the disk full; the main
+    thread meets the same disk at its next line or checkpoint and ends the run."""
+    shown = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError) and args.exc_value.errno in FULL_DISK:
+            log.error("a writer in the background stopped: %s", args.exc_value)
+        else:
+            shown(args)
+
+    threading.excepthook = hook
 
 
 @dataclass

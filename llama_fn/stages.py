@@ -15,6 +15,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,16 +37,21 @@ class Signature:
     donated: tuple[int, ...]
     argument_names: tuple[str, ...]
 
+    @cached_property
+    def donations(self) -> list[tuple[int, str]]:
+        """(input leaf, path of the result that takes its buffer): the k-th donated argument is the k-th result."""
+        return [
+            (i, f"out[{position}]{path[len(name) :]}")
+            for position, name in enumerate(self.argument_names[argument] for argument in self.donated)
+            for i, path in enumerate(self.in_paths)
+            if path == name or path.startswith((name + ".", name + "["))
+        ]
+
+    @cached_property
     def aliases(self) -> list[tuple[int, int]]:
-        """(input leaf, output leaf) pairs that share one buffer: the k-th donated argument is the k-th result."""
+        """(input leaf, output leaf) pairs that share one buffer."""
         by_path = {path: i for i, path in enumerate(self.out_paths)}
-        pairs = []
-        for position, argument in enumerate(self.donated):
-            name = self.argument_names[argument]
-            for i, path in enumerate(self.in_paths):
-                if path == name or path.startswith((name + ".", name + "[")):
-                    pairs.append((i, by_path[f"out[{position}]{path[len(name) :]}"]))
-        return pairs
+        return [(i, by_path[path]) for i, path in self.donations]
 
     def check(self, args: Sequence[Any], what: str) -> list[Any]:
         """The flat leaves of args; ValueError naming every path whose leaf is missing, extra, or of another type."""
@@ -115,8 +121,35 @@ def jit(fn: Callable[..., Any], donate: int | tuple[int, ...] = (), **options: A
     return Wrapped(fn, (donate,) if isinstance(donate, int) else tuple(donate), **options)
 
 
+class _Graph:
+    """What a rung that is a graph answers."""
+
+    graph_module: torch.fx.GraphModule
+
+    @property
+    def title(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def aliases(self) -> Sequence[tuple[int, int]]:
+        """(input, result) pairs that the graph itself does not yet write into one buffer."""
+        return ()
+
+    def as_text(self) -> str:
+        return ir.as_text(self.graph_module, self.title)
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def cost_analysis(self) -> cost.Cost:
+        return cost.cost_analysis(self.graph_module)
+
+    def memory_analysis(self) -> cost.Memory:
+        return cost.memory_analysis(self.graph_module, self.aliases)
+
+
 @dataclass(frozen=True)
-class Traced:
+class Traced(_Graph):
     """The global graph of a function: no mesh, no device, our op set and plain pointwise aten."""
 
     name: str
@@ -124,27 +157,24 @@ class Traced:
     signature: Signature
     seconds: float
 
-    def as_text(self) -> str:
-        return ir.as_text(self.graph_module, f"{self.name} traced")
+    @property
+    def title(self) -> str:
+        return f"{self.name} traced"
 
-    __str__ = as_text
-
-    def cost_analysis(self) -> cost.Cost:
-        return cost.cost_analysis(self.graph_module)
-
-    def memory_analysis(self) -> cost.Memory:
-        return cost.memory_analysis(self.graph_module, self.signature.aliases())
+    @property
+    def aliases(self) -> Sequence[tuple[int, int]]:
+        return self.signature.aliases
 
     def lower(self, mesh: Mesh | None = None) -> Lowered:
         """The graph of one device of `mesh` (default: a single device)."""
         mesh = mesh or Mesh()
         start = time.perf_counter()
-        gm = passes.run(passes.LOWERING, self.graph_module, passes.Context(mesh, self.signature.aliases()))
+        gm = passes.run(passes.LOWERING, self.graph_module, passes.Context(mesh, self.signature.aliases))
         return Lowered(self, gm, mesh, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
-class Lowered:
+class Lowered(_Graph):
     """The graph that one device runs; donated inputs are overwritten at its end."""
 
     traced: Traced
@@ -156,16 +186,9 @@ class Lowered:
     def signature(self) -> Signature:
         return self.traced.signature
 
-    def as_text(self) -> str:
-        return ir.as_text(self.graph_module, f"{self.traced.name} lowered for {self.mesh}")
-
-    __str__ = as_text
-
-    def cost_analysis(self) -> cost.Cost:
-        return cost.cost_analysis(self.graph_module)
-
-    def memory_analysis(self) -> cost.Memory:
-        return cost.memory_analysis(self.graph_module, [])
+    @property
+    def title(self) -> str:
+        return f"{self.traced.name} lowered for {self.mesh}"
 
     def compile(self, backend: str = "inductor", **options: Any) -> Compiled:
         """An executable; `options` are the backend's keyword arguments (see llama_fn/backends/)."""
@@ -176,7 +199,7 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Callable with the trees that were traced. `from_cache`: nothing was compiled, an artifact was loaded."""
+    """Callable with the trees that were traced. `from_cache`: nothing was compiled, earlier code was loaded."""
 
     lowered: Lowered
     backend: str
@@ -191,7 +214,7 @@ class Compiled:
         signature = self.lowered.signature
         leaves = signature.check(args, f"compiled {self.lowered.traced.name}")
         flat = list(self.executable.run(leaves))
-        for i, o in signature.aliases():
+        for i, o in signature.aliases:
             flat.insert(o, leaves[i])
         return tree.unflatten(signature.out_spec, flat)
 
@@ -250,15 +273,11 @@ def _name_placeholders(gm: torch.fx.GraphModule, paths: Sequence[str]) -> None:
 
 def _check_donation(signature: Signature, gm: torch.fx.GraphModule) -> None:
     by_path = dict(zip(signature.out_paths, ir.results(gm.graph), strict=True))
-    for position, argument in enumerate(signature.donated):
-        name = signature.argument_names[argument]
-        for path, info in zip(signature.in_paths, signature.in_infos, strict=True):
-            if not (path == name or path.startswith((name + ".", name + "["))):
-                continue
-            result = by_path.get(f"out[{position}]{path[len(name) :]}")
+    for i, out_path in signature.donations:
+        result, info = by_path.get(out_path), signature.in_infos[i]
+        if result is None or not _matches(compat.node_value(result), info):
             found = "nothing" if result is None else describe(compat.node_value(result))
-            if result is None or not _matches(compat.node_value(result), info):
-                raise ValueError(
-                    f"donated argument {name}: result {position} must have the same tree, but at {path} it should be "
-                    f"{describe(info)} and is {found}"
-                )
+            raise ValueError(
+                f"donated argument {signature.in_paths[i]}: the result that takes its buffer, {out_path}, must be "
+                f"{describe(info)} and is {found}"
+            )

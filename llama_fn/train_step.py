@@ -58,7 +58,9 @@ def abstract_state(cfg: Config) -> TrainState:
     zero = ArrayInfo((), torch.float32)
     guard = Guard(ArrayInfo((), torch.float32, init=Init(value=scale)), zero, zero, zero)
     return TrainState(
-        step=ArrayInfo((), torch.int64), params=params, opt_state=OptState(optim.adamw(cfg)[0].init(params), guard)
+        step=ArrayInfo((), torch.int64),
+        params=params,
+        opt_state=OptState(optim.adamw(cfg, params)[0].init(params), guard),
     )
 
 
@@ -111,7 +113,7 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
     metrics, all float32 scalars: lm_loss (mean nats per unmasked token), grad_norm (before clipping),
     learning_rate, loss_scale (used in this step), skipped_iterations and nan_iterations (since iteration 0).
     """
-    optimizer, schedule = optim.adamw(cfg)
+    optimizer, schedule = optim.adamw(cfg, model.abstract_params(cfg.model))
     grad_fn = value_and_grad(lambda params, batch: _loss_sum(params, batch, cfg))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, torch.Tensor]]:

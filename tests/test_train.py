@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -27,6 +28,18 @@ MEGATRON = re.compile(
     r" number of skipped iterations: +\d+ \| number of nan iterations: +\d+ \|"
     r" samples per second: [\d.]+ \| TFLOPs: [\d.]+ \|"
 )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB; skips where this user may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs more rights")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +189,24 @@ def test_the_megatron_line_of_the_published_slice():
     assert "consumed samples:          768 | consumed tokens:      1572864 |" in text
     assert "learning rate: 1.406E-07" in text and "samples per second: 7.570" in text
     assert MEGATRON.fullmatch(text)
+
+
+def test_a_full_file_system_ends_the_run_and_loses_nothing(small_disk, corpus):
+    flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={small_disk}", "--run.checkpoint_every=2"]
+    filler = small_disk / "filler"
+    process = start(*flags)
+    while not (small_disk / "checkpoints" / "4").is_dir() and process.poll() is None:
+        time.sleep(0.01)
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as f:
+        while f.write(bytes(4096)):
+            pass
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, out
+    last = out.splitlines()[-1]  # tensorstore's threads may have printed tracebacks before it
+    assert last.startswith("error: ") and "No space left" in last and "start the same command again" in last, out[
+        -2000:
+    ]
+    filler.unlink()
+    status, out = run(*flags)
+    assert status == 0 and "resuming from iteration" in out, out[-2000:]
+    assert [row["iteration"] for row in rows(small_disk)] == list(range(1, 41))

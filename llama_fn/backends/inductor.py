@@ -1,7 +1,7 @@
 """inductor: the lowered graph compiled by torch's inductor for CPU and CUDA, ahead of time.
 
-Repeated layers are outlined, our ops expanded into one of their forms, and the whole compiled to an artifact that is
-kept on disk under a key of everything it depends on: a second start of the same job loads it.
+Repeated layers are outlined, our ops expanded into one of their forms, and the whole compiled and kept on disk under a
+key of everything it depends on: a second start of the same job loads it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def compile(
     cache: Path | None = None,
     outlined: bool = True,
 ) -> Executable:
-    """`attention`: form of that kernel, auto picks by device; `cache`: folder of artifacts, None to keep nothing."""
+    """`attention`: form of that kernel, auto picks by device; `cache`: folder of compiled code, None keeps nothing."""
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(gm), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llama_fn import ir, stages, train_step, tree
+from llama_fn.compat import cpp_units
 from llama_fn.errors import UserError
 from sharding import Mesh
 
@@ -162,7 +163,7 @@ def test_constants_baked_into_a_trace_are_refused():
 
 
 def test_donation_of_another_tree_is_refused():
-    with pytest.raises(ValueError, match=r"x\.b it should be f32\[2\] and is nothing"):
+    with pytest.raises(ValueError, match=r"x\.b: .*out\[0\]\.b, must be f32\[2\] and is nothing"):
         stages.jit(lambda x: ({"a": x["a"]}, x["b"]), donate=0).trace({"a": torch.ones(1), "b": torch.ones(2)})
 
 
@@ -172,3 +173,26 @@ def test_unknown_backends_and_larger_meshes_are_refused(tiny_config):
         traced.lower().compile("inducter")
     with pytest.raises(UserError, match="2 devices"):
         traced.lower(Mesh.parse("data:2"))
+
+
+def test_damaged_compiled_code_costs_a_compilation_only(tmp_path):
+    def double(x):
+        return torch.sin(x) * 2
+
+    def compiled():
+        return stages.jit(double).trace(torch.ones(40)).lower().compile("inductor", cache=tmp_path)
+
+    assert not compiled().from_cache and compiled().from_cache
+    kept = [p for p in tmp_path.rglob("*") if p.is_file() and "fxgraph" in p.parts]
+    assert kept
+    for path in kept:
+        path.write_bytes(b"no pickle")
+    again = compiled()
+    assert not again.from_cache and torch.allclose(again(torch.ones(40)), double(torch.ones(40)))
+
+
+def test_kernels_share_translation_units():
+    sources = ["a" * n for n in (5, 1, 4, 2)]
+    assert sorted(sum(cpp_units.group(sources, 2), [])) == [0, 1, 2, 3]
+    assert [sum(len(sources[i]) for i in group) for group in cpp_units.group(sources, 2)] == [6, 6]
+    assert cpp_units.group(sources, 64) == [[0], [2], [3], [1]]
