@@ -29,14 +29,20 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
 
 
 def inductor_compile(
-    gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], patches: dict[str, Any], units: int, cached: bool
+    gm: torch.fx.GraphModule,
+    inputs: Sequence[torch.Tensor],
+    patches: dict[str, Any],
+    static: Sequence[int],
+    units: int,
+    cached: bool,
 ) -> tuple[Callable[..., Any], bool]:
     """A callable of the flat inputs, and whether it came from inductor's cache on disk.
 
     `gm` must already be what inductor lowers: functional aten without what inductor_decompositions() lists, but for
     copies into inputs at its end. So the graph goes to inductor's inner compiler as it is. AOTAutograd and the passes
     after it, which find nothing to do in such a graph and take time that grows with the number of layers, are left
-    out. C++ kernels are built as `units` files at once.
+    out. `static` are the inputs that keep their memory from call to call, as CUDA graphs want of any that are written.
+    C++ kernels are built as `units` files at once.
     """
     from torch._dynamo.utils import counters
     from torch._inductor import compile_fx, config
@@ -46,7 +52,7 @@ def inductor_compile(
     hits, skipped = counts["fxgraph_cache_hit"], counts["fxgraph_cache_bypass"]
     settings = config.patch({"fx_graph_cache": cached, **patches})
     with torch.no_grad(), settings, _no_detours(inputs[0].fake_mode), _CppKernels.together(units):
-        compiled = compile_fx.compile_fx_inner(gm, list(inputs), is_inference=True)
+        compiled = compile_fx.compile_fx_inner(gm, list(inputs), static_input_idxs=tuple(static), is_inference=True)
     if counts["fxgraph_cache_bypass"] > skipped:
         log.warning("inductor does not keep this graph on disk; every start compiles it again")
     return lambda *args: compiled(list(args)), counts["fxgraph_cache_hit"] > hits
