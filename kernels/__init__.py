@@ -10,8 +10,11 @@ from kernels.layers import stack, unbind
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_table
 from kernels.swiglu import swiglu
+from kernels.vocab_parallel import SHARDED_VOCABULARY
+from kernels.weighted_sum import weighted_sum
 
 __all__ = [
+    "SHARDED_VOCABULARY",
     "attention",
     "cross_entropy",
     "einsum",
@@ -23,4 +26,5 @@ __all__ = [
     "stack",
     "swiglu",
     "unbind",
+    "weighted_sum",
 ]

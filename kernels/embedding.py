@@ -12,17 +12,18 @@ def embedding_reference(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tens
     return torch.nn.functional.embedding(tokens, table)
 
 
-def embedding_bwd_reference(dy: torch.Tensor, tokens: torch.Tensor, vocab: int) -> torch.Tensor:
-    """[V, D] in dy's dtype: the rows of dy [B, T, D] summed by token, in a fixed order on CPU."""
-    return torch.ops.aten.embedding_dense_backward(dy, tokens, vocab, -1, False)
+def embedding_bwd_reference(dy: torch.Tensor, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """[V, D] in dy's dtype: the rows of dy [B, T, D] summed by token, in a fixed order on CPU; of the table only the
+    shape counts."""
+    return torch.ops.aten.embedding_dense_backward(dy, tokens, table.shape[0], -1, False)
 
 
 embedding_bwd = kernel(
     name="embedding_bwd",
-    schema="(Tensor dy, Tensor tokens, SymInt vocab) -> Tensor",
+    schema="(Tensor dy, Tensor tokens, Tensor table) -> Tensor",
     reference=embedding_bwd_reference,
-    abstract=lambda dy, tokens, vocab: dy.new_empty((vocab, dy.shape[-1])),
-    factors=lambda *_: Factors("b t d, b t -> v d", frozenset("v")),
+    abstract=lambda dy, tokens, table: dy.new_empty((table.shape[0], dy.shape[-1])),
+    factors=lambda *_: Factors("b t d, b t, v d -> v d", frozenset("v")),
     # Expanded, it becomes atomic adds whose order, and so the last bit of the result, changes from run to run.
     opaque=True,
 )
@@ -33,5 +34,5 @@ embedding = kernel(
     reference=embedding_reference,
     abstract=lambda table, tokens: table.new_empty((*tokens.shape, table.shape[1])),
     factors=lambda *_: Factors("v d, b t -> b t d", frozenset("v")),
-    vjp=lambda inputs, outputs, cts: (embedding_bwd(cts[0], inputs[1], inputs[0].shape[0]), None),
+    vjp=lambda inputs, outputs, cts: (embedding_bwd(cts[0], inputs[1], inputs[0]), None),
 )

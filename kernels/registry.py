@@ -27,7 +27,8 @@ class Factors:
 
     `rule` is "operands -> results" with one letter per dimension, operands separated by commas, e.g.
     "b t n h, b s n h, b s n h -> b t n h". A factor absent from every result is contracted: sharding it leaves the
-    results unreduced. `replicated` lists the factors that may not be sharded at all.
+    results unreduced. An operand "_" counts for nothing but its device. `replicated` lists the factors that may not be
+    sharded at all.
     """
 
     rule: str

@@ -31,7 +31,7 @@ rope_table = kernel(
     schema="(Tensor like, int seq_len, int head_dim, float theta) -> (Tensor, Tensor)",
     reference=rope_table_reference,
     abstract=_table_abstract,
-    factors=lambda like, *_: Factors(f"{' '.join('xyz'[: like.dim()])} -> t r, t r", frozenset("tr")),
+    factors=lambda *_: Factors("_ -> t r, t r"),
 )
 
 

@@ -28,7 +28,9 @@ class Place:
 
 _TOP = Place()
 _PLACE: ContextVar[Place] = ContextVar("llama_fn_place", default=_TOP)
-_INTERNAL = (str(Path(__file__).parent), "torch", "contextlib", "functools")
+_ROOT = Path(__file__).parent.parent
+_OURS = (str(_ROOT / "kernels"), str(_ROOT / "sharding"))
+_LIBRARIES = ("/torch", "/contextlib", "/functools")
 
 
 def current() -> Place:
@@ -69,7 +71,7 @@ def backward_of(place: Place) -> Iterator[None]:
 
 @contextmanager
 def source_line() -> Iterator[None]:
-    """Record the innermost caller outside kernels/ and torch as the source of the ops inside.
+    """Record the innermost caller outside kernels/, sharding/ and torch as the source of the ops inside.
 
     Inside a backward the forward's line is already recorded and stays.
     """
@@ -85,7 +87,7 @@ def _caller() -> str:
     frame = sys._getframe(2)
     while frame.f_back is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith(_INTERNAL[0]) and not any(f"/{part}" in filename for part in _INTERNAL[1:]):
+        if not filename.startswith(_OURS) and not any(part in filename for part in _LIBRARIES):
             return f"{Path(filename).name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

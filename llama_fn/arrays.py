@@ -27,12 +27,16 @@ class Init:
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """Shape, dtype, logical axes (one name or None per dimension) and init of an array that need not exist."""
+    """Shape, dtype, logical axes (one name or None per dimension) and init of an array that need not exist.
+
+    `table` is the table of the sharding rules that lays it out between steps: params, moments or compute.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     axes: tuple[str | None, ...] = ()
     init: Init = Init()
+    table: str = "params"
 
     @property
     def size(self) -> int:

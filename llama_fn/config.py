@@ -33,7 +33,9 @@ class ModelConfig:
     tie_embeddings: bool = opt(False, "use the embedding table as the output head")
     init_std: float = opt(0.02, "standard deviation of the initial matrices")
     init_scaled: bool = opt(True, "divide the std of wo and w_down by sqrt(2 L)")
-    compute_dtype: Literal["fp32", "bf16", "fp16"] = opt("fp32", "dtype of forward and backward; masters are fp32")
+    compute_dtype: Literal["fp32", "bf16", "fp16", "fp64"] = opt(
+        "fp32", "dtype of forward and backward; masters are fp32, or fp64 to check against"
+    )
     fused_head: bool = opt(False, "compute head and loss in blocks of tokens: less memory, one more head product")
 
     @property
@@ -57,6 +59,10 @@ class OptimConfig:
     clip: float = opt(1.0, "largest global gradient norm; 0 means no clipping")
     initial_loss_scale: float = opt(65536.0, "fp16 only: first loss scale")
     loss_scale_window: int = opt(1000, "fp16 only: good iterations before the loss scale doubles")
+    reduce_dtype: Literal["fp32", "compute"] = opt("fp32", "dtype in which gradients are summed over devices")
+    reduce_per_microbatch: bool = opt(
+        False, "gather weights and reduce gradients for every microbatch instead of once a step: less memory"
+    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,12 @@ class DataConfig:
 class MeshConfig:
     """How devices are arranged."""
 
-    axes: str = opt("", "mesh as NAME:SIZE,...; empty is one device", numbers=False)
+    axes: str = opt(
+        "", "mesh as NAME:SIZE,... of node, data, context and model, outermost first; empty is one device", False
+    )
+    rules: str = opt(
+        "fsdp_tp", "sharding rules: dp, zero1, fsdp, tp_sp, fsdp_tp or fsdp_tp_ulysses (docs/sharding.md)", False
+    )
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def _compile(cfg: Config, mesh: Mesh, with_eval: bool) -> tuple[stages.Compiled,
 
     def climb(wrapped: stages.Wrapped, *args: Any) -> stages.Compiled:
         traced = wrapped.trace(*args)
-        lowered = traced.lower(mesh)
+        lowered = traced.lower(mesh, cfg.mesh.rules)
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",

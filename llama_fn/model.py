@@ -6,19 +6,23 @@ Letters: B batch, T query, S key, D embed, N query heads, K kv heads, H head dim
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 import kernels as k
-from kernels.scope import named_scope
+from kernels.scope import named_scope, source_line
 from llama_fn import tree
 from llama_fn.arrays import ArrayInfo, Init
 from llama_fn.config import ModelConfig
 from sharding import P, constrain
 
 Leaf = Any  # a tensor, or its ArrayInfo
-RESIDUAL = P("batch", "seq", "embed")
+RESIDUAL = P("batch", "seq", "embed")  # between blocks
+BLOCK = P("batch", "full_seq", "embed")  # what a block's first products read
+QUERIES, KEYS = (P("batch", "attn_seq", heads, "head_dim") for heads in ("attn_heads", "attn_kv_heads"))
 
 
 @tree.dataclass
@@ -41,22 +45,24 @@ class Params:
     """All parameters; lm_head is None where the embedding is tied."""
 
     embed: Leaf  # [V, D]
-    layers: Layer
+    layers: Any  # a Layer of stacked leaves; after gather() a list of them, one per layer
     final_norm: Leaf  # [D]
     lm_head: Leaf  # [V, D]
 
 
 def abstract_params(cfg: ModelConfig) -> Params:
-    """The declaration of every parameter, float32: shape, logical axes and init (GPT-2's scaled residual init)."""
+    """The declaration of every parameter, float32 (float64 to compute in that): shape, logical axes and init (GPT-2's
+    scaled residual init)."""
     d, n, kv, h, f, v, layers = (
         cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.mlp_dim, cfg.vocab_size, cfg.num_layers,
     )  # fmt: skip
+    dtype = torch.float64 if cfg.compute_dtype == "fp64" else torch.float32
     matrix = Init(std=cfg.init_std)
     residual = Init(std=cfg.init_std / math.sqrt(2 * layers)) if cfg.init_scaled else matrix
     one = Init(value=1.0)
 
     def info(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
-        return ArrayInfo(shape, torch.float32, axes, init)
+        return ArrayInfo(shape, dtype, axes, init)
 
     def stacked(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
         return info((layers, *shape), ("layers", *axes), init)
@@ -82,41 +88,76 @@ def abstract_params(cfg: ModelConfig) -> Params:
 def attention_block(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig) -> torch.Tensor:
     """x + wo(attention(rope(wq n), rope(wk n), wv n)) with n = rms_norm(x)."""
     with named_scope("attention"):
-        n_BTD = constrain(k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], P("batch", "full_seq", "embed"))
-        q_BTNH = k.rope(k.einsum("btd,dnh->btnh", n_BTD, p.wq), cos, sin, False)
-        k_BSKH = k.rope(k.einsum("btd,dkh->btkh", n_BTD, p.wk), cos, sin, False)
-        v_BSKH = k.einsum("btd,dkh->btkh", n_BTD, p.wv)
+        n_BTD = constrain(k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], BLOCK)
+        q_BTNH = k.rope(constrain(k.einsum("btd,dnh->btnh", n_BTD, p.wq), QUERIES), cos, sin, False)
+        k_BSKH = k.rope(constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wk), KEYS), cos, sin, False)
+        v_BSKH = constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wv), KEYS)
         o_BTNH, _ = k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5)
+        o_BTNH = constrain(o_BTNH, P("batch", "full_seq", "heads", "head_dim"))
         return x_BTD + constrain(k.einsum("btnh,nhd->btd", o_BTNH, p.wo), RESIDUAL)
 
 
 def mlp_block(p: Layer, x_BTD: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
     """x + w_down(silu(w_gate n) * w_up n) with n = rms_norm(x)."""
     with named_scope("mlp"):
-        n_BTD = constrain(k.rms_norm(x_BTD, p.mlp_norm, cfg.norm_eps)[0], P("batch", "full_seq", "embed"))
+        n_BTD = constrain(k.rms_norm(x_BTD, p.mlp_norm, cfg.norm_eps)[0], BLOCK)
         h_BTF = k.swiglu(k.einsum("btd,df->btf", n_BTD, p.w_gate), k.einsum("btd,df->btf", n_BTD, p.w_up))
         return x_BTD + constrain(k.einsum("btf,fd->btd", h_BTF, p.w_down), RESIDUAL)
 
 
-def unstack(layers: Layer) -> list[Layer]:
-    """One tree per layer from the stacked tree."""
-    flat, spec = tree.flatten(layers)
-    return [tree.unflatten(spec, parts) for parts in zip(*(k.unbind(leaf) for leaf in flat), strict=True)]
+def _annotate(leaves: Any, infos: Any, table: str, drop: int = 0) -> Any:
+    def one(path: str, leaf: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
+        with named_scope(path) if path else nullcontext():
+            return constrain(leaf, P(*info.axes[drop:]), table)
+
+    return tree.map_with_path(one, leaves, infos)
+
+
+def gather(params: Params, *, cfg: ModelConfig) -> Params:
+    """The weights that the model reads: in the compute layout, `layers` a list with one Layer each.
+
+    Every weight is annotated once, so a sharded parameter is gathered once per matrix wherever this is called.
+    """
+    infos = abstract_params(cfg)
+    flat, spec = tree.flatten(params.layers)
+    layers = [tree.unflatten(spec, parts) for parts in zip(*(k.unbind(leaf) for leaf in flat), strict=True)]
+    with named_scope("gather"):
+        rest = _annotate(replace(params, layers=()), replace(infos, layers=()), "compute")
+        with named_scope("layers"):
+            for i, layer in enumerate(layers):
+                with named_scope(str(i)):
+                    layers[i] = _annotate(layer, infos.layers, "compute", drop=1)
+    return replace(rest, layers=layers)
+
+
+def reduce(grads: Params, *, cfg: ModelConfig, dtype: torch.dtype | None) -> Params:
+    """The transpose of :func:`gather`, into the layout of the moments and stacked; summed over devices in `dtype`,
+    None meaning the gradients' own."""
+    infos = abstract_params(cfg)
+    with named_scope("reduce"), source_line():
+        grads = tree.map(lambda g: g.to(dtype or g.dtype), grads)
+        rest = _annotate(replace(grads, layers=()), replace(infos, layers=()), "moments")
+        layers = []
+        with named_scope("layers"):
+            for i, layer in enumerate(grads.layers):
+                with named_scope(str(i)):
+                    layers.append(_annotate(layer, infos.layers, "moments", drop=1))
+            return replace(rest, layers=tree.map(lambda *parts: k.stack(parts), *layers))
 
 
 def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
-    """Normed output of the last layer, [B, T, D] in the parameters' dtype, for integer tokens [B, T]."""
+    """Normed output of the last layer, [B, T, D] in the parameters' dtype, for integer tokens [B, T] and parameters
+    from :func:`gather`."""
     with named_scope("embed"):
         cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta)
         x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)
     with named_scope("layers"):
-        layers = unstack(params.layers)
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(params.layers):
             with named_scope(str(i)):
                 x_BTD = attention_block(layer, x_BTD, cos, sin, cfg=cfg)
                 x_BTD = mlp_block(layer, x_BTD, cfg=cfg)
     with named_scope("final_norm"):
-        return constrain(k.rms_norm(x_BTD, params.final_norm, cfg.norm_eps)[0], P("batch", "full_seq", "embed"))
+        return constrain(k.rms_norm(x_BTD, params.final_norm, cfg.norm_eps)[0], BLOCK)
 
 
 def head(params: Params) -> torch.Tensor:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from kernels.rms_norm import wide
 from llama_fn import tree
 from llama_fn.arrays import ArrayInfo, Init
 from llama_fn.config import Config, OptimConfig
+from sharding import P, constrain, reshard_as
 
 Schedule = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,7 +54,8 @@ def chain(*parts: Optimizer) -> Optimizer:
 
 def global_norm(grads: Any) -> torch.Tensor:
     """Euclidean norm over every leaf, float32 scalar (float64 if a leaf is)."""
-    squares = [torch.sum(torch.square(g.float() if g.dtype.itemsize < 4 else g)) for g in tree.leaves(grads)]
+    # Each leaf's sum is finished over the mesh axes that shard that leaf, so nothing is counted twice.
+    squares = [constrain(torch.sum(torch.square(wide(g))), P()) for g in tree.leaves(grads)]
     return torch.sqrt(torch.stack(squares).sum())
 
 
@@ -66,7 +70,7 @@ def clip_by_global_norm(limit: float) -> Optimizer:
 
 
 class AdamState(NamedTuple):
-    """First moment, second moment (trees like params, float32) and the number of updates made."""
+    """First moment, second moment (trees like params) and the number of updates made."""
 
     mu: Any
     nu: Any
@@ -77,7 +81,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
     """Adam's direction with bias correction (Kingma and Ba 2015, algorithm 1)."""
 
     def init(params: Any) -> AdamState:
-        zeros = tree.map(lambda info: ArrayInfo(info.shape, torch.float32, info.axes, Init()), params)
+        zeros = tree.map(lambda info: replace(info, init=Init(), table="moments"), params)
         return AdamState(zeros, zeros, _count())
 
     def update(updates: Any, state: AdamState, params: Any, **extra: Any) -> tuple[Any, AdamState]:
@@ -99,7 +103,7 @@ def add_decayed_weights(rate: float, mask: Any) -> Optimizer:
     """Decoupled weight decay (Loshchilov and Hutter 2019) where `mask`, a tree of bool like params, is True."""
 
     def decay(updates: Any, params: Any, **extra: Any) -> Any:
-        return tree.map(lambda u, p, decayed: u + rate * p if decayed else u, updates, params, mask)
+        return tree.map(lambda u, p, decayed: u + rate * reshard_as(p, u) if decayed else u, updates, params, mask)
 
     return _stateless(decay)
 
@@ -150,5 +154,5 @@ def adamw(cfg: Config, params: Any) -> tuple[Optimizer, Schedule]:
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """params + updates, each leaf in the parameter's dtype."""
-    return tree.map(lambda p, u: p + u.to(p.dtype), params, updates)
+    """params + updates, each leaf in the parameter's dtype and sharding."""
+    return tree.map(lambda p, u: p + reshard_as(u.to(p.dtype), p), params, updates)

@@ -22,7 +22,11 @@ import torch
 
 from llama_fn import backends, compat, cost, ir, passes, tree
 from llama_fn.arrays import ArrayInfo, abstract, describe
+from llama_fn.errors import UserError, nearest
+from llama_fn.passes.partition import partition
+from sharding import P, table
 from sharding.mesh import Mesh
+from sharding.rules import PRESETS, Rules
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ class Signature:
             if path not in expected or path not in given or not _matches(given[path], expected[path])
         ] or [f"  trees differ in structure: expected {self.in_spec}, given {spec}"]
         raise ValueError("\n".join([f"{what} was made for other arguments:", *lines[:20], *_more(len(lines) - 20)]))
+
+
+def _rules(rules: str | Rules) -> Rules:
+    if isinstance(rules, Rules):
+        return rules
+    if rules not in PRESETS:
+        raise UserError(f"sharding rules {rules!r} are not a preset. {nearest(rules, PRESETS)}")
+    return PRESETS[rules]
 
 
 def _more(n: int) -> list[str]:
@@ -165,21 +177,33 @@ class Traced(_Graph):
     def aliases(self) -> Sequence[tuple[int, int]]:
         return self.signature.aliases
 
-    def lower(self, mesh: Mesh | None = None) -> Lowered:
-        """The graph of one device of `mesh` (default: a single device)."""
-        mesh = mesh or Mesh()
-        start = time.perf_counter()
-        gm = passes.run(passes.LOWERING, self.graph_module, passes.Context(mesh, self.signature.aliases))
-        return Lowered(self, gm, mesh, time.perf_counter() - start)
+    def lower(self, mesh: Mesh | None = None, rules: str | Rules = "dp") -> Lowered:
+        """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
+
+        UserError where a dimension is not divisible, or an annotation is missing or wrong.
+        """
+        mesh, rules = mesh or Mesh(), _rules(rules)
+        start, signature = time.perf_counter(), self.signature
+        parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
+        gm = passes.run(passes.LOWERING, parts.graph_module, passes.Context(mesh, signature.aliases))
+        taken = {o for _, o in signature.aliases}
+        outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
+        return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
 class Lowered(_Graph):
-    """The graph that one device runs; donated inputs are overwritten at its end."""
+    """The graph that one device runs; donated inputs are overwritten at its end.
+
+    `inputs` and `outputs` are the shardings of its arguments and of the results that take no donated buffer.
+    """
 
     traced: Traced
     graph_module: torch.fx.GraphModule
     mesh: Mesh
+    rules: Rules
+    inputs: tuple[P, ...]
+    outputs: tuple[P, ...]
     seconds: float
 
     @property
@@ -188,12 +212,26 @@ class Lowered(_Graph):
 
     @property
     def title(self) -> str:
-        return f"{self.traced.name} lowered for {self.mesh}"
+        return f"{self.traced.name} lowered for {self.mesh}, rules {self.rules.name}"
+
+    def _output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        taken = {o for _, o in self.signature.aliases}
+        results = ir.results(self.traced.graph_module.graph)
+        return tuple(tuple(compat.node_value(r).shape) for o, r in enumerate(results) if o not in taken)
+
+    def collectives(self) -> list[table.Collective]:
+        """What goes over the mesh in one step, and which annotation asked for it."""
+        return table.collectives(self.graph_module.graph)
+
+    def as_text(self) -> str:
+        rows = self.collectives()
+        return super().as_text() + (f"\n\n{table.as_text(rows)}" if rows else "")
 
     def compile(self, backend: str = "inductor", **options: Any) -> Compiled:
         """An executable; `options` are the backend's keyword arguments (see llama_fn/backends/)."""
         start = time.perf_counter()
-        executable = backends.get(backend)(self.graph_module, **options)
+        program = backends.Program(self.graph_module, self.mesh, self.inputs, self.outputs, self._output_shapes())
+        executable = backends.get(backend)(program, **options)
         return Compiled(self, backend, executable, time.perf_counter() - start)
 
 

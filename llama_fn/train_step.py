@@ -5,16 +5,20 @@ batch: tokens, targets int64 [M, B, T] and loss_mask float32 [M, B, T] (M microb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 import kernels as k
+from kernels.rms_norm import wide
+from kernels.scope import source_line
 from llama_fn import model, optim, tree
 from llama_fn.arrays import DTYPES, ArrayInfo, Init
 from llama_fn.config import Config
 from llama_fn.transforms import accumulate, named_scope, phase, value_and_grad
+from sharding import P, constrain
 
 MAX_LOSS_SCALE = 2.0**32
 
@@ -67,9 +71,9 @@ def abstract_state(cfg: Config) -> TrainState:
 def abstract_batch(cfg: Config) -> Batch:
     m = cfg.data.microbatches
     shape = (m, cfg.data.global_batch_size // m, cfg.data.seq_len)
-    axes = (None, "batch", "seq")
-    ids = ArrayInfo(shape, torch.int64, axes)
-    return Batch(ids, ids, ArrayInfo(shape, torch.float32, axes))
+    axes = (None, "batch", "full_seq")
+    ids = ArrayInfo(shape, torch.int64, axes, table="compute")
+    return Batch(ids, ids, ArrayInfo(shape, torch.float32, axes, table="compute"))
 
 
 def _microbatches(batch: Batch) -> list[Batch]:
@@ -77,10 +81,41 @@ def _microbatches(batch: Batch) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*fields, strict=True)]
 
 
-def _loss_sum(params: model.Params, batch: Batch, cfg: Config) -> torch.Tensor:
-    nll = model.nll(params, batch.tokens, batch.targets, cfg=cfg.model)
+def _loss_sum(weights: model.Params, batch: Batch, cfg: Config) -> torch.Tensor:
+    nll = model.nll(weights, batch.tokens, batch.targets, cfg=cfg.model)
     with named_scope("loss"):
-        return (nll * batch.loss_mask).sum()
+        return k.weighted_sum(nll, batch.loss_mask)
+
+
+def _tokens(batch: Batch) -> torch.Tensor:
+    return torch.clamp(constrain(batch.loss_mask.sum(), P()), min=1.0)
+
+
+def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, model.Params]]:
+    """(params in compute dtype, batch, cotangent) -> (loss summed over tokens, gradients in the moments' layout).
+
+    Weights are gathered and gradients reduced once for all microbatches, whose gradients add up unreduced, or, where
+    memory is shorter than bandwidth, for each (optim.reduce_per_microbatch).
+    """
+    grad_fn = value_and_grad(lambda weights, batch: _loss_sum(weights, batch, cfg))
+    dtype = {"fp32": torch.float32, "compute": None}[cfg.optim.reduce_dtype]
+    dtype = None if cfg.model.compute_dtype == "fp64" else dtype
+
+    def of_parts(params: model.Params, parts: Sequence[Batch], cotangent: Any) -> tuple[Any, Any]:
+        weights = model.gather(params, cfg=cfg.model)
+        loss, grads = accumulate(grad_fn, weights, parts, cotangent=cotangent)
+        with phase("backward"):
+            return loss, model.reduce(grads, cfg=cfg.model, dtype=dtype)
+
+    def gradients(params: model.Params, batch: Batch, cotangent: torch.Tensor) -> tuple[Any, Any]:
+        parts = _microbatches(batch)
+        if not cfg.optim.reduce_per_microbatch:
+            return of_parts(params, parts, cotangent)
+        one = [of_parts(params, [part], cotangent) for part in parts]
+        with phase("backward"), named_scope("accumulate"), source_line():
+            return tree.map(lambda *terms: functools.reduce(torch.add, terms), *one)
+
+    return gradients
 
 
 def _cast(params: model.Params, cfg: Config) -> model.Params:
@@ -114,18 +149,18 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
     learning_rate, loss_scale (used in this step), skipped_iterations and nan_iterations (since iteration 0).
     """
     optimizer, schedule = optim.adamw(cfg, model.abstract_params(cfg.model))
-    grad_fn = value_and_grad(lambda params, batch: _loss_sum(params, batch, cfg))
+    gradients = _gradients(cfg)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, torch.Tensor]]:
         guard = state.opt_state.guard
         compute_params = _cast(state.params, cfg)
         with named_scope("loss"):
-            tokens = torch.clamp(batch.loss_mask.sum(), min=1.0)
+            tokens = _tokens(batch)
             weight = guard.loss_scale / tokens
-        loss_sum, grads = accumulate(grad_fn, compute_params, _microbatches(batch), torch.float32, cotangent=weight)
+        loss_sum, grads = gradients(compute_params, batch, weight)
         with phase("optimizer"), named_scope("optimizer"):
-            loss = loss_sum / tokens
-            grads = tree.map(lambda g: g.float() / guard.loss_scale, grads)
+            loss = constrain(loss_sum, P()) / tokens
+            grads = tree.map(lambda g: wide(g) / guard.loss_scale, grads)
             norm = optim.global_norm(grads)
             loss_ok = _finite(loss)
             ok = loss_ok & _finite(norm)
@@ -151,9 +186,9 @@ def make_eval_step(cfg: Config) -> Callable[[model.Params, Batch], torch.Tensor]
     """(params, batch) -> mean nats per unmasked token, a float32 scalar."""
 
     def step(params: model.Params, batch: Batch) -> torch.Tensor:
-        compute_params = _cast(params, cfg)
-        total = [_loss_sum(compute_params, part, cfg) for part in _microbatches(batch)]
+        weights = model.gather(_cast(params, cfg), cfg=cfg.model)
+        total = [_loss_sum(weights, part, cfg) for part in _microbatches(batch)]
         with named_scope("loss"):
-            return torch.stack(total).sum() / torch.clamp(batch.loss_mask.sum(), min=1.0)
+            return constrain(functools.reduce(torch.add, total), P()) / _tokens(batch)
 
     return step

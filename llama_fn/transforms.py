@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from kernels.scope import named_scope, phase
+from kernels.rms_norm import wide
+from kernels.scope import named_scope, phase, source_line
 from llama_fn import tree
 
 __all__ = ["accumulate", "named_scope", "phase", "value_and_grad"]
@@ -31,20 +32,16 @@ def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return transformed
 
 
-def accumulate(
-    fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[Any], dtype: torch.dtype, **kwargs: Any
-) -> tuple[Any, Any]:
-    """Sum of `fn(params, part) -> (value, grads)` over microbatches; grads are summed in `dtype`."""
+def accumulate(fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[Any], **kwargs: Any) -> tuple[Any, Any]:
+    """Sum of `fn(params, part) -> (value, grads)` over microbatches; grads of several are summed in float32 or
+    wider."""
     total: tuple[Any, Any] | None = None
     for i, part in enumerate(parts):
         with named_scope(f"microbatch/{i}"):
             value, grads = fn(params, part, **kwargs)
-            with phase("backward"):
-                if len(parts) > 1:
-                    grads = tree.map(lambda g: g.to(dtype), grads)
-                if total is None:
-                    total = value, grads
-                else:
-                    total = total[0] + value, tree.map(torch.add, total[1], grads)
+        with phase("backward"), named_scope("accumulate"), source_line():
+            if len(parts) > 1:
+                grads = tree.map(wide, grads)
+            total = (value, grads) if total is None else (total[0] + value, tree.map(torch.add, total[1], grads))
     assert total is not None
     return total

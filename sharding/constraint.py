@@ -29,16 +29,22 @@ reshard_as_op = kernel(
 
 constrain_op = kernel(
     name="constrain",
-    schema="(Tensor x, str spec) -> Tensor",
-    reference=lambda x, spec: x.clone(),
-    abstract=lambda x, spec: torch.empty_like(x),
-    factors=lambda x, spec: _same(x),
-    vjp=lambda inputs, outputs, cts: (reshard_as_op(cts[0], inputs[0]), None),
+    schema="(Tensor x, str spec, str table) -> Tensor",
+    reference=lambda x, spec, table: x.clone(),
+    abstract=lambda x, spec, table: torch.empty_like(x),
+    factors=lambda x, spec, table: _same(x),
+    vjp=lambda inputs, outputs, cts: (reshard_as_op(cts[0], inputs[0]), None, None),
 )
 
 
-def constrain(x: torch.Tensor, spec: P) -> torch.Tensor:
-    """x with the sharding that the rules give to the LOGICAL axes of `spec`, one per dimension."""
+def constrain(x: torch.Tensor, spec: P, table: str = "compute") -> torch.Tensor:
+    """x with the sharding that a table of the rules (sharding/rules.py) gives to the LOGICAL axes of `spec`, one per
+    dimension. P() for a scalar: whatever sum is pending is done."""
     if len(spec) != x.dim():
         raise ValueError(f"constrain: {spec} has {len(spec)} dimensions, the tensor {tuple(x.shape)} has {x.dim()}")
-    return constrain_op(x, spec.encode())
+    return constrain_op(x, spec.encode(), table)
+
+
+def reshard_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """x with the sharding of `like`, which has the same dimensions."""
+    return reshard_as_op(x, like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -30,6 +31,34 @@ class Mesh:
                 raise ValueError(f"mesh axes {text!r}: {part!r} is not NAME:SIZE, as in data:2,model:4")
             axes.append((name, int(size)))
         return cls(tuple(axes))
+
+    def extent(self, axes: Iterable[str]) -> int:
+        """Number of devices along `axes` together."""
+        sizes = dict(self.axes)
+        return prod(sizes[axis] for axis in axes)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Position of a rank along every axis; the last axis varies fastest."""
+        found = {}
+        for name, size in reversed(self.axes):
+            rank, found[name] = divmod(rank, size)
+        return found
+
+    def index(self, rank: int, axes: Sequence[str]) -> int:
+        """Position of a rank along several axes taken as one, the first the outermost."""
+        at, sizes = self.coordinates(rank), dict(self.axes)
+        index = 0
+        for axis in axes:
+            index = index * sizes[axis] + at[axis]
+        return index
+
+    def groups(self, axes: Sequence[str]) -> list[list[int]]:
+        """Ranks that differ along `axes` only, each group in the order of :meth:`index`."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.size):
+            at = self.coordinates(rank)
+            found.setdefault(tuple(v for a, v in at.items() if a not in axes), []).append(rank)
+        return [sorted(group, key=lambda rank: self.index(rank, axes)) for group in found.values()]
 
     @property
     def size(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class P:
     """An immutable partition spec: one axis name, tuple of names or None per dimension, as JAX's PartitionSpec.
@@ -19,7 +21,9 @@ class P:
         repeated = {axis for axis in named if named.count(axis) > 1} | (set(named) & unreduced)
         if repeated:
             raise ValueError(f"P{dims}: axis {sorted(repeated)} is used twice; each axis can shard one dimension")
-        object.__setattr__(self, "dims", tuple(dims))
+        object.__setattr__(
+            self, "dims", tuple(d if d is None or isinstance(d, str) else tuple(d) or None for d in dims)
+        )
         object.__setattr__(self, "unreduced", frozenset(unreduced))
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -39,6 +43,21 @@ class P:
         if self.unreduced:
             parts.append(f"unreduced={sorted(self.unreduced)}")
         return f"P({', '.join(parts)})"
+
+    def axes(self, dim: int) -> tuple[str, ...]:
+        """The axes that shard a dimension, outermost first."""
+        here = self.dims[dim]
+        return () if here is None else (here,) if isinstance(here, str) else here
+
+    @property
+    def by_dim(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(self.axes(dim) for dim in range(len(self)))
+
+    @classmethod
+    def of(cls, by_dim: Iterable[Iterable[str]], unreduced: Iterable[str] = ()) -> P:
+        """From the axes of every dimension."""
+        dims = [tuple(axes) for axes in by_dim]
+        return cls(*(d[0] if len(d) == 1 else d or None for d in dims), unreduced=frozenset(unreduced))
 
     def encode(self) -> str:
         """The form a graph node carries: dims joined by ',', several axes of a dim by '+', '-' for None."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from llama_fn import ir
-from llama_fn.backends import Executable
+from llama_fn.backends import Executable, Program, one_device
 from llama_fn.passes import copy_graph
 
 
-def compile(gm: torch.fx.GraphModule) -> Executable:
-    gm = copy_graph(gm)
+def compile(program: Program) -> Executable:
+    one_device(program, "eager")
+    gm = copy_graph(program.graph_module)
 
     @torch.no_grad()
     def run(inputs):

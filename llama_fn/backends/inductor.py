@@ -18,7 +18,7 @@ import torch
 
 from kernels.registry import of_node
 from llama_fn import compat, ir, passes
-from llama_fn.backends import Executable, forms
+from llama_fn.backends import Executable, Program, forms, one_device
 from llama_fn.passes.expand import expand
 from llama_fn.passes.outline import outline
 from llama_fn.passes.place import place
@@ -34,17 +34,18 @@ def default_cache() -> Path:
 
 
 def compile(
-    gm: torch.fx.GraphModule,
+    program: Program,
     device: str = "cpu",
     attention: str = "auto",
     cache: Path | None = None,
     outlined: bool = True,
 ) -> Executable:
     """`attention`: form of that kernel, auto picks by device; `cache`: folder of compiled code, None keeps nothing."""
+    one_device(program, "inductor")
     kind = torch.device(device).type
-    chosen = forms.choose(kind, _compute_dtype(gm), attention)
+    chosen = forms.choose(kind, _compute_dtype(program.graph_module), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
-    gm = passes.copy_graph(gm)
+    gm = passes.copy_graph(program.graph_module)
     ctx = passes.Context(Mesh(), [])
     if outlined:
         gm = outline(gm, ctx)

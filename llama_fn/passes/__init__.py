@@ -11,8 +11,8 @@ import torch
 
 from llama_fn.passes.dead_code import dead_code
 from llama_fn.passes.donation import donation
-from llama_fn.passes.partition import partition
 from llama_fn.passes.scopes import scopes
+from llama_fn.passes.sink_casts import sink_casts
 from sharding.mesh import Mesh
 
 log = logging.getLogger("llama_fn.passes")
@@ -29,7 +29,7 @@ class Context:
 Pass = Callable[[torch.fx.GraphModule, Context], torch.fx.GraphModule]
 
 TRACING: list[Pass] = [scopes, dead_code]
-LOWERING: list[Pass] = [partition, dead_code, donation]
+LOWERING: list[Pass] = [sink_casts, dead_code, donation]
 
 
 def run(passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context) -> torch.fx.GraphModule:

@@ -1,28 +1,36 @@
-"""From the global graph to the graph of one device.
-
-On one device every sharding annotation is the identity and goes away:
-
-    %y = constrain(%x, "batch,seq,embed")
-    %z = mul(%y, 2)                          ->   %z = mul(%x, 2)
-"""
+"""From the global graph to the graph of one device: sharding/partition.py, with its errors told to the user."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from kernels.registry import of_node
-from llama_fn import ir
+from llama_fn.arrays import ArrayInfo
 from llama_fn.errors import UserError
+from sharding import partition as sharding_partition
+from sharding.errors import ShardingError
+from sharding.mesh import Mesh
+from sharding.rules import Rules
 
 
-def partition(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
-    if ctx.mesh.size > 1:
-        raise UserError(f"mesh {ctx.mesh} has {ctx.mesh.size} devices; this version partitions for one device only")
-    for node in ir.calls(gm.graph):
-        record = of_node(node.target)
-        if record is not None and record.name in ("constrain", "reshard_as"):
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            gm.graph.erase_node(node)
-    return gm
+def partition(
+    gm: torch.fx.GraphModule,
+    mesh: Mesh,
+    rules: Rules,
+    infos: Sequence[ArrayInfo],
+    aliases: Sequence[tuple[int, int]],
+    paths: Sequence[str],
+) -> sharding_partition.Partitioned:
+    """The per-device graph of `gm`, whose inputs are laid out as `infos` say under the rules."""
+    try:
+        parts = sharding_partition.partition(gm, mesh, rules, [(info.axes, info.table) for info in infos])
+    except (ShardingError, ValueError) as error:
+        raise UserError(f"mesh {mesh}, rules {rules.name}: {error}") from error
+    for i, o in aliases:
+        if parts.inputs[i] != parts.outputs[o]:
+            raise UserError(
+                f"mesh {mesh}, rules {rules.name}: {paths[i]} is donated in sharding {parts.inputs[i]}, but its new "
+                f"value has {parts.outputs[o]}. Write reshard_as(new, old) or a constrain(...) before it is returned"
+            )
+    return parts

@@ -55,10 +55,10 @@ def test_logits_loss_and_gradients_equal_transformers(change, tmp_path, tiny_con
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def loss_fn(*leaves):
-        return model.nll(tree.unflatten(spec, leaves), tokens, targets, cfg=cfg).mean()
+        return model.nll(model.gather(tree.unflatten(spec, leaves), cfg=cfg), tokens, targets, cfg=cfg).mean()
 
     leaves, spec = tree.flatten(params)
-    logits = model.logits(params, tokens, cfg=cfg)
+    logits = model.logits(model.gather(params, cfg=cfg), tokens, cfg=cfg)
     loss, pull = torch.func.vjp(loss_fn, *leaves)
     grads = dict(zip(tree.paths(params), pull(torch.ones(())), strict=True))
 
@@ -84,7 +84,7 @@ def test_initial_loss_is_log_vocab_plus_half_the_logit_variance():
     cfg = replace(preset("llama_tiny"), init_scaled=False)
     params = arrays.materialize(model.abstract_params(cfg), random.key(1))
     ids = torch.randint(0, cfg.vocab_size, (2, 65))
-    loss = model.nll(params, ids[:, :-1], ids[:, 1:], cfg=cfg).mean().item()
+    loss = model.nll(model.gather(params, cfg=cfg), ids[:, :-1], ids[:, 1:], cfg=cfg).mean().item()
     expected = math.log(cfg.vocab_size) + cfg.embed_dim * cfg.init_std**2 / 2
     assert abs(loss / expected - 1) < 0.02
 

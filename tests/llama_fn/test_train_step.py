@@ -28,7 +28,9 @@ def torch_steps(cfg, state, batches):
         for group in adamw.param_groups:
             group["lr"] = lr_by_hand(o, i, cfg.run.steps)
         flat = tree.map(lambda x: x.flatten(0, 1), batch)
-        nll = model.nll(tree.unflatten(spec, params), flat.tokens, flat.targets, cfg=cfg.model)
+        nll = model.nll(
+            model.gather(tree.unflatten(spec, params), cfg=cfg.model), flat.tokens, flat.targets, cfg=cfg.model
+        )
         loss = (nll * flat.loss_mask).sum() / flat.loss_mask.sum()
         adamw.zero_grad()
         loss.backward()

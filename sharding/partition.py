@@ -1,0 +1,214 @@
+"""The global graph of a step and its shardings -> the graph of one device, every collective explicit.
+
+    %y = einsum("btf,fd->btd", %h, %w)     # h sharded over model in f, w too
+    %z = constrain(%y, "batch,seq,embed")  # the rules shard seq over model
+->
+    %y = einsum("btf,fd->btd", %h, %w)     # unreduced over model
+    %z = reduce_scatter(%y, "model", 4, 1)
+
+Collectives come from annotations alone, and from the two ops whose vocabulary is sharded; each carries the scope,
+phase and source line of what asked for it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.registry import KERNELS, Kernel, of_node
+from kernels.vocab_parallel import SHARDED_VOCABULARY
+from sharding import propagate, reshard
+from sharding.collectives import all_reduce, axes_text, axis_index, own_slice, reduce_scatter
+from sharding.errors import ShardingError, local_shape, where
+from sharding.mesh import Mesh
+from sharding.rules import Rules
+from sharding.spec import P
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    graph_module: torch.fx.GraphModule
+    inputs: tuple[P, ...]
+    outputs: tuple[P, ...]
+
+
+def partition(
+    gm: torch.fx.GraphModule, mesh: Mesh, rules: Rules, inputs: Sequence[tuple[tuple[str | None, ...], str]]
+) -> Partitioned:
+    """`inputs`: logical axes and table of every placeholder. ShardingError where annotations are missing or wrong."""
+    return _Partitioner(gm, mesh, rules).run(inputs)
+
+
+class _Partitioner:
+    def __init__(self, gm: torch.fx.GraphModule, mesh: Mesh, rules: Rules) -> None:
+        self.source, self.mesh, self.rules = gm, mesh, rules
+        self.graph = torch.fx.Graph()
+        self.new: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.layouts: dict[torch.fx.Node, Any] = {}  # P, or a list of them for several results
+        self.mode = next(iter(gm.graph.nodes)).meta["val"].fake_mode
+        self.at: Any = None  # the traced node that is being carried over
+
+    def run(self, inputs: Sequence[tuple[tuple[str | None, ...], str]]) -> Partitioned:
+        places = iter(inputs)
+        for node in self.source.graph.nodes:
+            self.at = node
+            if node.op == "placeholder":
+                self._placeholder(node, *next(places))
+            elif node.op == "output":
+                outputs = self._output(node)
+            else:
+                self.new[node], self.layouts[node] = self._call(node)
+        given = tuple(self.layouts[n] for n in self.source.graph.nodes if n.op == "placeholder")
+        return Partitioned(torch.fx.GraphModule(self.source, self.graph), given, outputs)
+
+    def _placeholder(self, node: torch.fx.Node, axes: tuple[str | None, ...], table: str) -> None:
+        value = node.meta["val"]
+        layout = self.rules.layout(axes or (None,) * value.dim(), table, self.mesh)
+        shape = local_shape(tuple(value.shape), layout, self.mesh, node.meta.get("path", node.name), table != "compute")
+        new = self.graph.node_copy(node, self.new.__getitem__)
+        new.meta = {**node.meta, "val": value.new_empty(shape)}
+        self.new[node], self.layouts[node] = new, layout
+
+    def _output(self, node: torch.fx.Node) -> tuple[P, ...]:
+        results: Any = node.args[0]
+        for result, path in zip(results, node.meta.get("paths") or [""] * len(results), strict=True):
+            if self.layouts[result].unreduced:
+                raise ShardingError(
+                    f"result {path} is still a pending sum over {sorted(self.layouts[result].unreduced)}, made by "
+                    f"{where(result)}. Write constrain(x, P(...)) on it"
+                )
+        new = self.graph.node_copy(node, self.new.__getitem__)
+        new.meta = dict(node.meta)
+        return tuple(self.layouts[result] for result in results)
+
+    def _call(self, node: torch.fx.Node) -> tuple[torch.fx.Node, Any]:
+        record = of_node(node.target)
+        if node.target is operator.getitem:
+            source, index = node.args
+            return self._copy(node), self.layouts[source][index]  # type: ignore[index]
+        if record is None:
+            return self._copy(node), self._aten_layout(node)
+        if record.name == "constrain":
+            x, spec, table = node.args
+            axes = tuple(None if a == "-" else a for a in str(spec).split(",")) if spec else ()
+            target = self.rules.layout(axes, str(table), self.mesh)
+            local_shape(tuple(x.meta["val"].shape), target, self.mesh, where(node), table != "compute")  # type: ignore[union-attr]
+            return self._reshard(x, target)
+        if record.name == "reshard_as":
+            x, like = node.args
+            return self._reshard(x, P.of(self.layouts[like].by_dim))  # type: ignore[index]
+        return self._kernel(node, record)
+
+    def _kernel(self, node: torch.fx.Node, record: Kernel) -> tuple[torch.fx.Node, Any]:
+        args = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args]
+        operands = [a for a in node.args if isinstance(a, torch.fx.Node)]
+        layouts = [self.layouts[a] for a in operands]
+        form: Any = SHARDED_VOCABULARY.get(record.name)
+        factors = record.factors(*args)
+        results = propagate.by_factors(node, record, args, layouts, parts="v" if form else "")
+        axes = self._vocabulary(factors.operands, layouts) if form else ()
+        if axes:
+            new = form(_Emitter(self, axes, self.new[operands[0]]), *(self._arg(a) for a in node.args))
+            if record.name == "cross_entropy":  # its own collectives have finished the sums over the vocabulary
+                results = [P.of(r.by_dim, r.unreduced - set(axes)) for r in results]
+        else:
+            new = self._copy(node)
+        several = isinstance(node.meta["val"], (tuple, list))
+        return new, results if several else results[0]
+
+    @staticmethod
+    def _vocabulary(operands: Sequence[tuple[str, ...]], layouts: list[P]) -> tuple[str, ...]:
+        for letters, layout in zip(operands, layouts, strict=True):
+            if "v" in letters:
+                return layout.axes(letters.index("v"))
+        return ()
+
+    def _aten_layout(self, node: torch.fx.Node) -> Any:
+        operands: list[torch.fx.Node] = []
+        torch.fx.node.map_arg((node.args, node.kwargs), operands.append)
+        layouts = [self.layouts[n] for n in operands]
+        if node.target is aten.sum.default:
+            return propagate.reduction(node, layouts[0], None, False)
+        if node.target is aten.sum.dim_IntList:
+            return propagate.reduction(node, layouts[0], node.args[1], len(node.args) > 2 and bool(node.args[2]))  # type: ignore[arg-type]
+        if node.target is aten.stack.default:
+            one = propagate.together(node, layouts)
+            return P.of([(), *one.by_dim], one.unreduced)
+        if node.target is aten.unbind.int:
+            if layouts[0].axes(0):
+                raise ShardingError(
+                    f"{where(node)}: the first dimension is taken apart and must be whole: {layouts[0]}"
+                )
+            part = P.of(layouts[0].by_dim[1:], layouts[0].unreduced)
+            return [part] * len(node.meta["val"])
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if pointwise or node.target in (*propagate.LIKE_COPY, *propagate.SHAPE_ONLY):
+            shapes = [tuple(n.meta["val"].shape) for n in operands]
+            return propagate.pointwise(node, shapes, layouts, tuple(node.meta["val"].shape))
+        if all(not layout.unreduced and not any(layout.by_dim) for layout in layouts):
+            value = node.meta["val"]
+            whole = [P(*[None] * v.dim()) for v in (value if isinstance(value, (tuple, list)) else [value])]
+            return whole if isinstance(value, (tuple, list)) else whole[0]
+        raise ShardingError(
+            f"{where(node)}: no sharding rule for this op and an operand is sharded ({layouts}). Write it with the ops "
+            "of kernels/, or constrain its operands to be whole"
+        )
+
+    def _reshard(self, x: Any, target: P) -> tuple[torch.fx.Node, P]:
+        new = self.new[x]
+        for op, axes, args in reshard.steps(self.layouts[x], target):
+            n = self.mesh.extent(axes)
+            if op in (reduce_scatter.op, own_slice.op):
+                new = self._padded(new, args[0], n)
+            new = self.emit(op, new, axes_text(axes), n, *args)
+        for dim, size in enumerate(local_shape(tuple(x.meta["val"].shape), target, self.mesh, "", padded=True)):
+            if new.meta["val"].shape[dim] > size:
+                new = self.emit(aten.clone.default, self.emit(aten.slice.Tensor, new, dim, 0, size))
+        return new, target
+
+    def _padded(self, x: torch.fx.Node, dim: int, n: int) -> torch.fx.Node:
+        """Zeros after the end of `dim`, where n devices do not divide it."""
+        value = x.meta["val"]
+        missing = -value.shape[dim] % n
+        if not missing:
+            return x
+        pads = [0, 0] * (value.dim() - dim - 1) + [0, missing]
+        return self.emit(aten.constant_pad_nd.default, x, pads)
+
+    def _arg(self, a: Any) -> Any:
+        return torch.fx.node.map_arg(a, self.new.__getitem__)
+
+    def _copy(self, node: torch.fx.Node) -> torch.fx.Node:
+        return self.emit(node.target, *self._arg(node.args), **self._arg(node.kwargs))
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        """A node of the per-device graph, labelled as the traced node that asked for it."""
+        new = self.graph.call_function(target, args, kwargs)
+        values, named = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            new.meta = {"val": target(*values, **named), "custom": dict(self.at.meta.get("custom", {}))}
+        return new
+
+
+class _Emitter:
+    """Emits the sharded form of one op; see kernels.vocab_parallel.Emit."""
+
+    def __init__(self, partitioner: _Partitioner, axes: tuple[str, ...], like: torch.fx.Node) -> None:
+        self.partitioner, self.axes = partitioner, axes
+        self.index = partitioner.emit(axis_index.op, like, axes_text(axes))
+
+    def __call__(self, op: Any, *args: Any) -> Any:
+        return self.partitioner.emit(op, *args)
+
+    def all_reduce(self, x: Any, kind: str) -> Any:
+        n = self.partitioner.mesh.extent(self.axes)
+        return self.partitioner.emit(all_reduce.op, x, axes_text(self.axes), n, kind)
+
+
+assert set(SHARDED_VOCABULARY) <= set(KERNELS)

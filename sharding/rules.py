@@ -1,0 +1,66 @@
+"""Rules: which mesh axes each logical axis is laid over, one table for each kind of tensor.
+
+    params     parameters between steps
+    moments    optimizer state between steps, and gradients once they are reduced
+    compute    weights, activations and batches while the step runs
+
+A logical axis that a table does not name is replicated; a mesh axis that the mesh does not have is passed over. So one
+preset serves every mesh, and data parallelism over nodes and devices is `("node", "data")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sharding.mesh import Mesh
+from sharding.spec import P
+
+Table = Mapping[str, tuple[str, ...]]
+TABLES = ("params", "moments", "compute")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Three tables from logical axis to mesh axes, outermost first."""
+
+    name: str
+    params: Table
+    moments: Table
+    compute: Table
+
+    def layout(self, axes: tuple[str | None, ...], table: str, mesh: Mesh) -> P:
+        """The sharding over `mesh` of a tensor with these logical axes; ValueError if a mesh axis is used twice."""
+        rules: Table = getattr(self, table)
+        sizes = dict(mesh.axes)
+        dims = [tuple(m for m in rules.get(axis, ()) if sizes.get(m, 1) > 1) if axis else () for axis in axes]
+        try:
+            return P.of(dims)
+        except ValueError as error:
+            raise ValueError(f"rules {self.name}, table {table}, logical axes {axes}: {error}") from None
+
+
+DATA = ("node", "data")
+_HEADS = {"heads": ("model",), "kv_heads": ("model",), "mlp": ("model",), "vocab": ("model",)}
+_DP_COMPUTE = {"batch": DATA}
+_TP_COMPUTE = {
+    **_DP_COMPUTE, **_HEADS, "seq": ("model",), "attn_heads": ("model",), "attn_kv_heads": ("model",),
+}  # fmt: skip
+_ULYSSES_COMPUTE = {
+    **_TP_COMPUTE, "seq": ("context", "model"), "full_seq": ("context",),
+    "attn_heads": ("model", "context"), "attn_kv_heads": ("model", "context"),
+}  # fmt: skip
+_FSDP = {"embed": DATA}
+_FSDP_ULYSSES = {"embed": (*DATA, "context"), **_HEADS}
+
+PRESETS = {
+    rules.name: rules
+    for rules in (
+        Rules("dp", {}, {}, _DP_COMPUTE),
+        Rules("zero1", {}, _FSDP, _DP_COMPUTE),
+        Rules("fsdp", _FSDP, _FSDP, _DP_COMPUTE),
+        Rules("tp_sp", _HEADS, _HEADS, _TP_COMPUTE),
+        Rules("fsdp_tp", {**_FSDP, **_HEADS}, {**_FSDP, **_HEADS}, _TP_COMPUTE),
+        Rules("fsdp_tp_ulysses", _FSDP_ULYSSES, _FSDP_ULYSSES, _ULYSSES_COMPUTE),
+    )
+}

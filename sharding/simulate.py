@@ -1,0 +1,106 @@
+"""The collectives as arithmetic on the values of all devices at once, and tensors taken apart and put together.
+
+A value is a list with one tensor per rank of the mesh. Sums run in the order of the group, so they are the same every
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+
+from sharding.collectives import axes_of
+from sharding.mesh import Mesh
+from sharding.spec import P
+
+Values = list[torch.Tensor]
+
+
+def _by_group(mesh: Mesh, axes: str, xs: Values, fn: Callable[[Values], Sequence[torch.Tensor]]) -> Values:
+    out: list[Any] = [None] * len(xs)
+    for group in mesh.groups(axes_of(axes)):
+        for rank, value in zip(group, fn([xs[rank] for rank in group]), strict=True):
+            out[rank] = value
+    return out
+
+
+def _own(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
+
+
+def _all_gather(mesh: Mesh, xs: Values, axes: str, n: int, dim: int) -> Values:
+    return _by_group(mesh, axes, xs, lambda group: [torch.cat(group, dim)] * n)
+
+
+def _reduce_scatter(mesh: Mesh, xs: Values, axes: str, n: int, dim: int) -> Values:
+    return _by_group(mesh, axes, xs, lambda group: _own(reduce(torch.add, group).chunk(n, dim)))
+
+
+def _all_reduce(mesh: Mesh, xs: Values, axes: str, n: int, kind: str) -> Values:
+    op: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.add if kind == "sum" else torch.maximum
+    return _by_group(mesh, axes, xs, lambda group: [reduce(op, group)] * n)
+
+
+def _all_to_all(mesh: Mesh, xs: Values, axes: str, n: int, split: int, concat: int) -> Values:
+    def exchange(group: Values) -> Values:
+        pieces = [x.chunk(n, split) for x in group]
+        return [torch.cat([sent[i] for sent in pieces], concat) for i in range(n)]
+
+    return _by_group(mesh, axes, xs, exchange)
+
+
+def _own_slice(mesh: Mesh, xs: Values, axes: str, n: int, dim: int) -> Values:
+    return _by_group(mesh, axes, xs, lambda group: _own([x.chunk(n, dim)[i] for i, x in enumerate(group)]))
+
+
+def _axis_index(mesh: Mesh, xs: Values, axes: str) -> Values:
+    return [torch.tensor(mesh.index(rank, axes_of(axes)), device=x.device) for rank, x in enumerate(xs)]
+
+
+COLLECTIVES: dict[str, Callable[..., Values]] = {
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_reduce": _all_reduce,
+    "all_to_all": _all_to_all,
+    "own_slice": _own_slice,
+    "axis_index": _axis_index,
+}
+
+
+def spans(shape: Sequence[int], layout: P, mesh: Mesh, rank: int) -> tuple[slice, ...]:
+    """Where in the global tensor a rank's part lies; shorter than the part where that ends in padding."""
+    found = []
+    for dim, size in enumerate(shape):
+        axes = layout.axes(dim)
+        width, at = -(-size // mesh.extent(axes)), mesh.index(rank, axes)
+        found.append(slice(min(at * width, size), min((at + 1) * width, size)))
+    return tuple(found)
+
+
+def part(x: torch.Tensor, layout: P, mesh: Mesh, rank: int) -> torch.Tensor:
+    """A rank's own copy of its part of a global tensor."""
+    shape = [-(-size // mesh.extent(layout.axes(dim))) for dim, size in enumerate(x.shape)]
+    piece = x[spans(x.shape, layout, mesh, rank)]
+    if list(piece.shape) == shape:
+        return piece.clone(memory_format=torch.contiguous_format)
+    mine = x.new_zeros(shape)
+    mine[tuple(slice(0, size) for size in piece.shape)] = piece
+    return mine
+
+
+def join(parts: Sequence[torch.Tensor], layout: P, mesh: Mesh, shape: Sequence[int]) -> torch.Tensor:
+    """The global tensor of `shape` from every rank's part; RuntimeError where ranks disagree about what they share."""
+    whole = parts[0].new_empty(shape)
+    first: dict[str, int] = {}
+    for rank, mine in enumerate(parts):
+        at = spans(shape, layout, mesh, rank)
+        twin = first.setdefault(str(at), rank)
+        if twin != rank and not torch.equal(parts[twin].nan_to_num(), mine.nan_to_num()):
+            raise RuntimeError(
+                f"ranks {twin} and {rank} hold different values of one replicated tensor of shape {tuple(shape)}"
+            )
+        whole[at] = mine[tuple(slice(0, s.stop - s.start) for s in at)]
+    return whole

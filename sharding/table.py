@@ -1,0 +1,65 @@
+"""The table of a step's collectives: what goes over which axis, how many bytes, and who asked for it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kernels.registry import of_node
+from sharding.collectives import COMMUNICATING, sent_bytes
+
+
+@dataclass(frozen=True, order=True)
+class Collective:
+    """`bytes`: what one device sends for one of them (ring, or direct for all_to_all); `count`: how often in a step.
+
+    Layers, and microbatches, are one row: their number in the scope is a star.
+    """
+
+    phase: str
+    scope: str
+    kind: str
+    axis: str
+    dtype: str
+    bytes: int
+    source: str
+    count: int = 1
+
+
+def collectives(graph: Any) -> list[Collective]:
+    """Rows in the order of their first appearance in a per-device graph."""
+    rows = Counter(row for node in graph.nodes if (row := _row(node)) is not None)
+    return [replace(row, count=count) for row, count in rows.items()]
+
+
+def _row(node: Any) -> Collective | None:
+    record = of_node(node.target) if node.op == "call_function" else None
+    if record is None or record.name not in COMMUNICATING:
+        return None
+    x, axes, n = node.args[0].meta["val"], node.args[1], node.args[2]
+    labels = node.meta.get("custom", {})
+    kind = record.name if record.name != "all_reduce" or node.args[3] == "sum" else f"all_reduce_{node.args[3]}"
+    return Collective(
+        phase=labels.get("phase", ""), scope=re.sub(r"\b\d+\b", "*", labels.get("scope", "")), kind=kind, axis=axes,
+        dtype=str(x.dtype).removeprefix("torch."), bytes=sent_bytes(record.name, x, n), source=labels.get("source", ""),
+    )  # fmt: skip
+
+
+def as_text(rows: Iterable[Collective]) -> str:
+    """Aligned columns, then the totals per axis."""
+    rows = list(rows)
+    head = ("count", "kind", "axis", "dtype", "MB each", "phase", "scope", "source")
+    lines = [(str(r.count), r.kind, r.axis, r.dtype, f"{r.bytes / 1e6:.3f}", r.phase, r.scope, r.source) for r in rows]
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *lines)]
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for r in rows:
+        totals[r.axis][0] += r.count
+        totals[r.axis][1] += r.count * r.bytes
+    text += [
+        f"total over {axis}: {n} collectives, {size / 1e6:.3f} MB sent per device" for axis, (n, size) in totals.items()
+    ]
+    return "\n".join(text)
