@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -71,13 +72,37 @@ def total_bytes(infos: Any) -> int:
     return sum(info.bytes for info in tree.leaves(infos))
 
 
-def materialize(infos: Any, key: random.Key, device: str = "cpu") -> Any:
+def materialize(infos: Any, key: random.Key, device: str = "cpu", parts: Sequence[Part] | None = None) -> Any:
     """Tensors for a tree of ArrayInfo; every leaf draws from `key` folded with its own path, so the values depend
-    neither on the order of the leaves nor on which device or shard asks for them."""
+    neither on the order of the leaves nor on which device or shard asks for them.
+
+    `parts`, one per leaf: only that part of each, which is never whole in memory.
+    """
+    leaves = tree.leaves(infos)
+    parts = parts or [Part(tuple(slice(0, size) for size in info.shape), info.shape) for info in leaves]
+    each = iter(parts)
 
     def make(path: str, info: ArrayInfo) -> torch.Tensor:
-        if info.init.std == 0.0:
-            return torch.full(info.shape, info.init.value, dtype=info.dtype, device=device)
-        return random.normal(random.fold_in(key, path), info.shape, info.init.std, info.dtype).to(device)
+        part = next(each)
+        if info.init.std:
+            values = random.normal(random.fold_in(key, path), info.shape, info.init.std, info.dtype, part.at)
+        else:
+            values = torch.full([s.stop - s.start for s in part.at], info.init.value, dtype=info.dtype)
+        return part.padded(values).to(device)
 
     return tree.map_with_path(make, infos)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where in a global array a part lies, and its shape, which padding may make larger."""
+
+    at: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        if tuple(values.shape) == self.shape:
+            return values
+        whole = values.new_zeros(self.shape)
+        whole[tuple(slice(0, size) for size in values.shape)] = values
+        return whole

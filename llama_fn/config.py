@@ -110,6 +110,7 @@ class RunConfig:
     keep_every: int = opt(0, "also keep each checkpoint whose iteration is a multiple of this; 0: none", False)
     eval_every: int = opt(100, "iterations between validations; 0: never", False)
     eval_batches: int = opt(4, "global batches in one validation", False)
+    timeout_s: int = opt(600, "several processes: seconds without a sign of life after which the others give up", False)
     compile_cache: str = opt("", "folder of compiled code; empty: ~/.cache/llama_fn", False)
     threads: int = opt(0, "CPU threads; 0: one per physical core", False)
     accept_changes: bool = opt(False, "resume although flags that change the numbers differ", False)

@@ -40,6 +40,6 @@ class Display:
         else:
             log.info("%s", text)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self.progress:
             self.progress.stop()

@@ -35,24 +35,31 @@ def fold_in(parent: Key, data: str | int) -> Key:
 
 
 def normal(
-    k: Key, shape: tuple[int, ...], std: float, dtype: torch.dtype, start: int = 0, stop: int | None = None
+    k: Key, shape: tuple[int, ...], std: float, dtype: torch.dtype, at: tuple[slice, ...] | None = None
 ) -> torch.Tensor:
-    """Normal numbers, mean 0; the flat elements start..stop of an array of `shape` (all of them, shaped, without).
+    """Normal numbers, mean 0: an array of `shape`, or the part of it that lies `at` a slice per dimension.
 
-    Drawn in float32 and rounded to `dtype`.
+    Drawn in float32 and rounded to `dtype`. Only one block at a time exists besides the part.
     """
-    size = prod(shape)
-    whole = stop is None
-    stop = size if stop is None else stop
-    out = np.empty(stop - start, dtype=np.float32)
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        first, last = block * BLOCK, min((block + 1) * BLOCK, size)
-        words = fold_in(k, block).words
-        drawn = np.random.Generator(np.random.Philox(key=np.array(words, dtype=np.uint64))).standard_normal(
-            last - first, dtype=np.float32
-        )
-        lo, hi = max(first, start), min(last, stop)
-        out[lo - start : hi - start] = drawn[lo - first : hi - first]
+    at = at or tuple(slice(0, size) for size in shape)
+    out = np.empty([max(0, s.stop - s.start) for s in at], dtype=np.float32)
+    if out.size:
+        first = int(np.ravel_multi_index([s.start for s in at], shape)) if shape else 0
+        last = int(np.ravel_multi_index([s.stop - 1 for s in at], shape)) if shape else 0
+        for block in range(first // BLOCK, last // BLOCK + 1):
+            _fill(out, block, k, shape, at)
     out *= np.float32(std)
-    values = torch.from_numpy(out).to(dtype)
-    return values.reshape(shape) if whole else values
+    return torch.from_numpy(out).to(dtype)
+
+
+def _fill(out: np.ndarray, block: int, k: Key, shape: tuple[int, ...], at: tuple[slice, ...]) -> None:
+    """Draw one block and put what of it belongs to the part into its place."""
+    first, last = block * BLOCK, min((block + 1) * BLOCK, prod(shape))
+    words = np.array(fold_in(k, block).words, dtype=np.uint64)
+    drawn = np.random.Generator(np.random.Philox(key=words)).standard_normal(last - first, dtype=np.float32)
+    if out.shape == shape:
+        out.reshape(-1)[first:last] = drawn
+        return
+    index = np.unravel_index(np.arange(first, last), shape)
+    inside = np.logical_and.reduce([(i >= s.start) & (i < s.stop) for i, s in zip(index, at, strict=True)])
+    out[tuple(i[inside] - s.start for i, s in zip(index, at, strict=True))] = drawn[inside]

@@ -24,7 +24,8 @@ def setup(run: RunConfig) -> hardware.Hardware | None:
     compat.check_torch_version()
     compat.keep_memory()
     report_full_disk_once()
-    torch.set_num_threads(run.threads or compat.physical_cores())
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(run.threads or max(1, compat.physical_cores() // neighbours))
     device = torch.device(run.device)
     if device.type == "cpu":
         return None
@@ -75,15 +76,16 @@ class StopRequest:
         self.signal = number
         os.write(2, f"{signal.Signals(number).name}: stopping after this step, then saving\n".encode())
 
-    @property
-    def exit_code(self) -> int:
-        return 130 if self.signal == signal.SIGINT else 0
+
+def exit_code(number: int) -> int:
+    return 130 if number == signal.SIGINT else 0
 
 
-def log_to_terminal(console: Any | None) -> None:
-    """Plain lines on standard error; through rich's console where a progress display shares the terminal."""
+def log_to_terminal(console: Any | None, quiet: bool = False) -> None:
+    """Plain lines on standard error; through rich's console where a progress display shares the terminal. `quiet`:
+    warnings only, for the processes that are not the first."""
     root = logging.getLogger("llama_fn")
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.WARNING if quiet else logging.INFO)
     root.propagate = False
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if console is not None:

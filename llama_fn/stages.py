@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -227,6 +227,13 @@ class Lowered(_Graph):
         rows = self.collectives()
         return super().as_text() + (f"\n\n{table.as_text(rows)}" if rows else "")
 
+    @cached_property
+    def local_signature(self) -> Signature:
+        """The signature in one device's shapes."""
+        shapes = [tuple(compat.node_value(node).shape) for node in ir.placeholders(self.graph_module.graph)]
+        infos = (replace(i, shape=s) for i, s in zip(self.signature.in_infos, shapes, strict=True))
+        return replace(self.signature, in_infos=tuple(infos))
+
     def compile(self, backend: str = "inductor", **options: Any) -> Compiled:
         """An executable; `options` are the backend's keyword arguments (see llama_fn/backends/)."""
         start = time.perf_counter()
@@ -249,7 +256,7 @@ class Compiled:
         return self.executable.from_cache
 
     def __call__(self, *args: Any) -> Any:
-        signature = self.lowered.signature
+        signature = self.lowered.local_signature if self.executable.local else self.lowered.signature
         leaves = signature.check(args, f"compiled {self.lowered.traced.name}")
         flat = list(self.executable.run(leaves))
         for i, o in signature.aliases:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llama_fn import cost
+from kernels.registry import of_node
+from llama_fn import compat, cost
 from llama_fn.errors import UserError, nearest
+from llama_fn.processes import Processes
 from sharding import Mesh, P
+from sharding.simulate import COLLECTIVES
 
 BACKENDS = ("eager", "inductor", "interpret")
 
@@ -27,14 +30,24 @@ class Program:
     output_shapes: tuple[tuple[int, ...], ...]  # global
 
 
-def one_device(program: Program, backend: str) -> None:
-    """UserError for a mesh of several devices in this one process."""
+def communication(program: Program, backend: str, processes: Processes | None) -> Mapping[str, Callable[..., Any]]:
+    """How this process runs the graph's collectives, by op name; UserError for a mesh whose other devices have none."""
     n = program.mesh.size
+    if processes is not None:
+        graph = program.graph_module.graph
+        used = [str(node.args[1]) for node in graph.nodes if (r := of_node(node.target)) and r.name in COLLECTIVES]
+        return compat.collective_forms(processes.groups(used))
     if n > 1:
-        raise UserError(
-            f"mesh {program.mesh} has {n} devices and backend {backend} runs one per process: start it with "
-            f"torchrun --nproc_per_node={n}, or simulate all of them in this process with --run.backend=interpret"
-        )
+        raise UserError(lonely(program.mesh, backend))
+    return {}
+
+
+def lonely(mesh: Mesh, backend: str) -> str:
+    """What to say of a mesh of several devices in a single process."""
+    return (
+        f"mesh {mesh} has {mesh.size} devices and backend {backend} runs one per process: start it with "
+        f"torchrun --nproc_per_node={mesh.size}, or simulate all of them in this process with --run.backend=interpret"
+    )
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class Executable:
     run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
     text: str
     from_cache: bool = False
+    local: bool = False  # arguments and results are this process's parts
     measured: Callable[[], cost.Memory | None] = lambda: None
 
 

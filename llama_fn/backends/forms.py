@@ -63,6 +63,11 @@ def find(kernel: str, form: str) -> Callable[..., Any]:
     return known[form]
 
 
+def finder(collectives: Mapping[str, Callable[..., Any]]) -> Callable[[str, str], Callable[..., Any]]:
+    """`find` that also knows how this process runs the collectives."""
+    return lambda kernel, form: collectives[kernel] if kernel in collectives else find(kernel, form)
+
+
 def choose(device: str, dtype: torch.dtype, attention: str) -> dict[str, str]:
     """The form per kernel family: `attention` as asked for or, with auto, the fastest known on the device."""
     chosen = {"attention": {"cpu": "blocked", "cuda": "flash"}[device] if attention == "auto" else attention}

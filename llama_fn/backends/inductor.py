@@ -18,10 +18,11 @@ import torch
 
 from kernels.registry import of_node
 from llama_fn import compat, ir, passes
-from llama_fn.backends import Executable, Program, forms, one_device
+from llama_fn.backends import Executable, Program, communication, forms
 from llama_fn.passes.expand import expand
 from llama_fn.passes.outline import outline
 from llama_fn.passes.place import place
+from llama_fn.processes import Processes
 from sharding.mesh import Mesh
 
 log = logging.getLogger("llama_fn.inductor")
@@ -39,9 +40,10 @@ def compile(
     attention: str = "auto",
     cache: Path | None = None,
     outlined: bool = True,
+    processes: Processes | None = None,
 ) -> Executable:
     """`attention`: form of that kernel, auto picks by device; `cache`: folder of compiled code, None keeps nothing."""
-    one_device(program, "inductor")
+    collectives = communication(program, "inductor", processes)
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(program.graph_module), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
@@ -49,7 +51,8 @@ def compile(
     ctx = passes.Context(Mesh(), [])
     if outlined:
         gm = outline(gm, ctx)
-    gm = expand(place(gm, device), chosen, forms.find, compat.inductor_decompositions())
+    chosen |= dict.fromkeys(collectives, "functional")
+    gm = expand(place(gm, device), chosen, forms.finder(collectives), compat.inductor_decompositions())
     text = ir.as_text(gm, "inductor")
     inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
     if cache is not None:
@@ -62,7 +65,7 @@ def compile(
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return compiled(*flat)
 
-    return Executable(run, text, from_cache)
+    return Executable(run, text, from_cache, local=processes is not None)
 
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:

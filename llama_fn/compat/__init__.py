@@ -4,6 +4,7 @@ Functions here say what is wanted in terms of public ideas (a traced graph, a co
 it this year.
 """
 
+from llama_fn.compat.distributed import Group, collective_forms, group_name
 from llama_fn.compat.inductor import inductor_compile, inductor_decompositions, keep_compiled_code
 from llama_fn.compat.native import (
     cpu_model,
@@ -25,10 +26,13 @@ from llama_fn.compat.tracing import (
 __all__ = [
     "INVOKE_SUBGRAPH",
     "FakeTensors",
+    "Group",
     "check_torch_version",
+    "collective_forms",
     "cpu_model",
     "flash_attention",
     "flash_attention_backward",
+    "group_name",
     "has_onednn",
     "inductor_compile",
     "inductor_decompositions",

@@ -5,8 +5,8 @@
                                         %y = aten.mul(%m, %u)
 
 `forms` names the form per kernel family where it is not `reference`, `find(kernel, form)` gives it. Opaque kernels
-stay. Aten ops with an entry in `decompositions` are replaced by it, so that the result holds only what the compiler
-takes. New ops carry the scope, phase and source of the op they replace.
+for which no form is named stay. Aten ops with an entry in `decompositions` are replaced by it, so that the result holds
+only what the compiler takes. New ops carry the scope, phase and source of the op they replace.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def expand(
         record = of_node(node.target)
         if record is None and node.target in decompositions:
             fn: Any = node.target  # traced, it comes apart by itself
-        elif record is not None and not record.opaque:
+        elif record is not None and (not record.opaque or record.name in forms):
             fn = find(record.name, forms.get(record.name.removesuffix("_bwd"), "reference"))
         else:
             continue

@@ -1,0 +1,67 @@
+"""The collectives of a per-device graph as torch's functional collectives, which compilers know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process's group along some mesh axes: its name in torch.distributed and this process's place in it."""
+
+    name: str
+    index: int
+
+
+def _wait(x: torch.Tensor) -> torch.Tensor:
+    return c10d.wait_tensor(x)
+
+
+def _stacked(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
+    """n-ths of `dim` one after the other in dimension 0, as the collectives send them."""
+    return x.contiguous() if dim == 0 else torch.cat(x.chunk(n, dim))
+
+
+def _unstacked(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
+    return x if dim == 0 else torch.cat(x.chunk(n), dim)
+
+
+def collective_forms(groups: Mapping[str, Group]) -> Mapping[str, Callable[..., Any]]:
+    """By op name; `groups` by the axes text of the ops."""
+
+    def all_gather(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
+        return _unstacked(_wait(c10d.all_gather_into_tensor(x.contiguous(), n, groups[axes].name)), n, dim)
+
+    def reduce_scatter(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
+        return _wait(c10d.reduce_scatter_tensor(_stacked(x, n, dim), "sum", n, groups[axes].name))
+
+    def all_reduce(x: torch.Tensor, axes: str, n: int, kind: str) -> torch.Tensor:
+        return _wait(c10d.all_reduce(x.contiguous(), kind, groups[axes].name))
+
+    def all_to_all(x: torch.Tensor, axes: str, n: int, split: int, concat: int) -> torch.Tensor:
+        sent = _stacked(x, n, split)
+        sizes = [sent.shape[0] // n] * n
+        return _unstacked(_wait(c10d.all_to_all_single(sent, sizes, sizes, groups[axes].name)), n, concat)
+
+    def own_slice(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
+        width = x.shape[dim] // n
+        return x.narrow(dim, groups[axes].index * width, width).contiguous()
+
+    def axis_index(like: torch.Tensor, axes: str) -> torch.Tensor:
+        return torch.full((), groups[axes].index, dtype=torch.int64, device=like.device)
+
+    return {
+        "all_gather": all_gather, "reduce_scatter": reduce_scatter, "all_reduce": all_reduce,
+        "all_to_all": all_to_all, "own_slice": own_slice, "axis_index": axis_index,
+    }  # fmt: skip
+
+
+def group_name(group: Any) -> str:
+    """The name under which functional collectives find a process group."""
+    return str(group.group_name)

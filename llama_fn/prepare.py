@@ -1,0 +1,144 @@
+"""What a run needs before its first step: mesh, folder, compiled steps, state and data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llama_fn import arrays, config, random, stages, train_step, tree
+from llama_fn.backends.inductor import default_cache
+from llama_fn.checkpoint import Checkpointer
+from llama_fn.config import Config
+from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.samples import Samples
+from llama_fn.errors import UserError
+from llama_fn.files import atomic
+from llama_fn.processes import Processes
+from llama_fn.store import Store
+from sharding import Mesh
+
+log = logging.getLogger("llama_fn.prepare")
+
+
+def mesh(cfg: Config) -> Mesh:
+    try:
+        return Mesh.parse(cfg.mesh.axes)
+    except ValueError as error:
+        raise UserError(f"--mesh.axes={cfg.mesh.axes}: {error}") from None
+
+
+def refuse_lonely(cfg: Config, mesh: Mesh, processes: Processes | None) -> None:
+    """UserError, before anything takes time, for a mesh of several devices in one process that cannot have them."""
+    if mesh.size > 1 and processes is None and cfg.run.backend != "interpret":
+        raise UserError(stages.backends.lonely(mesh, cfg.run.backend))
+    if processes is not None and cfg.run.backend == "interpret":
+        raise UserError("--run.backend=interpret simulates the whole mesh in one process: start it without torchrun")
+
+
+def make_writable(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise UserError(f"--run.workdir={workdir} cannot be written: {error.strerror}; name another folder") from None
+
+
+def refuse_changes(cfg: Config, checkpointer: Checkpointer) -> None:
+    """UserError when the checkpoints were made with flags that give other numbers."""
+    for at in reversed(checkpointer.steps()):
+        try:
+            saved = checkpointer.meta(at)["config"]
+        except Exception:  # damaged: restoring will say so and go one back
+            continue
+        changed = {
+            name: (saved.get(name), value)
+            for name, value in config.flat(cfg, numbers_only=True).items()
+            if saved.get(name) != value
+        }
+        if changed and not cfg.run.accept_changes:
+            lines = [f"  --{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items()]
+            raise UserError(
+                f"{checkpointer.folder} holds iteration {at} of a run with other flags:\n" + "\n".join(lines) + "\n"
+                "Going on would give other numbers. Restore the flags, name another --run.workdir, or accept the "
+                "change with --run.accept_changes"
+            )
+        return
+
+
+def save_flags(workdir: Path, cfg: Config, flags_text: str) -> None:
+    with atomic(workdir / "config.json") as f:
+        json.dump(config.flat(cfg), f, indent=1)
+    with atomic(workdir / "flags.txt") as f:
+        f.write(flags_text)
+
+
+def compile(
+    cfg: Config, mesh: Mesh, processes: Processes | None, with_eval: bool
+) -> tuple[stages.Compiled, stages.Compiled | None]:
+    """Trace, lower and compile the step, and the validation step if there is one, before a single weight exists."""
+    state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
+    log.info(
+        "model: %s, %d parameters, %.1f MB of state",
+        cfg.model.preset, arrays.total_size(state.params), arrays.total_bytes(state) / 1e6,
+    )  # fmt: skip
+    options: dict[str, Any] = {} if processes is None else {"processes": processes}
+    if cfg.run.backend == "inductor":
+        cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else default_cache()
+        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": cache}
+
+    def climb(wrapped: stages.Wrapped, *args: Any) -> stages.Compiled:
+        traced = wrapped.trace(*args)
+        lowered = traced.lower(mesh, cfg.mesh.rules)
+        memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
+        log.info(
+            "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
+            traced.name, traced.seconds, cost.total_flops / 1e9, memory.peak_bytes / 1e6, cfg.run.backend,
+        )  # fmt: skip
+        compiled = lowered.compile(cfg.run.backend, **options)
+        log.info("%s: %s in %.1f s", traced.name, "loaded" if compiled.from_cache else "compiled", compiled.seconds)
+        return compiled
+
+    train_fn, eval_fn = train_step.make_train_step(cfg), train_step.make_eval_step(cfg)
+    train = climb(stages.jit(train_fn, donate=0), state, batch)
+    return train, climb(stages.jit(eval_fn), state.params, batch) if with_eval else None
+
+
+def restore_or_begin(cfg: Config, store: Store) -> tuple[int, Any, int]:
+    """(iteration, state, samples consumed)."""
+    restored = store.restore_latest()
+    if restored is None:
+        log.info("beginning at iteration 0 with seed %d", cfg.run.seed)
+        return 0, arrays.materialize(store.infos, random.key(cfg.run.seed), cfg.run.device, store.parts()), 0
+    iteration, state, meta = restored
+    log.info("resuming from iteration %d of %s", iteration, store.folder)
+    return iteration, state, meta["iterator"]["consumed_samples"]
+
+
+def iterator(cfg: Config, samples: Samples, consumed: int) -> BatchIterator:
+    return BatchIterator(samples, cfg.data.global_batch_size, cfg.data.microbatches, cfg.model.vocab_size, consumed)
+
+
+def validation_batches(cfg: Config, samples: Samples | None, place: Place) -> list[train_step.Batch]:
+    if samples is None:
+        return []
+    batches = iterator(cfg, samples, 0)
+    held = [place(next(batches)) for _ in range(cfg.run.eval_batches)]
+    batches.close()
+    return held
+
+
+class Place:
+    """Brings a global batch onto this process's device, or its part of it."""
+
+    def __init__(self, cfg: Config, step: stages.Compiled, processes: Processes | None) -> None:
+        self.device, self.processes = cfg.run.device, processes
+        self.layouts = step.lowered.inputs[-len(tree.leaves(train_step.abstract_batch(cfg))) :]
+
+    def __call__(self, batch: train_step.Batch) -> train_step.Batch:
+        if self.processes is not None:
+            batch = self.processes.local(batch, self.layouts)
+        return tree.map(lambda x: x.to(self.device, non_blocking=True), batch)

@@ -1,0 +1,81 @@
+"""Watches the other processes of a run: one that dies or stands still ends the others, with its rank in the error.
+
+Every process tells a shared store, several times per timeout, that it lives and which step it has begun. A rank whose
+word does not change for the timeout is gone; one that has not begun the step that this rank has been in for the timeout
+is stuck. Without this the others would wait inside a collective, and the error would name nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+log = logging.getLogger("llama_fn.watch")
+
+EXIT_STATUS = 3
+
+
+class Watch:
+    """Runs in a thread from `start` to `close`; `begin(step)` is called by the loop."""
+
+    def __init__(self, rank: int, world: int, timeout_s: float) -> None:
+        self.rank, self.world, self.timeout = rank, world, timeout_s
+        self.step, self.closed = -1, threading.Event()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+        self.store = dist.PrefixStore("llama_fn.watch", store)
+        self.seen = {r: (b"", time.monotonic()) for r in range(world)}  # last word, and when it was new
+        self.behind: dict[int, float] = {}
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> Watch:
+        self._tell()
+        self.thread.start()
+        return self
+
+    def begin(self, step: int) -> None:
+        self.step = step
+
+    def close(self) -> None:
+        self.closed.set()
+        self.thread.join(timeout=5)
+
+    def _tell(self) -> None:
+        self.store.set(str(self.rank), f"{time.time():.3f} {self.step} {socket.gethostname()}")
+
+    def _run(self) -> None:
+        while not self.closed.wait(min(5.0, self.timeout / 5)):
+            try:
+                self._tell()
+                words = {r: self.store.get(str(r)) for r in range(self.world) if self.store.check([str(r)])}
+            except Exception as error:
+                if not self.closed.is_set():
+                    self._leave(f"the store on rank 0 ({os.environ['MASTER_ADDR']}) does not answer: {error}")
+                return
+            for rank, word in words.items():
+                self._judge(rank, word)
+
+    def _judge(self, rank: int, word: bytes) -> None:
+        now = time.monotonic()
+        if word != self.seen[rank][0]:
+            self.seen[rank] = word, now
+        _, step, host = word.decode().split()
+        if int(step) >= self.step:
+            self.behind.pop(rank, None)
+        elif now - self.behind.setdefault(rank, now) > self.timeout:
+            self._leave(f"rank {rank} on {host} stands in step {step} while this rank waits in step {self.step}")
+        if now - self.seen[rank][1] > self.timeout:
+            self._leave(f"rank {rank} on {host} has given no sign of life for {self.timeout:.0f} s (in step {step})")
+
+    def _leave(self, why: str) -> None:
+        """The main thread cannot be woken out of a collective, so the process ends here; checkpoints are complete."""
+        log.error(
+            "rank %d gives up: %s; the last complete checkpoint stays, start the same command again", self.rank, why
+        )
+        os._exit(EXIT_STATUS)

@@ -1,0 +1,115 @@
+"""Processes under torchrun give the single process's numbers, resume on another mesh, and name who is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_fn import arrays, random, train_step, tree
+from llama_fn.processes import Processes
+from sharding import Mesh, P
+from sharding.simulate import part
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--flagfile=configs/tiny_cpu.flags", "--model.num_layers=2", "--model.embed_dim=32", "--model.num_heads=2",
+    "--model.num_kv_heads=2", "--model.mlp_dim=48", "--model.vocab_size=400", "--data.seq_len=32", "--data.split=8,2,0",
+    "--data.microbatches=2", "--run.steps=12", "--run.checkpoint_every=5", "--run.eval_every=6",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in ("argparse.py", "ast.py", "bdb.py", "cmd.py", "csv.py", "glob.py"):
+        shutil.copy(Path(os.__file__).parent / name, folder)
+    return folder
+
+
+def command(processes, *flags):
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *(["-m", *launcher] if launcher else []), "train.py", *flags]
+
+
+def train(processes, workdir, corpus, *flags):
+    every = [*SMALL, f"--data.path={corpus}", f"--run.workdir={workdir}", *flags]
+    done = subprocess.run(command(processes, *every), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return numbers(workdir)
+
+
+def numbers(workdir):
+    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(1, 13))
+    return torch.tensor([[row["lm_loss"], row["grad_norm"]] for row in rows], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    return train(1, tmp_path_factory.mktemp("alone"), corpus, "--run.backend=eager")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "backend"),
+    [("data:2", "fsdp", "inductor"), ("model:2", "tp_sp", "inductor"), ("data:2,model:2", "fsdp_tp", "eager")],
+)
+def test_processes_give_the_numbers_of_one(mesh, rules, backend, corpus, alone, tmp_path, compile_cache):
+    n = Mesh.parse(mesh).size
+    flags = [f"--mesh.axes={mesh}", f"--mesh.rules={rules}", f"--run.backend={backend}"]
+    got = train(n, tmp_path / "run", corpus, *flags, f"--run.compile_cache={compile_cache}")
+    torch.testing.assert_close(got, alone, rtol=1e-5, atol=0)
+    # The same run from the checkpoint of iteration 10, on one device.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    resumed = train(1, tmp_path / "run", corpus, "--run.backend=eager", "--run.accept_changes")
+    assert torch.equal(resumed[:10], got[:10])
+    torch.testing.assert_close(resumed, alone, rtol=1e-5, atol=0)
+
+
+def test_processes_that_do_not_match_the_mesh_are_refused(corpus, tmp_path):
+    flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}", "--mesh.axes=data:4"]
+    done = subprocess.run(command(2, *flags), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode and "torchrun started 2 processes, but --mesh.axes=data:4 has 4 devices" in done.stderr
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_parameters_are_born_in_parts_bitwise_the_same(rank, tiny_config):
+    cfg, mesh = tiny_config(), Mesh.parse("data:2,model:2")
+    infos = train_step.abstract_state(cfg).params
+    layouts = [P.of([()] * (len(i.shape) - 1) + [("model", "data")]) for i in tree.leaves(infos)]
+    whole = arrays.materialize(infos, random.key(3))
+    parts = Processes(mesh, rank, watch=None).parts(infos, layouts)
+    mine = arrays.materialize(infos, random.key(3), parts=parts)
+    for a, b, layout in zip(tree.leaves(mine), tree.leaves(whole), layouts, strict=True):
+        assert torch.equal(a, part(b, layout, mesh, rank))
+
+
+def _rank(pid, rank):
+    try:
+        return f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+@pytest.mark.slow  # torchrun waits half a minute for a stopped process to end
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+def test_a_rank_that_stands_still_is_named(corpus, tmp_path):
+    flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}", "--mesh.axes=data:2", "--run.backend=eager"]
+    flags += ["--run.steps=100000", "--run.eval_every=0", "--run.timeout_s=6"]
+    run = subprocess.Popen(command(2, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "checkpoints" / "10").is_dir():
+        assert run.poll() is None
+        time.sleep(0.1)
+    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _rank(p.name, 1)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    out, _ = run.communicate(timeout=120)
+    assert run.returncode and "rank 0 gives up: rank 1 on" in out
