@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -177,15 +177,17 @@ class Traced(_Graph):
     def aliases(self) -> Sequence[tuple[int, int]]:
         return self.signature.aliases
 
-    def lower(self, mesh: Mesh | None = None, rules: str | Rules = "dp") -> Lowered:
+    def lower(self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = ()) -> Lowered:
         """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
 
+        `without` names passes to leave out: sink_casts, dead_code, schedule (donation has to stay).
         UserError where a dimension is not divisible, or an annotation is missing or wrong.
         """
         mesh, rules = mesh or Mesh(), _rules(rules)
         start, signature = time.perf_counter(), self.signature
         parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
-        gm = passes.run(passes.LOWERING, parts.graph_module, passes.Context(mesh, signature.aliases))
+        chosen = [each for each in passes.LOWERING if each.__name__ not in without]
+        gm = passes.run(chosen, parts.graph_module, passes.Context(mesh, signature.aliases))
         taken = {o for _, o in signature.aliases}
         outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
         return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)

@@ -190,9 +190,13 @@ class _Partitioner:
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
         """A node of the per-device graph, labelled as the traced node that asked for it."""
         new = self.graph.call_function(target, args, kwargs)
-        values, named = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode:
-            new.meta = {"val": target(*values, **named), "custom": dict(self.at.meta.get("custom", {}))}
+        if self.mesh.size == 1:
+            value = self.at.meta["val"]  # shapes are the global ones
+        else:
+            values, named = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+            with self.mode:
+                value = target(*values, **named)
+        new.meta = {"val": value, "custom": dict(self.at.meta.get("custom", {}))}
         return new
 
 

@@ -11,6 +11,7 @@ import torch
 
 from llama_fn.passes.dead_code import dead_code
 from llama_fn.passes.donation import donation
+from llama_fn.passes.schedule import schedule
 from llama_fn.passes.scopes import scopes
 from llama_fn.passes.sink_casts import sink_casts
 from sharding.mesh import Mesh
@@ -29,7 +30,7 @@ class Context:
 Pass = Callable[[torch.fx.GraphModule, Context], torch.fx.GraphModule]
 
 TRACING: list[Pass] = [scopes, dead_code]
-LOWERING: list[Pass] = [sink_casts, dead_code, donation]
+LOWERING: list[Pass] = [sink_casts, dead_code, schedule, donation]
 
 
 def run(passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context) -> torch.fx.GraphModule:
