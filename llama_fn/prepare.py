@@ -18,7 +18,7 @@ from llama_fn.errors import UserError
 from llama_fn.files import atomic
 from llama_fn.processes import Processes
 from llama_fn.store import Store
-from sharding import Mesh
+from sharding import Mesh, P
 
 log = logging.getLogger("llama_fn.prepare")
 
@@ -118,25 +118,30 @@ def restore_or_begin(cfg: Config, store: Store) -> tuple[int, Any, int]:
     return iteration, state, meta["iterator"]["consumed_samples"]
 
 
-def iterator(cfg: Config, samples: Samples, consumed: int) -> BatchIterator:
-    return BatchIterator(samples, cfg.data.global_batch_size, cfg.data.microbatches, cfg.model.vocab_size, consumed)
+def iterator(cfg: Config, samples: Samples, consumed: int, place: Place) -> BatchIterator:
+    d = cfg.data
+    return BatchIterator(samples, d.global_batch_size, d.microbatches, cfg.model.vocab_size, consumed, place.rows)
 
 
 def validation_batches(cfg: Config, samples: Samples | None, place: Place) -> list[train_step.Batch]:
     if samples is None:
         return []
-    batches = iterator(cfg, samples, 0)
+    batches = iterator(cfg, samples, 0, place)
     held = [place(next(batches)) for _ in range(cfg.run.eval_batches)]
     batches.close()
     return held
 
 
 class Place:
-    """Brings a global batch onto this process's device, or its part of it."""
+    """Brings this process's rows of a global batch onto its device, cut where further dimensions are sharded."""
 
     def __init__(self, cfg: Config, step: stages.Compiled, processes: Processes | None) -> None:
-        self.device, self.processes = cfg.run.device, processes
-        self.layouts = step.lowered.inputs[-len(tree.leaves(train_step.abstract_batch(cfg))) :]
+        self.device, self.processes, self.rows = cfg.run.device, processes, slice(None)
+        leaves = tree.leaves(train_step.abstract_batch(cfg))
+        layouts = step.lowered.inputs[-len(leaves) :]
+        if processes is not None:
+            self.rows = processes.parts(leaves, layouts)[0].at[1]
+        self.layouts = [P.of(axes if dim != 1 else () for dim, axes in enumerate(p.by_dim)) for p in layouts]
 
     def __call__(self, batch: train_step.Batch) -> train_step.Batch:
         if self.processes is not None:

@@ -15,12 +15,21 @@ from llama_fn.train_step import Batch
 class BatchIterator:
     """Global batch i holds samples [i * size, (i + 1) * size) whatever the microbatches or devices.
 
-    `consumed` counts samples handed out: with the config it is the whole state.
+    Of each microbatch only `rows` are read and returned: this process's own (default: all). `consumed` counts the
+    samples handed out to all of them: with the config it is the whole state.
     """
 
-    def __init__(self, samples: Samples, size: int, microbatches: int, vocab_size: int, consumed: int = 0) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        size: int,
+        microbatches: int,
+        vocab_size: int,
+        consumed: int = 0,
+        rows: slice = slice(None),
+    ) -> None:
         self.samples, self.size, self.microbatches, self.vocab_size = samples, size, microbatches, vocab_size
-        self.consumed = consumed
+        self.consumed, self.rows = consumed, rows
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: Future[Batch] | None = None
         self._prefetch()
@@ -31,13 +40,14 @@ class BatchIterator:
 
     def batch_at(self, first: int) -> Batch:
         """The batch of samples first..first+size."""
-        rows = np.stack([self.samples[k] for k in range(first, first + self.size)])
+        wanted = np.arange(first, first + self.size).reshape(self.microbatches, -1)[:, self.rows]
+        rows = np.stack([self.samples[int(k)] for k in wanted.flat])
         if rows.max() >= self.vocab_size or rows.min() < 0:
             raise UserError(
                 f"{self.samples.data.bin_path} holds token {int(rows.max())}, --model.vocab_size is {self.vocab_size}: "
                 "the data was made with another tokenizer"
             )
-        shaped = torch.from_numpy(rows).reshape(self.microbatches, self.size // self.microbatches, -1)
+        shaped = torch.from_numpy(rows).reshape(*wanted.shape, -1)
         tokens, targets = shaped[..., :-1].contiguous(), shaped[..., 1:].contiguous()
         return Batch(tokens, targets, torch.ones(tokens.shape, dtype=torch.float32))
 
