@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from kernels.cross_entropy import _per_token
+from kernels.embedding import embedding_bwd_reference, embedding_reference
 from kernels.registry import Factors, kernel
 from kernels.rms_norm import wide
 
@@ -36,17 +37,15 @@ def _own(ids: torch.Tensor, index: torch.Tensor, rows: int) -> tuple[torch.Tenso
 def embedding_part_reference(table: torch.Tensor, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """[B, T, D]: rows of the tokens that this part [v, D] holds, zero for the others."""
     local, inside = _own(tokens, index, table.shape[0])
-    return torch.nn.functional.embedding(local, table) * inside[..., None].to(table.dtype)
+    return embedding_reference(table, local) * inside[..., None].to(table.dtype)
 
 
 def embedding_part_bwd_reference(
     dy: torch.Tensor, tokens: torch.Tensor, index: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
     """[v, D]: gradient of the part, of which only the shape counts."""
-    rows = table.shape[0]
-    local, inside = _own(tokens, index, rows)
-    dy = dy * inside[..., None].to(dy.dtype)
-    return torch.ops.aten.embedding_dense_backward(dy, local, rows, -1, False)
+    local, inside = _own(tokens, index, table.shape[0])
+    return embedding_bwd_reference(dy * inside[..., None].to(dy.dtype), local, table)
 
 
 _NONE = Factors(" -> ")

@@ -42,6 +42,12 @@ def calls(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     return [node for node in graph.nodes if node.op == "call_function"]
 
 
+def written(graph: torch.fx.Graph) -> list[int]:
+    """Positions of the donated inputs, which the graph overwrites at its end."""
+    targets = {node.args[0] for node in calls(graph) if node.target is torch.ops.aten.copy_.default}
+    return [i for i, node in enumerate(placeholders(graph)) if node in targets]
+
+
 def operands(node: torch.fx.Node) -> list[torch.fx.Node]:
     """The distinct nodes among a node's arguments, in argument order.
 

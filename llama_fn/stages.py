@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -133,14 +134,14 @@ def jit(fn: Callable[..., Any], donate: int | tuple[int, ...] = (), **options: A
     return Wrapped(fn, (donate,) if isinstance(donate, int) else tuple(donate), **options)
 
 
-class _Graph:
+class _Graph(ABC):
     """What a rung that is a graph answers."""
 
     graph_module: torch.fx.GraphModule
 
     @property
-    def title(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def title(self) -> str: ...
 
     @property
     def aliases(self) -> Sequence[tuple[int, int]]:

@@ -36,6 +36,10 @@ def _resized(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return x.new_empty(shape)
 
 
+def _own_part(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
+    return _resized(x, dim, x.shape[dim] // n)
+
+
 def _no_backend(*args: Any) -> Any:
     raise RuntimeError("a collective was called outside of a backend that knows the mesh")
 
@@ -55,7 +59,7 @@ all_gather = _collective(
 reduce_scatter = _collective(
     "reduce_scatter",
     "(Tensor x, str axes, int n, int dim) -> Tensor",
-    lambda x, axes, n, dim: _resized(x, dim, x.shape[dim] // n),
+    _own_part,
 )
 all_reduce = _collective(
     "all_reduce",
@@ -70,7 +74,7 @@ all_to_all = _collective(
 own_slice = _collective(
     "own_slice",
     "(Tensor x, str axes, int n, int dim) -> Tensor",
-    lambda x, axes, n, dim: _resized(x, dim, x.shape[dim] // n),
+    _own_part,
 )
 axis_index = _collective(
     "axis_index",

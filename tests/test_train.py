@@ -37,7 +37,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small file system needs more rights")
+        pytest.skip("the right to mount a file system is missing; runs as root on Linux")
     yield folder
     subprocess.run(["umount", folder], check=True)
 

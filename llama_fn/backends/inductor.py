@@ -58,7 +58,7 @@ def compile(
     if cache is not None:
         compat.keep_compiled_code(_private(cache) / _machine())
     compiled, from_cache = compat.inductor_compile(
-        gm, inputs, _PATCHES[kind], _written(gm), units=compat.physical_cores(), cached=cache is not None
+        gm, inputs, _PATCHES[kind], ir.written(gm.graph), units=compat.physical_cores(), cached=cache is not None
     )
 
     @torch.no_grad()
@@ -72,12 +72,6 @@ def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:
     """The dtype of the matrix products."""
     products = [n for n in ir.calls(gm.graph) if (record := of_node(n.target)) and record.name == "einsum"]
     return compat.node_value(products[0]).dtype if products else torch.float32
-
-
-def _written(gm: torch.fx.GraphModule) -> list[int]:
-    """Positions of the donated inputs."""
-    written = {node.args[0] for node in ir.calls(gm.graph) if node.target is torch.ops.aten.copy_.default}
-    return [i for i, node in enumerate(ir.placeholders(gm.graph)) if node in written]
 
 
 def _machine() -> str:

@@ -45,7 +45,7 @@ class Interpreter:
         program, ranks = self.program, range(self.program.mesh.size)
         held = [[part(x, p, program.mesh, r) for x, p in zip(inputs, program.inputs, strict=True)] for r in ranks]
         results = self.lockstep(held)
-        for i in _written(self.graph):
+        for i in ir.written(self.graph):
             inputs[i].copy_(join([parts[i] for parts in held], program.inputs[i], program.mesh, inputs[i].shape))
         return [
             join([one[o] for one in results], layout, program.mesh, shape)
@@ -83,11 +83,6 @@ class Interpreter:
             _, *rest = calls[0][0]
             return COLLECTIVES[record.name](self.program.mesh, [args[0] for args, _ in calls], *rest)
         return [node.target(*args, **kwargs) for args, kwargs in calls]  # type: ignore[operator]
-
-
-def _written(graph: torch.fx.Graph) -> list[int]:
-    written = {node.args[0] for node in ir.calls(graph) if node.target is torch.ops.aten.copy_.default}
-    return [i for i, node in enumerate(ir.placeholders(graph)) if node in written]
 
 
 class _Storages:

@@ -100,7 +100,9 @@ def _rank(pid, rank):
 
 
 @pytest.mark.slow  # torchrun waits half a minute for a stopped process to end
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="/proc is missing, where the test finds a rank; runs on Linux"
+)
 def test_a_rank_that_stands_still_is_named(corpus, tmp_path):
     flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}", "--mesh.axes=data:2", "--run.backend=eager"]
     flags += ["--run.steps=100000", "--run.eval_every=0", "--run.timeout_s=6"]
