@@ -9,6 +9,7 @@ from kernels.embedding import embedding
 from kernels.layers import stack, unbind
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_table
+from kernels.rows import join_rows, split_rows
 from kernels.swiglu import swiglu
 from kernels.vocab_parallel import SHARDED_VOCABULARY
 from kernels.weighted_sum import weighted_sum
@@ -20,9 +21,11 @@ __all__ = [
     "einsum",
     "embedding",
     "head_cross_entropy",
+    "join_rows",
     "rms_norm",
     "rope",
     "rope_table",
+    "split_rows",
     "stack",
     "swiglu",
     "unbind",

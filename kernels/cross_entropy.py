@@ -36,7 +36,7 @@ cross_entropy_bwd = kernel(
 )
 
 
-def _per_token(like: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def per_token(like: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
 
@@ -45,13 +45,13 @@ cross_entropy = kernel(
     name="cross_entropy",
     schema="(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
     reference=cross_entropy_reference,
-    abstract=lambda logits, targets: _per_token(logits, tuple(targets.shape)),
+    abstract=lambda logits, targets: per_token(logits, tuple(targets.shape)),
     factors=lambda *_: Factors("b t v, b t -> b t, b t", frozenset("v")),
     vjp=lambda inputs, outputs, cts: (cross_entropy_bwd(cts[0], *inputs, outputs[1]), None),
 )
 
 
-def _chunks(x: torch.Tensor, targets: torch.Tensor) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+def token_blocks(x: torch.Tensor, targets: torch.Tensor) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     starts = range(0, rows.shape[0], CHUNK_TOKENS)
     spans = [slice(s, min(s + CHUNK_TOKENS, rows.shape[0])) for s in starts]
@@ -62,7 +62,7 @@ def head_cross_entropy_reference(
     x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As cross_entropy of logits = x [B, T, D] head^T [D, V], a block of tokens at a time."""
-    parts = [cross_entropy_reference(rows @ head.t(), t) for _, rows, t in _chunks(x, targets)]
+    parts = [cross_entropy_reference(rows @ head.t(), t) for _, rows, t in token_blocks(x, targets)]
     nll, lse = (torch.cat(column).reshape(targets.shape) for column in zip(*parts, strict=True))
     return nll, lse
 
@@ -76,7 +76,7 @@ def head_cross_entropy_bwd_reference(
     """
     dx, dhead = [], torch.zeros_like(head, dtype=lse.dtype)
     g_flat, lse_flat = g.reshape(-1), lse.reshape(-1)
-    for span, rows, t in _chunks(x, targets):
+    for span, rows, t in token_blocks(x, targets):
         dlogits = cross_entropy_bwd_reference(g_flat[span], rows @ head.t(), t, lse_flat[span])
         dx.append(dlogits @ head)
         dhead = dhead + dlogits.t() @ rows
@@ -96,7 +96,7 @@ head_cross_entropy = kernel(
     name="head_cross_entropy",
     schema="(Tensor x, Tensor head, Tensor targets) -> (Tensor, Tensor)",
     reference=head_cross_entropy_reference,
-    abstract=lambda x, head, targets: _per_token(x, tuple(targets.shape)),
+    abstract=lambda x, head, targets: per_token(x, tuple(targets.shape)),
     factors=lambda *_: Factors("b t d, v d, b t -> b t, b t", frozenset("vd")),
     flops=lambda x, head, targets: 2 * x.numel() * head.shape[0],
     vjp=lambda inputs, outputs, cts: (*head_cross_entropy_bwd(cts[0], *inputs, outputs[1]), None),

@@ -1,8 +1,8 @@
 """Embedding and cross-entropy on one device's rows of the vocabulary, and how the devices' parts come together.
 
 `index` is the device's position along the vocabulary's mesh axes; it holds rows index * v .. (index + 1) * v. The full
-logits never exist on a device: the maximum, the sum of exponentials and the target's logit are combined instead
-(Shoeybi et al. 2019, section 3).
+logits never exist on a device: the log-sum-exp of each part and the target's logit are combined instead (after Shoeybi
+et al. 2019, section 3).
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
-from kernels.cross_entropy import _per_token
+from kernels.cross_entropy import (
+    cross_entropy_bwd,
+    head_cross_entropy,
+    head_cross_entropy_bwd,
+    per_token,
+    token_blocks,
+)
 from kernels.embedding import embedding_bwd_reference, embedding_reference
 from kernels.registry import Factors, kernel
 from kernels.rms_norm import wide
@@ -67,64 +73,87 @@ embedding_part_bwd = kernel(
 )
 
 
-def logits_max_reference(logits: torch.Tensor) -> torch.Tensor:
-    """[B, T] in float32 or wider."""
-    return wide(logits).amax(-1)
-
-
-def logits_sums_reference(
-    logits: torch.Tensor, targets: torch.Tensor, top: torch.Tensor, index: torch.Tensor
-) -> torch.Tensor:
-    """[2, B, T]: sum of exp(logits - top), and the target's logit less top where this part holds it, else 0."""
-    z = wide(logits) - top[..., None]
+def logits_part_reference(logits: torch.Tensor, targets: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[2, B, T] in float32 or wider: log-sum-exp over this part, and the target's logit where it holds it, else 0."""
+    z = wide(logits)
     local, inside = _own(targets, index, logits.shape[-1])
     hit = z.gather(-1, local[..., None]).squeeze(-1)
-    return torch.stack([torch.exp(z).sum(-1), torch.where(inside, hit, torch.zeros_like(hit))])
+    return torch.stack([torch.logsumexp(z, -1), torch.where(inside, hit, torch.zeros_like(hit))])
 
 
-def cross_entropy_part_bwd_reference(
-    g: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, index: torch.Tensor
+def head_part_reference(
+    x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """dlogits [B, T, v] of the part; lse is that of the whole vocabulary."""
-    p = torch.exp(wide(logits) - lse[..., None])
-    local, inside = _own(targets, index, logits.shape[-1])
-    vocab = torch.arange(logits.shape[-1], device=logits.device)
-    hit = ((vocab == local[..., None]) & inside[..., None]).to(p.dtype)
-    return (g[..., None] * (p - hit)).to(logits.dtype)
+    """As logits_part of x head^T, a block of tokens at a time."""
+    parts = [logits_part_reference(rows @ head.t(), t, index) for _, rows, t in token_blocks(x, targets)]
+    return torch.cat(parts, 1).reshape(2, *targets.shape)
 
 
-def _sums_abstract(logits, targets, top, index):
-    like = _per_token(logits, tuple(targets.shape))[0]
-    return like.new_empty((2, *targets.shape))
+def part_sums_reference(part: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """[2, B, T]: what the devices add up, with the largest log-sum-exp `top` of theirs taken out."""
+    return torch.stack([torch.exp(part[0] - top), part[1]])
 
 
-logits_max = kernel(
-    name="logits_max",
-    schema="(Tensor logits) -> Tensor",
-    reference=logits_max_reference,
-    abstract=lambda logits: _per_token(logits, tuple(logits.shape[:-1]))[0],
+def _two_per_token(like: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    nll, _ = per_token(like, tuple(targets.shape))
+    return nll.new_empty((2, *targets.shape))
+
+
+logits_part = kernel(
+    name="logits_part",
+    schema="(Tensor logits, Tensor targets, Tensor index) -> Tensor",
+    reference=logits_part_reference,
+    abstract=lambda logits, targets, index: _two_per_token(logits, targets),
     factors=lambda *_: _NONE,
 )
-logits_sums = kernel(
-    name="logits_sums",
-    schema="(Tensor logits, Tensor targets, Tensor top, Tensor index) -> Tensor",
-    reference=logits_sums_reference,
-    abstract=_sums_abstract,
+head_part = kernel(
+    name="head_part",
+    schema="(Tensor x, Tensor head, Tensor targets, Tensor index) -> Tensor",
+    reference=head_part_reference,
+    abstract=lambda x, head, targets, index: _two_per_token(x, targets),
+    factors=lambda *_: _NONE,
+    flops=head_cross_entropy.flops,
+)
+part_max = kernel(
+    name="part_max",
+    schema="(Tensor part) -> Tensor",
+    reference=lambda part: part[0].clone(),
+    abstract=lambda part: part.new_empty(part.shape[1:]),
     factors=lambda *_: _NONE,
 )
-logits_merge = kernel(
-    name="logits_merge",
+part_sums = kernel(
+    name="part_sums",
+    schema="(Tensor part, Tensor top) -> Tensor",
+    reference=part_sums_reference,
+    abstract=lambda part, top: torch.empty_like(part),
+    factors=lambda *_: _NONE,
+)
+part_merge = kernel(
+    name="part_merge",
     schema="(Tensor sums, Tensor top) -> (Tensor, Tensor)",
-    reference=lambda sums, top: (sums[0].log() - sums[1], sums[0].log() + top),
+    reference=lambda sums, top: (sums[0].log() + top - sums[1], sums[0].log() + top),
     abstract=lambda sums, top: (torch.empty_like(top), torch.empty_like(top)),
     factors=lambda *_: _NONE,
 )
+# An id outside of the part equals no row of it, so that the whole vocabulary's formula serves with shifted ids.
 cross_entropy_part_bwd = kernel(
     name="cross_entropy_part_bwd",
     schema="(Tensor g, Tensor logits, Tensor targets, Tensor lse, Tensor index) -> Tensor",
-    reference=cross_entropy_part_bwd_reference,
+    reference=lambda g, logits, targets, lse, index: cross_entropy_bwd.reference(
+        g, logits, targets - index * logits.shape[-1], lse
+    ),
     abstract=lambda g, logits, targets, lse, index: torch.empty_like(logits),
     factors=lambda *_: _NONE,
+)
+head_part_bwd = kernel(
+    name="head_part_bwd",
+    schema="(Tensor g, Tensor x, Tensor head, Tensor targets, Tensor lse, Tensor index) -> (Tensor, Tensor)",
+    reference=lambda g, x, head, targets, lse, index: head_cross_entropy_bwd.reference(
+        g, x, head, targets - index * head.shape[0], lse
+    ),
+    abstract=lambda g, x, head, targets, lse, index: (torch.empty_like(x), torch.empty_like(head)),
+    factors=lambda *_: _NONE,
+    flops=head_cross_entropy_bwd.flops,
 )
 
 
@@ -137,14 +166,26 @@ def embedding_bwd_sharded(emit: Emit, dy: Any, tokens: Any, table: Any) -> Any:
     return emit(embedding_part_bwd.op, dy, tokens, emit.index, table)
 
 
+def _merged(emit: Emit, part: Any) -> Any:
+    top = emit.all_reduce(emit(part_max.op, part), "max")
+    return emit(part_merge.op, emit.all_reduce(emit(part_sums.op, part, top), "sum"), top)
+
+
 def cross_entropy_sharded(emit: Emit, logits: Any, targets: Any) -> Any:
-    top = emit.all_reduce(emit(logits_max.op, logits), "max")
-    sums = emit.all_reduce(emit(logits_sums.op, logits, targets, top, emit.index), "sum")
-    return emit(logits_merge.op, sums, top)
+    return _merged(emit, emit(logits_part.op, logits, targets, emit.index))
 
 
 def cross_entropy_bwd_sharded(emit: Emit, g: Any, logits: Any, targets: Any, lse: Any) -> Any:
     return emit(cross_entropy_part_bwd.op, g, logits, targets, lse, emit.index)
+
+
+def head_cross_entropy_sharded(emit: Emit, x: Any, head: Any, targets: Any) -> Any:
+    return _merged(emit, emit(head_part.op, x, head, targets, emit.index))
+
+
+def head_cross_entropy_bwd_sharded(emit: Emit, g: Any, x: Any, head: Any, targets: Any, lse: Any) -> Any:
+    """dx is unreduced over the vocabulary's axes."""
+    return emit(head_part_bwd.op, g, x, head, targets, lse, emit.index)
 
 
 SHARDED_VOCABULARY = {
@@ -152,4 +193,7 @@ SHARDED_VOCABULARY = {
     "embedding_bwd": embedding_bwd_sharded,
     "cross_entropy": cross_entropy_sharded,
     "cross_entropy_bwd": cross_entropy_bwd_sharded,
+    "head_cross_entropy": head_cross_entropy_sharded,
+    "head_cross_entropy_bwd": head_cross_entropy_bwd_sharded,
 }
+FINISHED = ("cross_entropy", "head_cross_entropy")  # their own collectives finish the sums over the vocabulary

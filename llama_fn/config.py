@@ -85,8 +85,10 @@ class MeshConfig:
     axes: str = opt(
         "", "mesh as NAME:SIZE,... of node, data, context and model, outermost first; empty is one device", False
     )
-    schedule: bool = opt(
-        True, "gather weights one layer ahead and reduce gradients as they appear; false: all at once", False
+    without: str = opt(
+        "",
+        "lowering passes to leave out, comma-separated, of bucket, overlap, schedule, sink_casts; the numbers stay",
+        False,
     )
     rules: str = opt(
         "fsdp_tp", "sharding rules: dp, zero1, fsdp, tp_sp, fsdp_tp or fsdp_tp_ulysses (docs/sharding.md)", False

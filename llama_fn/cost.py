@@ -13,6 +13,7 @@ from kernels.registry import of_node, tensor_bytes
 from llama_fn import ir
 from llama_fn.compat import node_value
 from llama_fn.config import ModelConfig
+from sharding.collectives import wait
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def cost_analysis(gm: torch.fx.GraphModule) -> Cost:
 
 def is_view(node: torch.fx.Node) -> bool:
     """Whether a node's result lives in its operand's memory."""
+    if node.target is wait.op:
+        return bool(node.args[3] == 0)
     return node.target is torch.ops.aten.unbind.int or getattr(node.target, "__name__", "") == "getitem"
 
 

@@ -92,7 +92,7 @@ def compile(
 
     def climb(wrapped: stages.Wrapped, *args: Any) -> stages.Compiled:
         traced = wrapped.trace(*args)
-        lowered = traced.lower(mesh, cfg.mesh.rules, without=() if cfg.mesh.schedule else ("schedule",))
+        lowered = traced.lower(mesh, cfg.mesh.rules, without=[name for name in cfg.mesh.without.split(",") if name])
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",

@@ -181,9 +181,12 @@ class Traced(_Graph):
     def lower(self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = ()) -> Lowered:
         """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
 
-        `without` names passes to leave out: sink_casts, dead_code, schedule (donation has to stay).
-        UserError where a dimension is not divisible, or an annotation is missing or wrong.
+        `without` names passes of passes.OPTIONAL to leave out. UserError where a dimension is not divisible, or an
+        annotation is missing or wrong.
         """
+        for name in without:
+            if name not in passes.OPTIONAL:
+                raise UserError(f"pass {name!r} cannot be left out. {nearest(name, passes.OPTIONAL)}")
         mesh, rules = mesh or Mesh(), _rules(rules)
         start, signature = time.perf_counter(), self.signature
         parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)

@@ -9,12 +9,16 @@ Their results per device, for n devices along the axes:
     own_slice(x, dim)        the device's own n-th along dim: no communication
     axis_index()             the device's position along the axes, int64 scalar: no communication
 
+The first four can also be asked for in two steps, between which other work runs: NAME_start(x, ...) gives what arrives,
+pieces of the devices one after the other in dimension 0, and wait(pending, x, n, dim) the result, with the n pieces put
+together along dim. `x` stands in the wait because it has to live until then.
+
 They are opaque: a backend says how they run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,39 +55,62 @@ def _collective(name: str, schema: str, abstract: Callable[..., Any]) -> Kernel:
     )  # fmt: skip
 
 
-all_gather = _collective(
-    "all_gather",
-    "(Tensor x, str axes, int n, int dim) -> Tensor",
-    lambda x, axes, n, dim: _resized(x, dim, x.shape[dim] * n),
-)
-reduce_scatter = _collective(
-    "reduce_scatter",
-    "(Tensor x, str axes, int n, int dim) -> Tensor",
-    _own_part,
-)
-all_reduce = _collective(
-    "all_reduce",
-    "(Tensor x, str axes, int n, str kind) -> Tensor",
-    lambda x, axes, n, kind: torch.empty_like(x, memory_format=torch.contiguous_format),
-)
-all_to_all = _collective(
-    "all_to_all",
-    "(Tensor x, str axes, int n, int split, int concat) -> Tensor",
-    lambda x, axes, n, split, concat: _resized(_resized(x, split, x.shape[split] // n), concat, x.shape[concat] * n),
-)
-own_slice = _collective(
-    "own_slice",
-    "(Tensor x, str axes, int n, int dim) -> Tensor",
-    _own_part,
-)
+def _part_of_split(x: torch.Tensor, axes: str, n: int, split: int, concat: int) -> torch.Tensor:
+    return _resized(_resized(x, split, x.shape[split] // n), concat, x.shape[concat] * n)
+
+
+def _like(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_GATHER = "(Tensor x, str axes, int n, int dim) -> Tensor"
+_REDUCE = "(Tensor x, str axes, int n, str kind) -> Tensor"
+_EXCHANGE = "(Tensor x, str axes, int n, int split, int concat) -> Tensor"
+
+all_gather = _collective("all_gather", _GATHER, lambda x, axes, n, dim: _resized(x, dim, x.shape[dim] * n))
+reduce_scatter = _collective("reduce_scatter", _GATHER, _own_part)
+all_reduce = _collective("all_reduce", _REDUCE, _like)
+all_to_all = _collective("all_to_all", _EXCHANGE, _part_of_split)
+own_slice = _collective("own_slice", _GATHER, _own_part)
 axis_index = _collective(
     "axis_index",
     "(Tensor like, str axes) -> Tensor",
     lambda like, axes: like.new_empty((), dtype=torch.int64),
 )
 
-COMMUNICATING = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-LOCAL = ("own_slice", "axis_index")
+all_gather_start = _collective("all_gather_start", _GATHER, lambda x, axes, n, dim: _resized(x, 0, x.shape[0] * n))
+reduce_scatter_start = _collective("reduce_scatter_start", _GATHER, _own_part)
+all_reduce_start = _collective("all_reduce_start", _REDUCE, _like)
+all_to_all_start = _collective(
+    "all_to_all_start", _EXCHANGE, lambda x, axes, n, split, concat: _part_of_split(x, axes, n, split, 0)
+)
+wait = _collective(
+    "wait",
+    "(Tensor pending, Tensor x, int n, int dim) -> Tensor",
+    lambda pending, x, n, dim: _like(pending) if dim == 0 else _part_of_split(pending, "", n, 0, dim),
+)
+
+
+STARTS = {
+    "all_gather": all_gather_start, "reduce_scatter": reduce_scatter_start, "all_reduce": all_reduce_start,
+    "all_to_all": all_to_all_start,
+}  # fmt: skip
+
+
+def put_together(name: str, args: Sequence[Any]) -> int:
+    """The dimension that the wait for a collective called with (x, axes, n, ...) puts together."""
+    return int(args[-1]) if name in ("all_gather", "all_to_all") else 0
+
+
+def unstacked(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
+    """n pieces one after the other in dimension 0, put together along `dim`."""
+    return x if dim == 0 else torch.cat(x.chunk(n), dim)
+
+
+def communicates(record: Kernel | None) -> str:
+    """The collective that a node of this record sends for, "" if it sends nothing."""
+    name = record.name.removesuffix("_start") if record is not None else ""
+    return name if name in STARTS else ""
 
 
 def sent_bytes(name: str, x: Any, n: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kernels.registry import KERNELS, Kernel, of_node
-from kernels.vocab_parallel import SHARDED_VOCABULARY
+from kernels.vocab_parallel import FINISHED, SHARDED_VOCABULARY
 from sharding import propagate, reshard
 from sharding.collectives import all_reduce, axes_text, axis_index, own_slice, reduce_scatter
 from sharding.errors import ShardingError, local_shape, where
@@ -98,7 +98,8 @@ class _Partitioner:
             x, spec, table = node.args
             axes = tuple(None if a == "-" else a for a in str(spec).split(",")) if spec else ()
             target = self.rules.layout(axes, str(table), self.mesh)
-            local_shape(tuple(x.meta["val"].shape), target, self.mesh, where(node), table != "compute")  # type: ignore[union-attr]
+            what = f"{_origin(x)}{where(node)}"
+            local_shape(tuple(x.meta["val"].shape), target, self.mesh, what, table != "compute")  # type: ignore[union-attr]
             return self._reshard(x, target)
         if record.name == "reshard_as":
             x, like = node.args
@@ -115,7 +116,7 @@ class _Partitioner:
         axes = self._vocabulary(factors.operands, layouts) if form else ()
         if axes:
             new = form(_Emitter(self, axes, self.new[operands[0]]), *(self._arg(a) for a in node.args))
-            if record.name == "cross_entropy":  # its own collectives have finished the sums over the vocabulary
+            if record.name in FINISHED:
                 results = [P.of(r.by_dim, r.unreduced - set(axes)) for r in results]
         else:
             new = self._copy(node)
@@ -162,7 +163,7 @@ class _Partitioner:
 
     def _reshard(self, x: Any, target: P) -> tuple[torch.fx.Node, P]:
         new = self.new[x]
-        for op, axes, args in reshard.steps(self.layouts[x], target):
+        for op, axes, args in reshard.steps(self.layouts[x], target, self.mesh):
             n = self.mesh.extent(axes)
             if op in (reduce_scatter.op, own_slice.op):
                 new = self._padded(new, args[0], n)
@@ -198,6 +199,13 @@ class _Partitioner:
                 value = target(*values, **named)
         new.meta = {"val": value, "custom": dict(self.at.meta.get("custom", {}))}
         return new
+
+
+def _origin(node: Any) -> str:
+    """The input that a value was cut or cast from, to begin an error with; "" for what is computed."""
+    while node.op == "call_function" and node.target in (operator.getitem, aten.unbind.int, aten._to_copy.default):
+        node = node.args[0]
+    return f"{node.meta.get('path', node.name)}: " if node.op == "placeholder" else ""
 
 
 class _Emitter:

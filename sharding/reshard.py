@@ -6,19 +6,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from sharding.collectives import all_gather, all_reduce, all_to_all, own_slice, reduce_scatter
+from sharding.mesh import Mesh
 from sharding.spec import P
 
 Step = tuple[Any, tuple[str, ...], tuple[Any, ...]]  # op, mesh axes, further arguments
 
 
-def steps(source: P, target: P) -> list[Step]:
+def steps(source: P, target: P, mesh: Mesh) -> list[Step]:
     """The collectives in order: sums first, as they shrink what is moved after them, gathers last."""
-    plan = _Plan(source, target)
+    plan = _Plan(source, target, mesh)
     return [*plan.scatters(), *plan.reduces(), *plan.exchanges(), *plan.slices(), *plan.gathers()]
 
 
 class _Plan:
-    def __init__(self, source: P, target: P) -> None:
+    def __init__(self, source: P, target: P, mesh: Mesh) -> None:
+        self.order = [name for name, _ in mesh.axes]
         self.dims = [list(axes) for axes in source.by_dim]
         self.target = target.by_dim
         self.pending = set(source.unreduced)
@@ -42,7 +44,7 @@ class _Plan:
 
     def reduces(self) -> Iterator[Step]:
         if self.pending:
-            axes = tuple(sorted(self.pending))
+            axes = tuple(axis for axis in self.order if axis in self.pending)
             self.pending.clear()
             yield all_reduce.op, axes, ("sum",)
 

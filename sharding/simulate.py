@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sharding.collectives import axes_of
+from sharding.collectives import axes_of, unstacked
 from sharding.mesh import Mesh
 from sharding.spec import P
 
@@ -60,6 +60,18 @@ def _axis_index(mesh: Mesh, xs: Values, axes: str) -> Values:
     return [torch.tensor(mesh.index(rank, axes_of(axes)), device=x.device) for rank, x in enumerate(xs)]
 
 
+def _all_gather_start(mesh: Mesh, xs: Values, axes: str, n: int, dim: int) -> Values:
+    return _all_gather(mesh, xs, axes, n, 0)
+
+
+def _all_to_all_start(mesh: Mesh, xs: Values, axes: str, n: int, split: int, concat: int) -> Values:
+    return _all_to_all(mesh, xs, axes, n, split, 0)
+
+
+def _wait(mesh: Mesh, pending: Values, x: torch.Tensor, n: int, dim: int) -> Values:
+    return [unstacked(each, n, dim) for each in pending]
+
+
 COLLECTIVES: dict[str, Callable[..., Values]] = {
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
@@ -67,6 +79,11 @@ COLLECTIVES: dict[str, Callable[..., Values]] = {
     "all_to_all": _all_to_all,
     "own_slice": _own_slice,
     "axis_index": _axis_index,
+    "all_gather_start": _all_gather_start,
+    "reduce_scatter_start": _reduce_scatter,
+    "all_reduce_start": _all_reduce,
+    "all_to_all_start": _all_to_all_start,
+    "wait": _wait,
 }
 
 

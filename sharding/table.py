@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kernels.registry import of_node
-from sharding.collectives import COMMUNICATING, sent_bytes
+from sharding.collectives import communicates, sent_bytes
 
 
 @dataclass(frozen=True, order=True)
@@ -37,14 +37,15 @@ def collectives(graph: Any) -> list[Collective]:
 
 def _row(node: Any) -> Collective | None:
     record = of_node(node.target) if node.op == "call_function" else None
-    if record is None or record.name not in COMMUNICATING:
+    name = communicates(record)
+    if not name:
         return None
     x, axes, n = node.args[0].meta["val"], node.args[1], node.args[2]
     labels = node.meta.get("custom", {})
-    kind = record.name if record.name != "all_reduce" or node.args[3] == "sum" else f"all_reduce_{node.args[3]}"
+    kind = name if name != "all_reduce" or node.args[3] == "sum" else f"all_reduce_{node.args[3]}"
     return Collective(
         phase=labels.get("phase", ""), scope=re.sub(r"\b\d+\b", "*", labels.get("scope", "")), kind=kind, axis=axes,
-        dtype=str(x.dtype).removeprefix("torch."), bytes=sent_bytes(record.name, x, n), source=labels.get("source", ""),
+        dtype=str(x.dtype).removeprefix("torch."), bytes=sent_bytes(name, x, n), source=labels.get("source", ""),
     )  # fmt: skip
 
 

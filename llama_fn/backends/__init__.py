@@ -35,7 +35,8 @@ def communication(program: Program, backend: str, processes: Processes | None) -
     n = program.mesh.size
     if processes is not None:
         graph = program.graph_module.graph
-        used = [str(node.args[1]) for node in graph.nodes if (r := of_node(node.target)) and r.name in COLLECTIVES]
+        named = [n.args[1] for n in graph.nodes if (r := of_node(n.target)) and r.name in COLLECTIVES]
+        used = [axes for axes in named if isinstance(axes, str)]  # a wait names none
         return compat.collective_forms(processes.groups(used))
     if n > 1:
         raise UserError(lonely(program.mesh, backend))

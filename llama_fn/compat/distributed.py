@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sharding.collectives import put_together, unstacked
+
 c10d = torch.ops._c10d_functional
 
 
@@ -19,35 +21,30 @@ class Group:
     index: int
 
 
-def _wait(x: torch.Tensor) -> torch.Tensor:
-    return c10d.wait_tensor(x)
-
-
 def _stacked(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
     """n-ths of `dim` one after the other in dimension 0, as the collectives send them."""
     return x.contiguous() if dim == 0 else torch.cat(x.chunk(n, dim))
 
 
-def _unstacked(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
-    return x if dim == 0 else torch.cat(x.chunk(n), dim)
-
-
 def collective_forms(groups: Mapping[str, Group]) -> Mapping[str, Callable[..., Any]]:
     """By op name; `groups` by the axes text of the ops."""
 
-    def all_gather(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
-        return _unstacked(_wait(c10d.all_gather_into_tensor(x.contiguous(), n, groups[axes].name)), n, dim)
+    def all_gather_start(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
+        return c10d.all_gather_into_tensor(x.contiguous(), n, groups[axes].name)
 
-    def reduce_scatter(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
-        return _wait(c10d.reduce_scatter_tensor(_stacked(x, n, dim), "sum", n, groups[axes].name))
+    def reduce_scatter_start(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
+        return c10d.reduce_scatter_tensor(_stacked(x, n, dim), "sum", n, groups[axes].name)
 
-    def all_reduce(x: torch.Tensor, axes: str, n: int, kind: str) -> torch.Tensor:
-        return _wait(c10d.all_reduce(x.contiguous(), kind, groups[axes].name))
+    def all_reduce_start(x: torch.Tensor, axes: str, n: int, kind: str) -> torch.Tensor:
+        return c10d.all_reduce(x.contiguous(), kind, groups[axes].name)
 
-    def all_to_all(x: torch.Tensor, axes: str, n: int, split: int, concat: int) -> torch.Tensor:
+    def all_to_all_start(x: torch.Tensor, axes: str, n: int, split: int, concat: int) -> torch.Tensor:
         sent = _stacked(x, n, split)
         sizes = [sent.shape[0] // n] * n
-        return _unstacked(_wait(c10d.all_to_all_single(sent, sizes, sizes, groups[axes].name)), n, concat)
+        return c10d.all_to_all_single(sent, sizes, sizes, groups[axes].name)
+
+    def wait(pending: torch.Tensor, x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
+        return unstacked(c10d.wait_tensor(pending), n, dim)
 
     def own_slice(x: torch.Tensor, axes: str, n: int, dim: int) -> torch.Tensor:
         width = x.shape[dim] // n
@@ -56,9 +53,17 @@ def collective_forms(groups: Mapping[str, Group]) -> Mapping[str, Callable[..., 
     def axis_index(like: torch.Tensor, axes: str) -> torch.Tensor:
         return torch.full((), groups[axes].index, dtype=torch.int64, device=like.device)
 
+    starts: dict[str, Callable[..., Any]] = {
+        "all_gather": all_gather_start, "reduce_scatter": reduce_scatter_start, "all_reduce": all_reduce_start,
+        "all_to_all": all_to_all_start,
+    }  # fmt: skip
+
+    def at_once(name: str) -> Callable[..., torch.Tensor]:
+        return lambda x, *args: wait(starts[name](x, *args), x, args[1], put_together(name, args))
+
     return {
-        "all_gather": all_gather, "reduce_scatter": reduce_scatter, "all_reduce": all_reduce,
-        "all_to_all": all_to_all, "own_slice": own_slice, "axis_index": axis_index,
+        **{f"{name}_start": fn for name, fn in starts.items()}, "wait": wait,
+        **{name: at_once(name) for name in starts}, "own_slice": own_slice, "axis_index": axis_index,
     }  # fmt: skip
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_fn.passes.bucket import bucket
 from llama_fn.passes.dead_code import dead_code
 from llama_fn.passes.donation import donation
+from llama_fn.passes.overlap import overlap
 from llama_fn.passes.schedule import schedule
 from llama_fn.passes.scopes import scopes
 from llama_fn.passes.sink_casts import sink_casts
@@ -30,7 +32,8 @@ class Context:
 Pass = Callable[[torch.fx.GraphModule, Context], torch.fx.GraphModule]
 
 TRACING: list[Pass] = [scopes, dead_code]
-LOWERING: list[Pass] = [sink_casts, dead_code, schedule, donation]
+LOWERING: list[Pass] = [sink_casts, dead_code, bucket, overlap, schedule, donation]
+OPTIONAL = ("sink_casts", "bucket", "overlap", "schedule")  # what a user may leave out: the numbers do not depend on it
 
 
 def run(passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context) -> torch.fx.GraphModule:

@@ -1,14 +1,16 @@
-"""Where collectives stand: weights are gathered one layer ahead of their use, gradients reduced as soon as they exist.
+"""Where collectives stand: started as soon as they can be, waited for where their result is needed.
 
-    gather layers/0, 1, 2, ...     gather layers/0
-    layers/0 forward               gather layers/1
-    layers/1 forward         ->    layers/0 forward
-    ...                            gather layers/2
-                                   layers/1 forward
+    gather layers/0, 1, 2, ...     gather layers/0           start
+    layers/0 forward               gather layers/1           start
+    layers/1 forward         ->    layers/0 forward          waits for its gathers
+    ...                            gather layers/2           start
+                                   layers/1 forward          waits for its gathers
                                    ...
 
 As traced, every weight is gathered before the first layer and every gradient reduced after the last: the first layer
-would wait for all of them, and nothing could overlap. The order of everything else stays, and so do the numbers.
+would wait for all of them, and nothing could overlap. Here weights are gathered one layer ahead, the reductions of a
+layer's gradients run while the next layer's are computed, and inside a layer what a collective needs is computed before
+what only its neighbours need, which then fills the time until it is done. No value changes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from typing import Any
 
 import torch
 
+from kernels.registry import of_node
 from llama_fn import ir
+from sharding.collectives import communicates, wait
 
 _LAYER = re.compile(r"^(?:microbatch/\d+/)?layers/(\d+)(?:/|$)")
 _GATHER = re.compile(r"^gather/layers/(\d+)(?:/|$)")
@@ -37,6 +41,19 @@ def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(gm, graph)
 
 
+def _region(node: torch.fx.Node) -> str:
+    match = _LAYER.match(ir.scope_of(node))
+    return f"{match.group() if match else ''} {ir.phase_of(node)}"
+
+
+def _is_start(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and bool(communicates(of_node(node.target)))
+
+
+def _is_reduction(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and ir.scope_of(node).startswith("reduce/")
+
+
 class _Order:
     """The nodes of a graph in their new order."""
 
@@ -48,23 +65,55 @@ class _Order:
             match = _GATHER.match(ir.scope_of(node))
             if match:
                 self.gathers.setdefault(int(match[1]), []).append(node)
-        self.waiting = [node for node in self.nodes if _is_reduction(node)]
+        self.reductions = [node for node in self.nodes if _is_reduction(node)]
+        self.started: list[torch.fx.Node] = []  # reductions that stood at the boundary before
 
     def __iter__(self) -> Iterator[torch.fx.Node]:
-        late = {node for nodes in self.gathers.values() for node in nodes} | set(self.waiting)
+        on_demand = {node for nodes in self.gathers.values() for node in nodes} | set(self.reductions)
+        on_demand |= {node for node in self.nodes if node.target is wait.op}
+        yield from self._all(node for node in self.nodes if node.op == "placeholder")
         region = ""
+        held: list[torch.fx.Node] = []
         for node in self.nodes:
-            if node in late:
+            if node in on_demand:
                 continue
-            match = _LAYER.match(ir.scope_of(node))
-            here = f"{match.group() if match else ''} {ir.phase_of(node)}"
-            if here != region:
-                region = here
-                yield from self._ready()
-                if match and ir.phase_of(node) == "forward":
-                    for layer in (int(match[1]), int(match[1]) + 1):
-                        for gather in self.gathers.get(layer, ()):
-                            yield from self._with_operands(gather)
+            if _region(node) != region:
+                yield from self._all(held)
+                region, held = _region(node), []
+                yield from self._boundary(node)
+            held.append(node)
+            if _is_start(node):
+                # Whatever else stands before it runs while it is under way.
+                yield from self._with_operands(node)
+                yield from self._all(held)
+                held = []
+        yield from self._all(held)
+
+    def _boundary(self, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+        """Between layers, whose ops stay together: reductions, and the gathers of this layer and the next."""
+        yield from self._reduce()
+        match = _LAYER.match(ir.scope_of(node))
+        if match and ir.phase_of(node) == "forward":
+            for layer in (int(match[1]), int(match[1]) + 1):
+                yield from self._all(gather for gather in self.gathers.get(layer, ()) if _is_start(gather))
+
+    def _reduce(self) -> Iterator[torch.fx.Node]:
+        """Wait for the reductions started one layer before, whose operands can then be freed, and start new ones."""
+        yield from self._all(self.started)
+        self.started, left = [], []
+        for node in self.reductions:
+            if node in self.done:
+                continue
+            ready = all(operand in self.done for operand in node.all_input_nodes)
+            if ready and node.target is not wait.op:
+                yield from self._with_operands(node)
+                self.started += [user for user in node.users if user.target is wait.op]
+            else:
+                left.append(node)
+        self.reductions = left
+
+    def _all(self, nodes: Any) -> Iterator[torch.fx.Node]:
+        for node in nodes:
             yield from self._with_operands(node)
 
     def _with_operands(self, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
@@ -74,17 +123,3 @@ class _Order:
             yield from self._with_operands(operand)
         self.done.add(node)
         yield node
-
-    def _ready(self) -> Iterator[torch.fx.Node]:
-        """Reductions of gradients that are complete. Called between layers, whose ops stay together."""
-        left = []
-        for node in self.waiting:
-            if all(operand in self.done for operand in node.all_input_nodes):
-                yield from self._with_operands(node)
-            else:
-                left.append(node)
-        self.waiting = left
-
-
-def _is_reduction(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and ir.scope_of(node).startswith("reduce/")

@@ -13,7 +13,7 @@ import kernels as k
 from kernels.registry import KERNELS
 from llama_fn.backends import forms
 from sharding import P, constrain
-from sharding.collectives import COMMUNICATING, LOCAL
+from sharding.simulate import COLLECTIVES
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 5e-2}
 DTYPES = list(TOLERANCE)
@@ -157,9 +157,14 @@ SAMPLES = {
     "weighted_sum": (rand(2, 5), rand(2, 5)),
     "embedding_part": (rand(11, 4), Y, torch.tensor(1)),
     "embedding_part_bwd": (rand(2, 5, 4), Y, torch.tensor(0), rand(6, 4)),
-    "logits_max": (rand(2, 5, 11),),
-    "logits_sums": (rand(2, 5, 6), Y, rand(2, 5), torch.tensor(1)),
-    "logits_merge": (rand(2, 2, 5).abs(), rand(2, 5)),
+    "logits_part": (rand(2, 5, 6), Y, torch.tensor(1)),
+    "head_part": (rand(2, 5, 4), rand(6, 4), Y, torch.tensor(1)),
+    "part_max": (rand(2, 2, 5),),
+    "part_sums": (rand(2, 2, 5), rand(2, 5)),
+    "part_merge": (rand(2, 2, 5).abs(), rand(2, 5)),
+    "head_part_bwd": (rand(2, 5), rand(2, 5, 4), rand(6, 4), Y, rand(2, 5), torch.tensor(1)),
+    "join_rows": ([rand(4, 6), rand(2)], 2, "1,0"),
+    "split_rows": (rand(2, 13), "1,0", "4x6,2"),
     "cross_entropy_part_bwd": (rand(2, 5), rand(2, 5, 6), Y, rand(2, 5), torch.tensor(1)),
     "constrain": (rand(3, 4), "batch,-", "compute"),
     "reshard_as": (rand(3, 4), rand(3, 4)),
@@ -167,15 +172,16 @@ SAMPLES = {
 
 
 def test_every_kernel_but_the_collectives_has_a_sample():
-    assert set(KERNELS) - set(SAMPLES) <= {*COMMUNICATING, *LOCAL}
+    assert set(KERNELS) - set(SAMPLES) <= set(COLLECTIVES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_abstract_promises_what_the_reference_gives(name, dtype):
-    args = [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in SAMPLES[name]]
+    cast = lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
+    args = [[cast(y) for y in x] if isinstance(x, list) else cast(x) for x in SAMPLES[name]]
     promised, given = KERNELS[name].abstract(*args), KERNELS[name].reference(*args)
-    as_tuple = lambda x: x if isinstance(x, tuple) else (x,)  # noqa: E731
+    as_tuple = lambda x: tuple(x) if isinstance(x, (tuple, list)) else (x,)  # noqa: E731
     for p, g in zip(as_tuple(promised), as_tuple(given), strict=True):
         assert (p.shape, p.dtype, p.stride()) == (g.shape, g.dtype, g.stride())
 

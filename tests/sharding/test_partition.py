@@ -1,106 +1,21 @@
-"""Partitioned == single device: every kernel under every legal sharding, and whole steps under every preset."""
+"""Partitioned == single device: whole steps under every preset; what cannot be partitioned is said."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 import kernels as k
-from kernels.registry import KERNELS
-from kernels.vocab_parallel import SHARDED_VOCABULARY
 from llama_fn import arrays, random, stages, train_step, tree
 from llama_fn.arrays import ArrayInfo
 from llama_fn.errors import UserError
 from sharding import Mesh, P, constrain
 from sharding.rules import PRESETS, Rules
 
-F64, I64 = torch.float64, torch.int64
-TOKENS = {"b": 4, "t": 4, "s": 4, "d": 8, "f": 8, "n": 8, "h": 4, "v": 8, "r": 2}
-
-
-def _rope(x, cos, sin):
-    return k.rope(x, cos, sin, False)
-
-
-KERNEL_CASES = {
-    "einsum": (lambda a, b: k.einsum("btd,df->btf", a, b), ["btd", "df"], ["btf"]),
-    "einsum_heads": (lambda a, b: k.einsum("btnh,nhd->btd", a, b), ["btnh", "nhd"], ["btd"]),
-    "rms_norm": (lambda x, w: k.rms_norm(x, w, 1e-6)[0], ["btd", "d"], ["btd"]),
-    "rope": (_rope, ["btnh", "tr", "tr"], ["btnh"]),
-    "attention": (lambda q, kk, v: k.attention(q, kk, v, 0.5)[0], ["btnh", "bsnh", "bsnh"], ["btnh"]),
-    "swiglu": (k.swiglu, ["btf", "btf"], ["btf"]),
-    "embedding": (k.embedding, ["vd", "bt:"], ["btd"]),
-    "cross_entropy": (lambda z, y: k.cross_entropy(z, y)[0], ["btv", "bt:"], ["bt"]),
-    "head_cross_entropy": (lambda x, w, y: k.head_cross_entropy(x, w, y)[0], ["btd", "vd", "bt:"], ["bt"]),
-    "weighted_sum": (k.weighted_sum, ["bt", "bt"], [""]),
-}
+F64 = torch.float64
 MESH = Mesh.parse("x:2,y:2")
-
-
-def shardable(name, letters):
-    record = KERNELS["einsum" if name.startswith("einsum") else name]
-    backward = KERNELS.get(f"{record.name}_bwd", record)
-    whole = set()
-    for each in (record, backward):
-        fixed = {"rms_norm": "d", "rope": "htr", "attention": "tsh", "head_cross_entropy": "vd"}.get(record.name, "")
-        whole |= set(fixed) - ({"v"} if each.name in SHARDED_VOCABULARY else set())
-    return [letter for letter in letters if letter not in whole]
-
-
-def sharded_cases():
-    for name, (_, operands, _) in KERNEL_CASES.items():
-        letters = sorted(set("".join(operands)) - {":"})
-        for x, y in itertools.product([None, *shardable(name, letters)], repeat=2):
-            if x != y or x is None:
-                yield name, x, y
-            elif x == y:
-                yield name, x, x
-
-
-@pytest.mark.parametrize(("name", "x", "y"), list(sharded_cases()))
-def test_a_sharded_kernel_equals_the_whole_one(name, x, y):
-    """Forward and gradients; mesh axis x shards one factor, y another (or the same, both)."""
-    fn, operands, results = KERNEL_CASES[name]
-    infos = [
-        ArrayInfo(tuple(TOKENS[c] for c in op.strip(":")), dtype, tuple(op.strip(":")), table="compute")
-        for op in operands
-        for dtype in [I64 if op.endswith(":") else F64]
-    ]
-    table = {}
-    for axis, letter in (("x", x), ("y", y)):
-        if letter:
-            table[letter] = (*table.get(letter, ()), axis)
-    floats = [i for i, info in enumerate(infos) if info.dtype is F64]
-
-    def step(args):
-        def loss(*moving):
-            full = list(args)
-            for i, leaf in zip(floats, moving, strict=True):
-                full[i] = leaf
-            out = constrain(fn(*full), P(*results[0]))
-            return out
-
-        out, pull = torch.func.vjp(loss, *(args[i] for i in floats))
-        grads = pull(torch.cos(out))
-        grads = [constrain(g, P(*operands[i])) for i, g in zip(floats, grads, strict=True)]
-        return out, grads
-
-    generator = torch.Generator().manual_seed(0)
-    values = [
-        torch.randn(info.shape, dtype=F64, generator=generator) if info.dtype is F64
-        else torch.randint(0, TOKENS["v"], info.shape, generator=generator)
-        for info in infos
-    ]  # fmt: skip
-    traced = stages.jit(step).trace(infos)
-    want = traced.lower().compile("eager")(values)
-    got = traced.lower(MESH, Rules("test", {}, {}, table)).compile("interpret")(values)
-    for a, b in zip(tree.leaves(got), tree.leaves(want), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-
-
 MESHES = {
     "dp": ["data:2", "data:4", "node:2,data:4"],
     "zero1": ["data:2", "data:4", "data:8"],
@@ -147,11 +62,20 @@ def traced_step(cfg):
     return step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
 
 
+def test_the_fused_head_is_vocabulary_parallel(tiny_config, with_data, random_batch):
+    cfg = step_config(tiny_config, with_data, "fp64", 8)
+    want, _ = train(traced_step(cfg), cfg, random_batch, "", "dp", steps=2)
+    fused = replace(cfg, model=replace(cfg.model, fused_head=True))
+    for mesh in ("model:2", "data:2,model:4"):
+        got, _ = train(traced_step(fused), fused, random_batch, mesh, "fsdp_tp", steps=2)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+
+
 def test_reducing_for_every_microbatch_gives_the_same(tiny_config, with_data, random_batch):
     results = {}
     for each in (False, True):
         cfg = step_config(tiny_config, with_data, "fp64", 8, reduce_per_microbatch=each)
-        lowered = traced_step(cfg).lower(Mesh.parse("data:2,model:2"), "fsdp_tp")
+        lowered = traced_step(cfg).lower(Mesh.parse("data:2,model:2"), "fsdp_tp", without=["bucket"])
         rows = [r for r in lowered.collectives() if r.scope.endswith("reduce/layers/*/wq")]
         assert sum(r.count for r in rows) == cfg.model.num_layers * (2 if each else 1)
         results[each] = train(traced_step(cfg), cfg, random_batch, "data:2,model:2", "fsdp_tp", steps=2)[0]
@@ -162,7 +86,7 @@ def test_reducing_for_every_microbatch_gives_the_same(tiny_config, with_data, ra
 def test_gradients_are_reduced_in_the_dtype_asked_for(dtype, width, tiny_config):
     cfg = tiny_config(compute_dtype="bf16")
     cfg = replace(cfg, optim=replace(cfg.optim, reduce_dtype=dtype))
-    rows = traced_step(cfg).lower(Mesh.parse("data:2"), "fsdp").collectives()
+    rows = traced_step(cfg).lower(Mesh.parse("data:2"), "fsdp", without=["bucket"]).collectives()
     size = cfg.model.embed_dim * cfg.model.mlp_dim * width // 2
     assert [r.bytes for r in rows if r.scope == "reduce/layers/*/w_up"] == [size]
     assert {r.dtype for r in rows if r.scope.startswith("gather")} == {"bfloat16"}, "weights travel in compute dtype"
@@ -185,7 +109,8 @@ def test_bytes_at_rest_are_the_total_over_the_shards(rules, tiny_config):
 
 def test_errors_say_where_what_and_what_to_write(tiny_config):
     traced = traced_step(tiny_config(num_kv_heads=2))
-    with pytest.raises(UserError, match=r"gather/layers/0/wk.*dimension 1 .* size 2, which 4 devices along model"):
+    said = r"params\.layers\.wk: constrain in gather/layers/0/wk.*dimension 1 .* size 2, which 4 devices along model"
+    with pytest.raises(UserError, match=said):
         traced.lower(Mesh.parse("model:4"), "tp_sp")
     with pytest.raises(UserError, match="Did you mean fsdp"):
         traced.lower(Mesh.parse("data:2"), "fdsp")

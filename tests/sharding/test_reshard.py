@@ -49,7 +49,7 @@ def test_resharding_keeps_the_global_tensor(seed):
     if len(pending) > 1:
         return  # the noise above is for one axis at a time
     source = P.of(source.by_dim, pending)
-    for op, axes, args in reshard.steps(source, target):
+    for op, axes, args in reshard.steps(source, target, MESH):
         name = op._schema.name.split("::")[1]
         values = COLLECTIVES[name](MESH, values, axes_text(axes), MESH.extent(axes), *args)
     for rank, mine in enumerate(values):
@@ -57,9 +57,9 @@ def test_resharding_keeps_the_global_tensor(seed):
 
 
 def test_a_pending_sum_over_a_new_dimension_is_one_reduce_scatter():
-    names = [op._schema.name for op, *_ in reshard.steps(P(None, None, unreduced=frozenset("a")), P("a", None))]
+    names = [op._schema.name for op, *_ in reshard.steps(P(None, None, unreduced=frozenset("a")), P("a", None), MESH)]
     assert names == ["llama_fn::reduce_scatter"]
-    names = [op._schema.name for op, *_ in reshard.steps(P("a", None), P(None, "a"))]
+    names = [op._schema.name for op, *_ in reshard.steps(P("a", None), P(None, "a"), MESH)]
     assert names == ["llama_fn::all_to_all"]
 
 
