@@ -1,5 +1,5 @@
 """What a mesh does to a model, before anything is allocated: time and memory of tracing and lowering, the bytes of the
-state on every device under each preset of rules, and the collectives of a step.
+state on every device under each preset of rules, the predicted peak and the collectives of a step.
 
     python benchmarks/lower.py --preset llama_65b --mesh data:12,model:8 --rules fsdp_tp
 """
@@ -21,6 +21,8 @@ from llama_fn.config import Config, DataConfig, preset
 from llama_fn.errors import UserError
 from sharding import Mesh, table
 from sharding.rules import PRESETS
+
+PLACING = ("bucket", "overlap", "schedule")
 
 
 def main() -> None:
@@ -46,6 +48,9 @@ def main() -> None:
     print(
         f"trace {between - start:.1f} s, lower {end - between:.1f} s, {end - start:.1f} s in all; peak {peak:.2f} GiB"
     )
+    plain = traced.lower(mesh, args.rules, without=PLACING).memory_analysis().peak_bytes / 1e9
+    placed = lowered.memory_analysis().peak_bytes / 1e9
+    print(f"predicted peak per device {placed:.2f} GB; without {', '.join(PLACING)} {plain:.2f} GB")
     print(f"\n{'rules':<16} {'state, GB':>10} {'of the whole':>13}")
     for name in PRESETS:
         try:
