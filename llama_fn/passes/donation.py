@@ -3,7 +3,8 @@
     return %new, %loss   ->   copy_(%old, %new)
                               return %loss
 
-All copies stand at the end, after every read of an old value; results that are inputs themselves are cloned first.
+All copies stand at the end, after every read of an old value; results that are inputs themselves are cloned first,
+the ones that are returned as well: a loss scale that is reported must not be the one just written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 
 from llama_fn import ir
 from llama_fn.compat import node_value
+
+CLONE = torch.ops.aten.clone.default
 
 
 def donation(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
@@ -27,11 +30,12 @@ def donation(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     with gm.graph.inserting_before(out):
         for _, new in pairs:
             if new.op == "placeholder" or new in made:
-                new = _call(gm, torch.ops.aten.clone.default, (new,), new)
+                new = _call(gm, CLONE, (new,), new)
             made.append(new)
+        results = [_call(gm, CLONE, (x,), x) if x.op == "placeholder" else x for x in (flat[o] for o in kept)]
         for (old, _), new in zip(pairs, made, strict=True):
             _call(gm, torch.ops.aten.copy_.default, (old, new), new)
-    out.args = ([flat[o] for o in kept],)
+    out.args = (results,)
     out.meta["paths"] = tuple(out.meta["paths"][o] for o in kept)
     return gm
 

@@ -64,6 +64,19 @@ def test_donated_state_lives_in_the_old_buffers(tiny_config, random_batch, fresh
     assert new.step.item() == 1
 
 
+@pytest.mark.parametrize("backend", ["eager", "interpret"])
+def test_the_loss_scale_reported_is_the_one_used(backend, tiny_config, random_batch, fresh_state):
+    """It is an input that the step overwrites: a result that shared its buffer would show the next step's."""
+    cfg = tiny_config(compute_dtype="fp16")
+    cfg = replace(cfg, optim=replace(cfg.optim, loss_scale_window=1, initial_loss_scale=256.0))
+    step, state = traced_step(cfg).lower().compile(backend), fresh_state(cfg)
+    seen = []
+    for i in range(3):
+        state, metrics = step(state, random_batch(cfg, i))
+        seen.append(metrics["loss_scale"])
+    assert [x.item() for x in seen] == [256.0, 512.0, 1024.0]
+
+
 def test_a_donated_swap_does_not_read_overwritten_values():
     def swap(state, x):
         return {"a": state["b"], "b": state["a"]}, state["a"] + x
