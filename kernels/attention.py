@@ -114,6 +114,34 @@ def attention_bwd_blocked(do, q, k, v, o, lse, scale):
     return _backward(do, q, k, v, o, lse, scale, _blocks(q.shape[1]))
 
 
+_MASK = 2048  # FlashAttentionScore's sparse mode 2 takes one mask of this size for causal attention of any length
+
+
+def _causal(q: torch.Tensor) -> dict[str, object]:
+    """What FlashAttentionScore and its gradient are told about the mask."""
+    hidden = torch.ones((_MASK, _MASK), dtype=torch.bool, device=q.device).triu(1)
+    return {"atten_mask": hidden, "sparse_mode": 2, "next_tockens": 0}
+
+
+def attention_npu(q, k, v, scale):
+    """FlashAttentionScore in the layout [B, N, S, D]. Its two statistics per row, each eight times over, become the one
+    log-sum-exp that is kept for the backward."""
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    o, top, total, *_ = torch.ops.npu.npu_fusion_attention(*heads_first, q.shape[2], "BNSD", scale=scale, **_causal(q))
+    return o.transpose(1, 2).contiguous(), top[..., 0] + total[..., 0].log()
+
+
+def attention_bwd_npu(do, q, k, v, o, lse, scale):
+    """The gradient computes exp(score - top) / total: with top = lse and total = 1 these are the probabilities."""
+    query, key, value, dy, out = (x.transpose(1, 2).contiguous() for x in (q, k, v, do, o))
+    top = lse[..., None].expand(*lse.shape, 8).contiguous()
+    dq, dk, dv, *_ = torch.ops.npu.npu_fusion_attention_grad(
+        query, key, value, dy, q.shape[2], "BNSD", softmax_max=top, softmax_sum=torch.ones_like(top), attention_in=out,
+        scale_value=scale, **_causal(q),
+    )  # fmt: skip
+    return tuple(x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
+
+
 def _abstract(q, k, v, scale):
     b, t, n, _ = q.shape
     if n % k.shape[2]:
@@ -137,6 +165,7 @@ attention_bwd = kernel(
     ),
     flops=lambda do, q, k, *_: 5 * _flops(q, k) // 2,
     impls={"blocked": attention_bwd_blocked},
+    npu=attention_bwd_npu,
 )
 
 attention = kernel(
@@ -151,4 +180,5 @@ attention = kernel(
         None,
     ),
     impls={"blocked": attention_blocked},
+    npu=attention_npu,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 
@@ -48,6 +49,14 @@ def matrices(
 
     Without batch letters the operands are 2-dimensional. For the equations of the model they are views.
     """
+    layouts, shape, order = _plan(equation, a, b)
+    lhs, rhs = (_matrix(x, *layout) for x, layout in zip((a, b), layouts, strict=True))
+    return lhs, rhs, shape, order
+
+
+def _plan(equation: str, a: torch.Tensor, b: torch.Tensor) -> tuple[list[tuple[Any, ...]], list[int], list[int]]:
+    """Letters, sizes, batch, rows and columns of both matrices; shape of their product by letters, order to bring it
+    back."""
     left, right, out = parse(equation)
     sizes = _sizes(equation, a, b)
     batch = [x for x in out if x in left and x in right]
@@ -55,9 +64,8 @@ def matrices(
     rows = [x for x in out if x in left and x not in right]
     columns = [x for x in out if x in right and x not in left]
     made = batch + rows + columns
-    lhs = _matrix(a, left, sizes, batch, rows, inner)
-    rhs = _matrix(b, right, sizes, batch, inner, columns)
-    return lhs, rhs, [sizes[x] for x in made], [made.index(x) for x in out]
+    layouts = [(left, sizes, batch, rows, inner), (right, sizes, batch, inner, columns)]
+    return layouts, [sizes[x] for x in made], [made.index(x) for x in out]
 
 
 def einsum_reference(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -67,12 +75,42 @@ def einsum_reference(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.T
     return product.reshape(shape).permute(order).contiguous()
 
 
-def _matrix(
+def stored_layouts(
+    equation: str, a: torch.Tensor, b: torch.Tensor
+) -> tuple[tuple[int, int, bool], tuple[int, int, bool], bool]:
+    """Rows, columns and "lies transposed" of both operands as matrices, and whether their product is the result as it
+    is. An operand that is neither itself nor its transpose counts as transposed with the result not straight."""
+    layouts, _, order = _plan(equation, a, b)
+    found, straight = [], order == sorted(order)
+    for letters, sizes, batch, rows, columns in layouts:
+        swapped = list(letters) == columns + rows
+        straight = straight and not batch and (swapped or list(letters) == rows + columns)
+        found.append((prod(sizes[x] for x in rows), prod(sizes[x] for x in columns), swapped))
+    return found[0], found[1], straight
+
+
+def einsum_npu(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """One MatMul that reads transposed operands as they lie in memory."""
+    layouts, shape, order = _plan(equation, a, b)
+    (lhs, turn_lhs), (rhs, turn_rhs) = (_stored(x, *layout) for x, layout in zip((a, b), layouts, strict=True))
+    product = matmul.op(lhs, rhs, turn_lhs, turn_rhs).reshape(shape)
+    return product if order == sorted(order) else product.permute(order).contiguous()
+
+
+def _stored(
     x: torch.Tensor, letters: str, sizes: dict[str, int], batch: list[str], rows: list[str], columns: list[str]
-) -> torch.Tensor:
-    x = x.permute([letters.index(letter) for letter in batch + rows + columns])
-    groups = ([batch] if batch else []) + [rows, columns]
-    return x.reshape([prod(sizes[letter] for letter in group) for group in groups])
+) -> tuple[torch.Tensor, bool]:
+    """The matrix as it lies in memory, and whether that is its transpose."""
+    swapped = list(letters) == batch + columns + rows and list(letters) != batch + rows + columns
+    groups = ([batch] if batch else []) + ([columns, rows] if swapped else [rows, columns])
+    order = [letters.index(letter) for group in groups for letter in group]
+    x = x if order == list(range(x.dim())) else x.permute(order)
+    return x.reshape([prod(sizes[letter] for letter in group) for group in groups]), swapped
+
+
+def _matrix(x: torch.Tensor, *layout: Any) -> torch.Tensor:
+    stored, swapped = _stored(x, *layout)
+    return stored.transpose(-1, -2) if swapped else stored
 
 
 def _abstract(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -96,6 +134,20 @@ def _flops(equation: str, a: torch.Tensor, b: torch.Tensor) -> int:
     return 2 * prod(_sizes(equation, a, b).values())
 
 
+def matmul_reference(a: torch.Tensor, b: torch.Tensor, turn_a: bool, turn_b: bool) -> torch.Tensor:
+    """a b, [M, N] or [B, M, N], each operand being given transposed where it is turned."""
+    return torch.matmul(a.transpose(-1, -2) if turn_a else a, b.transpose(-1, -2) if turn_b else b)
+
+
+matmul = kernel(
+    name="matmul",
+    schema="(Tensor a, Tensor b, bool turn_a, bool turn_b) -> Tensor",
+    reference=matmul_reference,
+    abstract=lambda *args: matmul_reference(*args).contiguous(),
+    factors=lambda *_: Factors(" -> "),
+    opaque=True,
+)
+
 einsum = kernel(
     name="einsum",
     schema="(str equation, Tensor a, Tensor b) -> Tensor",
@@ -104,4 +156,5 @@ einsum = kernel(
     factors=_factors,
     flops=_flops,
     vjp=_vjp,
+    npu=einsum_npu,
 )

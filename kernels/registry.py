@@ -61,7 +61,9 @@ class Kernel:
     gives results of the right shape and dtype from fake tensors; `vjp(inputs, outputs, cotangents)` gives one
     cotangent or None per input; `factors(*args)` the sharding rule; `flops(*args)` the floating-point operations
     of the matrix products (pointwise work is counted as bytes). `impls` are faster forms with the same signature,
-    used only where a backend is asked for one by name. `opaque` names keep the op whole in compiled code.
+    used only where a backend is asked for one by name. `npu(*args)` writes the op in torch's and torch_npu's operators,
+    for which torchair has Ascend ops; None where `reference` has nothing but such operators. `opaque` names keep the op
+    whole in compiled code.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Kernel:
     flops: Callable[..., int] = lambda *args: 0
     vjp: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Sequence[Any]] | None = None
     impls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    npu: Callable[..., Any] | None = None
     opaque: bool = False
 
     @property

@@ -34,6 +34,16 @@ def rms_norm_bwd_reference(
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
+def rms_norm_npu(x, weight, eps):
+    """RmsNorm multiplies by the weight before it rounds, where the reference rounds first."""
+    return torch.ops.npu.npu_rms_norm(x, weight, eps)
+
+
+def rms_norm_bwd_npu(dy, x, weight, rstd):
+    dx, dweight = torch.ops.npu.npu_rms_norm_backward(dy, x, weight, rstd)
+    return dx, dweight.to(weight.dtype)
+
+
 def _rows(x: torch.Tensor) -> str:
     return " ".join("btuv"[: x.dim() - 1])
 
@@ -46,6 +56,7 @@ rms_norm_bwd = kernel(
     factors=lambda dy, x, weight, rstd: Factors(
         f"{_rows(x)} d, {_rows(x)} d, d, {_rows(x)} o -> {_rows(x)} d, d", frozenset("do")
     ),
+    npu=rms_norm_bwd_npu,
 )
 
 
@@ -62,4 +73,5 @@ rms_norm = kernel(
     abstract=_abstract,
     factors=lambda x, weight, eps: Factors(f"{_rows(x)} d, d -> {_rows(x)} d, {_rows(x)} o", frozenset("do")),
     vjp=_vjp,
+    npu=rms_norm_npu,
 )

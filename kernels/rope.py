@@ -46,6 +46,12 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, invers
     return torch.cat([part.to(x.dtype) for part in turned], dim=-1)
 
 
+def rope_npu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    """RotaryMul wants cos and sin as wide as x and in its dtype, so in bf16 the angles are rounded to bf16."""
+    wide_cos, wide_sin = (torch.cat([part, part], -1)[None, :, None, :].to(x.dtype) for part in (cos, sin))
+    return torch.ops.npu.npu_rotary_mul(x, wide_cos, -wide_sin if inverse else wide_sin)
+
+
 def _vjp(inputs, outputs, cotangents):
     _, cos, sin, inverse = inputs
     return rope(cotangents[0], cos, sin, not inverse), None, None, None
@@ -58,4 +64,5 @@ rope = kernel(
     abstract=lambda x, cos, sin, inverse: torch.empty_like(x, memory_format=torch.contiguous_format),
     factors=lambda *_: Factors("b t n h, t r, t r -> b t n h", frozenset("hr")),
     vjp=_vjp,
+    npu=rope_npu,
 )

@@ -22,12 +22,23 @@ def swiglu_bwd_reference(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor)
     return dgate.to(gate.dtype), (dy_wide * g * s).to(up.dtype)
 
 
+def swiglu_npu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.ops.npu.npu_swiglu(torch.cat([gate, up], -1), -1)
+
+
+def swiglu_bwd_npu(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    both = torch.ops.npu.npu_swiglu_backward(dy, torch.cat([gate, up], -1), -1)
+    dgate, dup = both.split(gate.shape[-1], -1)
+    return dgate, dup
+
+
 swiglu_bwd = kernel(
     name="swiglu_bwd",
     schema="(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     reference=swiglu_bwd_reference,
     abstract=lambda dy, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
     factors=lambda *_: Factors("b t f, b t f, b t f -> b t f, b t f"),
+    npu=swiglu_bwd_npu,
 )
 
 swiglu = kernel(
@@ -37,4 +48,5 @@ swiglu = kernel(
     abstract=lambda gate, up: torch.empty_like(gate),
     factors=lambda *_: Factors("b t f, b t f -> b t f"),
     vjp=lambda inputs, outputs, cotangents: swiglu_bwd(cotangents[0], *inputs),
+    npu=swiglu_npu,
 )

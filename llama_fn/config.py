@@ -90,6 +90,9 @@ class MeshConfig:
         "lowering passes to leave out, comma-separated, of bucket, overlap, schedule, sink_casts; the numbers stay",
         False,
     )
+    fuse: bool = opt(
+        False, "join collectives and matrix products into one op where Ascend has one; last digits may change"
+    )
     rules: str = opt(
         "fsdp_tp", "sharding rules: dp, zero1, fsdp, tp_sp, fsdp_tp or fsdp_tp_ulysses (docs/sharding.md)", False
     )
@@ -104,8 +107,17 @@ class RunConfig:
     )
     steps: int = opt(300, "iterations to train in all")
     seed: int = opt(1234, "seed of the initial parameters and of the sample order")
-    backend: Literal["inductor", "interpret", "eager"] = opt("inductor", "how the step graph is executed")
-    device: str = opt("cpu", "device to run on: cpu or cuda", False)
+    backend: Literal["inductor", "interpret", "eager", "npu"] = opt("inductor", "how the step graph is executed")
+    device: str = opt(
+        "auto", "cpu, cuda or npu; auto: npu for backend npu, else cpu. Of several, each process takes its own", False
+    )
+    deterministic: bool = opt(False, "sums in a fixed order on CUDA and NPU, slower; CPU runs are always repeatable")
+    dump_dir: str = opt("", "backend npu: folder for the GE graph, its options and a readable text of it", False)
+    dump_ranks: str = opt("0", "ranks that write to dump_dir, comma-separated, or all", False)
+    count_recompute: bool = opt(
+        False, "log TFLOPs with the forward counted twice, as AscendSpeed does under full recomputation", False
+    )
+    profile_steps: str = opt("", "FIRST:LAST iterations to profile into workdir/profile, for Perfetto", False)
     attention: Literal["auto", "reference", "blocked", "flash"] = opt(
         "auto", "form of the attention kernel in compiled code; auto: blocked on cpu, flash on cuda"
     )
@@ -162,8 +174,37 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[name]()
 
 
+def _with_device(cfg: Config) -> Config:
+    """cfg with its device named; UserError where backend and device do not go together."""
+    r = cfg.run
+    device = {"npu": "npu"}.get(r.backend, "cpu") if r.device == "auto" else r.device
+    if device.split(":")[0] not in ("cpu", "cuda", "npu"):
+        raise UserError(f"--run.device={device}: expected auto, cpu, cuda or npu")
+    if (r.backend == "npu") != device.startswith("npu"):
+        raise UserError(
+            f"--run.device={device} does not go with --run.backend={r.backend}: an NPU runs graphs of backend npu, and "
+            "nothing else does"
+        )
+    if r.dump_dir and r.backend != "npu":
+        raise UserError(f"--run.dump_dir={r.dump_dir} is written by --run.backend=npu, and this is {r.backend}")
+    ranks = r.dump_ranks.split(",")
+    if r.dump_ranks != "all" and not all(rank.strip().isdigit() for rank in ranks):
+        raise UserError(f"--run.dump_ranks={r.dump_ranks} is neither all nor ranks such as 0,8")
+    return replace(cfg, run=replace(r, device=device))
+
+
+def profiled(cfg: Config) -> range:
+    """The iterations that --run.profile_steps names; empty for none. UserError for anything but FIRST:LAST."""
+    text = cfg.run.profile_steps
+    first, _, last = text.partition(":")
+    if text and not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last) <= cfg.run.steps):
+        raise UserError(f"--run.profile_steps={text} is not FIRST:LAST within 1..{cfg.run.steps}, such as 10:12")
+    return range(int(first), int(last) + 1) if text else range(0)
+
+
 def validate(cfg: Config) -> Config:
-    """cfg itself, or UserError naming the flag, what was expected and what was found."""
+    """cfg with its device named, or UserError naming the flag, what was expected and what was found."""
+    cfg = _with_device(cfg)
     m, d, o, r = cfg.model, cfg.data, cfg.optim, cfg.run
     for section in (m, d):
         for f in fields(section):
@@ -187,6 +228,7 @@ def validate(cfg: Config) -> Config:
         raise UserError("--run.eval_every and run.keep_every must be at least 0, run.eval_batches at least 1")
     if o.decay_steps and o.warmup_steps > o.decay_steps:
         raise UserError(f"--optim.warmup_steps={o.warmup_steps} is more than optim.decay_steps={o.decay_steps}")
+    profiled(cfg)
     parts = d.split.split(",")
     if not all(p.strip().replace(".", "", 1).isdigit() for p in parts) or not 1 <= len(parts) <= 3:
         raise UserError(f"--data.split={d.split} is not up to three non-negative numbers such as 949,50,1")

@@ -91,7 +91,7 @@ def as_text(gm: torch.fx.GraphModule, title: str) -> str:
                 lines.append(f"  return {_argument(value)} {name}".rstrip())
         else:
             where = compat.labels(node)
-            trail = " ".join(str(where[key]) for key in ("phase", "scope", "source") if where.get(key))
+            trail = " ".join(str(where[key]) for key in ("phase", "scope", "source", "note") if where.get(key))
             call = f"{_target(node)}({', '.join(arguments)})"
             lines.append(f"  %{node.name}: {_result(node.meta.get('val'))} = {call}  # {trail}")
     return "\n".join([*lines, "}"])

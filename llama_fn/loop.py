@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from llama_fn.data.prepare import datasets
 from llama_fn.display import Display
 from llama_fn.hardware import Hardware
 from llama_fn.processes import Processes
+from llama_fn.profiling import Profiler
 from llama_fn.store import Store
 
 log = logging.getLogger("llama_fn.loop")
@@ -37,23 +39,27 @@ class Parts:
     stop: runtime.StopRequest
     hardware: Hardware | None
     processes: Processes | None
+    profiler: Profiler
 
     def stopping(self) -> int:
         """The signal that asks to stop; that of any process, so that all stop after the same step."""
         return self.stop.signal if self.processes is None else self.processes.any(self.stop.signal)
 
 
-def run(cfg: Config, flags_text: str = "") -> int:
-    """Train as cfg says, resuming what the work folder holds. Returns the exit status: 0, or 130 after Ctrl-C."""
+def run(cfg: Config, flags_text: str = "", backend: prepare.Backend | None = None) -> int:
+    """Train as cfg says, resuming what the work folder holds. Returns the exit status: 0, or 130 after Ctrl-C.
+
+    `backend`: what compiles the steps instead of the one that cfg names.
+    """
     cfg = config.validate(cfg)
     mesh = prepare.mesh(cfg)
+    runtime.log_to_terminal(None, quiet=os.environ.get("RANK", "0") != "0")
+    hardware = runtime.setup(cfg.run)
     members = processes.start(mesh, cfg.run.device, cfg.run.timeout_s)
     prepare.refuse_lonely(cfg, mesh, members)
     chief = members is None or members.chief
     workdir = Path(cfg.run.workdir)
     prepare.make_writable(workdir)
-    hardware = runtime.setup(cfg.run)
-    runtime.log_to_terminal(None, quiet=not chief)
     stop = runtime.StopRequest().install()
     try:
         store = Store(cfg, workdir / "checkpoints", members)
@@ -62,7 +68,7 @@ def run(cfg: Config, flags_text: str = "") -> int:
             prepare.save_flags(workdir, cfg, flags_text)
         load = lambda: datasets(cfg, workdir)  # noqa: E731
         train_data, valid_data = load() if members is None else members.in_turn(load)
-        step, evaluate = prepare.compile(cfg, mesh, members, valid_data is not None)
+        step, evaluate = prepare.compile(cfg, mesh, members, valid_data is not None, backend)
         start, state, consumed = prepare.restore_or_begin(cfg, store.laid_out(step.lowered.inputs))
         place = prepare.Place(cfg, step, members)
         batches = prepare.iterator(cfg, train_data, consumed, place)
@@ -70,7 +76,10 @@ def run(cfg: Config, flags_text: str = "") -> int:
         display = Display(cfg.run.steps, start) if chief else None
         runtime.log_to_terminal(display.console if display else None, quiet=not chief)
         writer = metrics.Writer(cfg, workdir, start) if chief else None
-        parts = Parts(step, evaluate, place, batches, validation, store, writer, display, stop, hardware, members)
+        profiler = Profiler(config.profiled(cfg), workdir, 0 if members is None else members.rank, cfg.run.device)
+        parts = Parts(
+            step, evaluate, place, batches, validation, store, writer, display, stop, hardware, members, profiler
+        )
         try:
             if display:
                 display.start()
@@ -80,7 +89,7 @@ def run(cfg: Config, flags_text: str = "") -> int:
             return status
         finally:
             store.settle()
-            for part in (display, writer, batches):
+            for part in (profiler, display, writer, batches):
                 if part is not None:
                     part.close()
     finally:
@@ -107,9 +116,13 @@ def _train(cfg: Config, start: int, state: train_step.TrainState, parts: Parts) 
         batch = parts.place(next(parts.batches))
         if parts.processes is not None:
             parts.processes.watch.begin(iteration)
+        parts.profiler.before(iteration + 1)
         state, values = parts.step(state, batch)
         iteration += 1
         write_pending()
+        parts.profiler.after(iteration)
+        if iteration == start + 1 and (memory := runtime.memory_text(cfg.run.device)):
+            log.info("after the first step: %s", memory)
         ended = time.perf_counter()
         pending, began = (iteration, values, ended - began), ended
         if iteration % cfg.run.checkpoint_every == 0 or iteration == cfg.run.steps:
@@ -130,7 +143,8 @@ def _train(cfg: Config, start: int, state: train_step.TrainState, parts: Parts) 
         what = f"saved iteration {iteration} in {where}" if iteration else "nothing to save yet"
         log.info("stopped: %s; the same command goes on from there", what)
         return runtime.exit_code(signal)
-    log.info("done: %d iterations, checkpoint %s", iteration, where)
+    memory = runtime.memory_text(cfg.run.device)
+    log.info("done: %d iterations, checkpoint %s%s", iteration, where, f"; {memory}" if memory else "")
     return 0
 
 

@@ -18,6 +18,7 @@ from llama_fn.config import Config, flat
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
 from llama_fn.hardware import Hardware
+from sharding import Mesh
 
 log = logging.getLogger("llama_fn.metrics")
 LINE = (
@@ -33,11 +34,13 @@ LINE = (
 def record(
     cfg: Config, iteration: int, values: Mapping[str, float], seconds: float, hw: Hardware | None
 ) -> dict[str, Any]:
-    """The object of metrics.jsonl for one iteration. tflops_hardware is AscendSpeed's count per device, mfu the model
-    FLOPs against the device's peak, None where the peak is unknown."""
+    """The object of metrics.jsonl for one iteration. tokens_per_second is that of all devices, tflops_hardware
+    AscendSpeed's count per device, mfu a device's model FLOPs against its peak, None where the peak is unknown."""
     d, m = cfg.data, cfg.model
     tokens = d.global_batch_size * d.seq_len
     per_s = tokens / seconds
+    flops = cost.hardware_flops_per_token(m, d.seq_len, cfg.run.count_recompute)
+    on_one = per_s / Mesh.parse(cfg.mesh.axes).size
     return {
         "iteration": iteration,
         "consumed_samples": iteration * d.global_batch_size,
@@ -50,8 +53,8 @@ def record(
         "nan_iterations": int(values["nan_iterations"]),
         "step_time_ms": seconds * 1e3,
         "tokens_per_second": per_s,
-        "tflops_hardware": cost.hardware_flops_per_token(m, d.seq_len, recompute=False) * per_s / 1e12,
-        "mfu": None if hw is None else cost.model_flops_per_token(m, d.seq_len) * per_s / hw.peak_flops_per_s,
+        "tflops_hardware": flops * on_one / 1e12,
+        "mfu": None if hw is None else cost.model_flops_per_token(m, d.seq_len) * on_one / hw.peak_flops_per_s,
     }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_fn import arrays, config, random, stages, train_step, tree
+from llama_fn import arrays, ascend, config, dump, random, stages, train_step, tree
 from llama_fn.backends.inductor import default_cache
 from llama_fn.checkpoint import Checkpointer
 from llama_fn.config import Config
@@ -21,6 +22,7 @@ from llama_fn.store import Store
 from sharding import Mesh, P
 
 log = logging.getLogger("llama_fn.prepare")
+Backend = Callable[..., stages.backends.Executable]
 
 
 def mesh(cfg: Config) -> Mesh:
@@ -76,35 +78,54 @@ def save_flags(workdir: Path, cfg: Config, flags_text: str) -> None:
         f.write(flags_text)
 
 
+def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
+    """The keyword arguments of cfg's backend."""
+    options: dict[str, Any] = {} if processes is None else {"processes": processes}
+    if cfg.run.backend == "inductor":
+        cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else default_cache()
+        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": cache}
+    if cfg.run.backend == "npu":
+        rank = 0 if processes is None else processes.rank
+        wanted = cfg.run.dump_dir and ascend.dumps(cfg.run, rank)
+        folder = dump.rank_folder(Path(cfg.run.dump_dir), rank) if wanted else None
+        options |= {"device": cfg.run.device, "dump_to": folder}
+    return options
+
+
 def compile(
-    cfg: Config, mesh: Mesh, processes: Processes | None, with_eval: bool
+    cfg: Config, mesh: Mesh, processes: Processes | None, with_eval: bool, backend: Backend | None = None
 ) -> tuple[stages.Compiled, stages.Compiled | None]:
-    """Trace, lower and compile the step, and the validation step if there is one, before a single weight exists."""
+    """Trace, lower and compile the step, and the validation step if there is one, before a single weight exists.
+
+    `backend`: what compiles instead of the one that cfg names.
+    """
     state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
     log.info(
         "model: %s, %d parameters, %.1f MB of state",
         cfg.model.preset, arrays.total_size(state.params), arrays.total_bytes(state) / 1e6,
     )  # fmt: skip
-    options: dict[str, Any] = {} if processes is None else {"processes": processes}
-    if cfg.run.backend == "inductor":
-        cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else default_cache()
-        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": cache}
+    options = backend_options(cfg, processes) if backend is None else {}
 
     def climb(wrapped: stages.Wrapped, *args: Any) -> stages.Compiled:
         traced = wrapped.trace(*args)
-        lowered = traced.lower(mesh, cfg.mesh.rules, without=[name for name in cfg.mesh.without.split(",") if name])
+        without = [name for name in cfg.mesh.without.split(",") if name]
+        lowered = traced.lower(mesh, cfg.mesh.rules, without, cfg.mesh.fuse)
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
             traced.name, traced.seconds, cost.total_flops / 1e9, memory.peak_bytes / 1e6, cfg.run.backend,
         )  # fmt: skip
-        compiled = lowered.compile(cfg.run.backend, **options)
+        compiled = lowered.compile(backend or cfg.run.backend, **options)
         log.info("%s: %s in %.1f s", traced.name, "loaded" if compiled.from_cache else "compiled", compiled.seconds)
         return compiled
 
     train_fn, eval_fn = train_step.make_train_step(cfg), train_step.make_eval_step(cfg)
     train = climb(stages.jit(train_fn, donate=0), state, batch)
-    return train, climb(stages.jit(eval_fn), state.params, batch) if with_eval else None
+    if not with_eval:
+        return train, None
+    if options.get("dump_to"):
+        options["dump_to"] /= dump.EVALUATION
+    return train, climb(stages.jit(eval_fn), state.params, batch)
 
 
 def restore_or_begin(cfg: Config, store: Store) -> tuple[int, Any, int]:

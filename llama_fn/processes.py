@@ -131,7 +131,6 @@ def start(mesh: Mesh, device: str, timeout_s: int) -> Processes | None:
             f"torchrun started {world} processes, but --mesh.axes={mesh} has {mesh.size} devices: use "
             f"--nproc_per_node (times --nnodes) = {mesh.size}, or another mesh"
         )
-    kind = torch.device(device).type
-    backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}[torch.device(device).type]
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Processes(mesh, rank, Watch(rank, world, timeout_s).start())

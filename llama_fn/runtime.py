@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llama_fn import compat, hardware
+from llama_fn import ascend, compat, hardware
 from llama_fn.config import RunConfig
 from llama_fn.errors import FULL_DISK, UserError
 
@@ -26,17 +26,34 @@ def setup(run: RunConfig) -> hardware.Hardware | None:
     report_full_disk_once()
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(run.threads or max(1, compat.physical_cores() // neighbours))
-    device = torch.device(run.device)
-    if device.type == "cpu":
+    torch.manual_seed(run.seed)  # the step draws nothing; what a user adds does
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    kind = run.device.split(":")[0]
+    if kind == "cpu":
         return None
-    if device.type != "cuda":
-        raise UserError(f"--run.device={run.device}: expected cpu or cuda")
+    if kind == "npu":  # torch knows the name once torch_npu is there
+        ascend.prepare(run)
+        return hardware.identify(torch.get_device_module("npu").get_device_name())
     if not torch.cuda.is_available():
         raise UserError(
             f"--run.device={run.device}: torch {torch.__version__} finds no CUDA device. Install the CUDA build of "
             "torch (BUILD.md) and check nvidia-smi, or use --run.device=cpu"
         )
-    return hardware.identify(torch.cuda.get_device_name(device))
+    device = torch.device(run.device)
+    torch.cuda.set_device(device.index if device.index is not None else ascend.local_device(torch.cuda.device_count()))
+    return hardware.identify(torch.cuda.get_device_name())
+
+
+def memory_text(device: str) -> str:
+    """The peak of this process's device memory so far, "" on a CPU."""
+    kind = device.split(":")[0]
+    if kind == "cpu":
+        return ""
+    statistics = torch.get_device_module(kind)
+    allocated, reserved = statistics.max_memory_allocated(), statistics.max_memory_reserved()
+    return f"peak device memory {allocated / 1e9:.2f} GB allocated, {reserved / 1e9:.2f} GB reserved"
 
 
 def report_full_disk_once() -> None:

@@ -24,6 +24,7 @@ import torch
 from llama_fn import backends, compat, cost, ir, passes, tree
 from llama_fn.arrays import ArrayInfo, abstract, describe
 from llama_fn.errors import UserError, nearest
+from llama_fn.passes.fuse import report as fusion_report
 from llama_fn.passes.partition import partition
 from sharding import P, table
 from sharding.mesh import Mesh
@@ -178,11 +179,13 @@ class Traced(_Graph):
     def aliases(self) -> Sequence[tuple[int, int]]:
         return self.signature.aliases
 
-    def lower(self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = ()) -> Lowered:
+    def lower(
+        self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False
+    ) -> Lowered:
         """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
 
-        `without` names passes of passes.OPTIONAL to leave out. UserError where a dimension is not divisible, or an
-        annotation is missing or wrong.
+        `without` names passes of passes.OPTIONAL to leave out; `fuse` asks for passes/fuse.py. UserError where a
+        dimension is not divisible, or an annotation is missing or wrong.
         """
         for name in without:
             if name not in passes.OPTIONAL:
@@ -190,7 +193,8 @@ class Traced(_Graph):
         mesh, rules = mesh or Mesh(), _rules(rules)
         start, signature = time.perf_counter(), self.signature
         parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
-        chosen = [each for each in passes.LOWERING if each.__name__ not in without]
+        left_out = {*without, *([] if fuse else ["fuse"])}
+        chosen = [each for each in passes.LOWERING if each.__name__ not in left_out]
         gm = passes.run(chosen, parts.graph_module, passes.Context(mesh, signature.aliases))
         taken = {o for _, o in signature.aliases}
         outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
@@ -230,8 +234,9 @@ class Lowered(_Graph):
         return table.collectives(self.graph_module.graph)
 
     def as_text(self) -> str:
-        rows = self.collectives()
-        return super().as_text() + (f"\n\n{table.as_text(rows)}" if rows else "")
+        rows, notes = self.collectives(), fusion_report(self.graph_module.graph)
+        parts = [super().as_text(), table.as_text(rows) if rows else "", *(["\n".join(notes)] if notes else [])]
+        return "\n\n".join(filter(None, parts))
 
     @cached_property
     def local_signature(self) -> Signature:
@@ -240,12 +245,15 @@ class Lowered(_Graph):
         infos = (replace(i, shape=s) for i, s in zip(self.signature.in_infos, shapes, strict=True))
         return replace(self.signature, in_infos=tuple(infos))
 
-    def compile(self, backend: str = "inductor", **options: Any) -> Compiled:
-        """An executable; `options` are the backend's keyword arguments (see llama_fn/backends/)."""
+    def compile(self, backend: str | Callable[..., backends.Executable] = "inductor", **options: Any) -> Compiled:
+        """An executable; `options` are the backend's keyword arguments (see llama_fn/backends/). A backend is a name or
+        a function of the same form as theirs."""
         start = time.perf_counter()
         program = backends.Program(self.graph_module, self.mesh, self.inputs, self.outputs, self._output_shapes())
-        executable = backends.get(backend)(program, **options)
-        return Compiled(self, backend, executable, time.perf_counter() - start)
+        make = backends.get(backend) if isinstance(backend, str) else backend
+        executable = make(program, **options)
+        name = backend if isinstance(backend, str) else backend.__name__
+        return Compiled(self, name, executable, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)

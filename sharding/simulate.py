@@ -87,6 +87,22 @@ COLLECTIVES: dict[str, Callable[..., Values]] = {
 }
 
 
+def _all_gather_matmul(mesh: Mesh, xs: Values, ws: Values, axes: str, n: int, turn: bool) -> list[Values]:
+    whole = _all_gather(mesh, xs, axes, n, 0)
+    return [[x @ (w.t() if turn else w), x] for x, w in zip(whole, ws, strict=True)]
+
+
+def _matmul_reduce_scatter(mesh: Mesh, xs: Values, ws: Values, axes: str, n: int, turn: bool) -> Values:
+    products = [x @ (w.t() if turn else w) for x, w in zip(xs, ws, strict=True)]
+    return _reduce_scatter(mesh, products, axes, n, 0)
+
+
+FUSED: dict[str, Callable[..., Sequence[Any]]] = {
+    "all_gather_matmul": _all_gather_matmul,
+    "matmul_reduce_scatter": _matmul_reduce_scatter,
+}
+
+
 def spans(shape: Sequence[int], layout: P, mesh: Mesh, rank: int) -> tuple[slice, ...]:
     """Where in the global tensor a rank's part lies; shorter than the part where that ends in padding."""
     found = []

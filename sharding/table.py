@@ -10,6 +10,7 @@ from typing import Any
 
 from kernels.registry import of_node
 from sharding.collectives import communicates, sent_bytes
+from sharding.fused import UNFUSED, sent
 
 
 @dataclass(frozen=True, order=True)
@@ -37,15 +38,19 @@ def collectives(graph: Any) -> list[Collective]:
 
 def _row(node: Any) -> Collective | None:
     record = of_node(node.target) if node.op == "call_function" else None
-    name = communicates(record)
+    name = record.name if record is not None and record.name in UNFUSED else communicates(record)
     if not name:
         return None
     x, axes, n = node.args[0].meta["val"], node.args[1], node.args[2]
+    kind, size = name, sent_bytes(name, x, n) if name not in UNFUSED else 0
+    if name == "all_reduce" and node.args[3] != "sum":
+        kind = f"all_reduce_{node.args[3]}"
+    if name in UNFUSED:
+        axes, size = node.args[2], sent(name, [a.meta["val"] if hasattr(a, "meta") else a for a in node.args])
     labels = node.meta.get("custom", {})
-    kind = name if name != "all_reduce" or node.args[3] == "sum" else f"all_reduce_{node.args[3]}"
     return Collective(
         phase=labels.get("phase", ""), scope=re.sub(r"\b\d+\b", "*", labels.get("scope", "")), kind=kind, axis=axes,
-        dtype=str(x.dtype).removeprefix("torch."), bytes=sent_bytes(name, x, n), source=labels.get("source", ""),
+        dtype=str(x.dtype).removeprefix("torch."), bytes=size, source=labels.get("source", ""),
     )  # fmt: skip
 
 

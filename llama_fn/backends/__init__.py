@@ -14,9 +14,9 @@ from llama_fn import compat, cost
 from llama_fn.errors import UserError, nearest
 from llama_fn.processes import Processes
 from sharding import Mesh, P
-from sharding.simulate import COLLECTIVES
+from sharding.simulate import COLLECTIVES, FUSED
 
-BACKENDS = ("eager", "inductor", "interpret")
+BACKENDS = ("eager", "inductor", "interpret", "npu")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def communication(program: Program, backend: str, processes: Processes | None) -
     n = program.mesh.size
     if processes is not None:
         graph = program.graph_module.graph
-        named = [n.args[1] for n in graph.nodes if (r := of_node(n.target)) and r.name in COLLECTIVES]
-        used = [axes for axes in named if isinstance(axes, str)]  # a wait names none
+        sending = [n for n in graph.nodes if (r := of_node(n.target)) and (r.name in COLLECTIVES or r.name in FUSED)]
+        used = [a for n in sending for a in n.args[1:3] if isinstance(a, str)]  # a wait names none
         return compat.collective_forms(processes.groups(used))
     if n > 1:
         raise UserError(lonely(program.mesh, backend))

@@ -57,6 +57,8 @@ def find(kernel: str, form: str) -> Callable[..., Any]:
     """The form of a kernel; `reference` always exists. UserError for an unknown one."""
     if form == "reference":
         return KERNELS[kernel].reference
+    if form == "npu":
+        return KERNELS[kernel].npu or KERNELS[kernel].reference
     known = FORMS.get(kernel, {})
     if form not in known:
         raise UserError(f"kernel {kernel} has no form {form!r}. {nearest(form, ['reference', *known])}")

@@ -16,7 +16,7 @@ import torch
 from kernels.registry import of_node, tensor_bytes
 from llama_fn import cost, ir
 from llama_fn.backends import Executable, Program
-from sharding.simulate import COLLECTIVES, join, part
+from sharding.simulate import COLLECTIVES, FUSED, join, part
 
 
 def compile(program: Program) -> Executable:
@@ -79,6 +79,10 @@ class Interpreter:
     def _evaluate(self, node: torch.fx.Node, values: list[dict[torch.fx.Node, Any]]) -> list[Any]:
         calls = [torch.fx.node.map_arg((node.args, node.kwargs), mine.__getitem__) for mine in values]
         record = of_node(node.target)
+        if record is not None and record.name in FUSED:
+            _, _, *rest = calls[0][0]
+            operands = ([args[i] for args, _ in calls] for i in range(2))
+            return list(FUSED[record.name](self.program.mesh, *operands, *rest))
         if record is not None and record.name in COLLECTIVES:
             _, *rest = calls[0][0]
             return COLLECTIVES[record.name](self.program.mesh, [args[0] for args, _ in calls], *rest)

@@ -15,6 +15,15 @@ from llama_fn.compat.native import (
     onednn_product,
     physical_cores,
 )
+from llama_fn.compat.npu import (
+    CONVERTED,
+    CONVERTED_IN_GROUP,
+    TORCH_NPU,
+    GeGraph,
+    ge_convert,
+    load_torchair,
+    without_converter,
+)
 from llama_fn.compat.tracing import (
     INVOKE_SUBGRAPH,
     FakeTensors,
@@ -24,14 +33,19 @@ from llama_fn.compat.tracing import (
 )
 
 __all__ = [
+    "CONVERTED",
+    "CONVERTED_IN_GROUP",
     "INVOKE_SUBGRAPH",
+    "TORCH_NPU",
     "FakeTensors",
+    "GeGraph",
     "Group",
     "check_torch_version",
     "collective_forms",
     "cpu_model",
     "flash_attention",
     "flash_attention_backward",
+    "ge_convert",
     "group_name",
     "has_onednn",
     "inductor_compile",
@@ -39,7 +53,9 @@ __all__ = [
     "keep_compiled_code",
     "keep_memory",
     "labels",
+    "load_torchair",
     "node_value",
     "onednn_product",
     "physical_cores",
+    "without_converter",
 ]

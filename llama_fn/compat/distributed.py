@@ -23,7 +23,7 @@ class Group:
 
 def _stacked(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
     """n-ths of `dim` one after the other in dimension 0, as the collectives send them."""
-    return x.contiguous() if dim == 0 else torch.cat(x.chunk(n, dim))
+    return x.contiguous() if dim == 0 else x.unflatten(dim, (n, -1)).movedim(dim, 0).flatten(0, 1).contiguous()
 
 
 def collective_forms(groups: Mapping[str, Group]) -> Mapping[str, Callable[..., Any]]:
@@ -61,7 +61,16 @@ def collective_forms(groups: Mapping[str, Group]) -> Mapping[str, Callable[..., 
     def at_once(name: str) -> Callable[..., torch.Tensor]:
         return lambda x, *args: wait(starts[name](x, *args), x, args[1], put_together(name, args))
 
+    def all_gather_matmul(a: torch.Tensor, b: torch.Tensor, axes: str, n: int, turn: bool) -> Any:
+        whole = wait(all_gather_start(a, axes, n, 0), a, n, 0)
+        return torch.mm(whole, b.t() if turn else b), whole
+
+    def matmul_reduce_scatter(a: torch.Tensor, b: torch.Tensor, axes: str, n: int, turn: bool) -> torch.Tensor:
+        product = torch.mm(a, b.t() if turn else b)
+        return wait(reduce_scatter_start(product, axes, n, 0), product, n, 0)
+
     return {
+        "all_gather_matmul": all_gather_matmul, "matmul_reduce_scatter": matmul_reduce_scatter,
         **{f"{name}_start": fn for name, fn in starts.items()}, "wait": wait,
         **{name: at_once(name) for name in starts}, "own_slice": own_slice, "axis_index": axis_index,
     }  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from llama_fn.passes.bucket import bucket
 from llama_fn.passes.dead_code import dead_code
 from llama_fn.passes.donation import donation
+from llama_fn.passes.fuse import fuse
 from llama_fn.passes.overlap import overlap
 from llama_fn.passes.schedule import schedule
 from llama_fn.passes.scopes import scopes
@@ -32,7 +33,7 @@ class Context:
 Pass = Callable[[torch.fx.GraphModule, Context], torch.fx.GraphModule]
 
 TRACING: list[Pass] = [scopes, dead_code]
-LOWERING: list[Pass] = [sink_casts, dead_code, bucket, overlap, schedule, donation]
+LOWERING: list[Pass] = [sink_casts, dead_code, fuse, bucket, overlap, schedule, donation]
 OPTIONAL = ("sink_casts", "bucket", "overlap", "schedule")  # what a user may leave out: the numbers do not depend on it
 
 

@@ -19,6 +19,7 @@ import torch
 
 from kernels.registry import of_node
 from llama_fn import compat, ir
+from llama_fn.passes.dead_code import dead_code
 
 Find = Callable[[str, str], Callable[..., Any]]
 Decompositions = Mapping[Any, Callable[..., Any]]
@@ -67,7 +68,8 @@ def _trace(fn: Callable[..., Any], node: torch.fx.Node, decompositions: Decompos
     values = [compat.node_value(n) for n in operands]
     world = compat.FakeTensors.of(values[0])
     # Fresh tensors: nodes made from one traced body share their values, and tracing tells operands apart by identity.
-    return world.trace(flat, [world.like(value, str(value.device)) for value in values], decompositions)
+    body = world.trace(flat, [world.like(value, str(value.device)) for value in values], decompositions)
+    return dead_code(body, None)
 
 
 def _inline(graph: torch.fx.Graph, node: torch.fx.Node, body: torch.fx.GraphModule) -> None:

@@ -67,9 +67,9 @@ def test_only_the_tree_module_flattens():
             assert "optree" not in floors(imported(path)) and "torch.utils._pytree" not in imported(path), path
 
 
-def test_flags_are_read_by_train_py_alone():
+def test_flags_are_read_by_programs_alone():
     for path in SOURCES:
-        assert "absl.flags" not in imported(path), path
+        assert path.parent.name == "tools" or "absl.flags" not in imported(path), path
 
 
 def test_functorch_is_the_one_inside_torch():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels as k
 from kernels.registry import KERNELS
 from llama_fn.backends import forms
 from sharding import P, constrain
-from sharding.simulate import COLLECTIVES
+from sharding.simulate import COLLECTIVES, FUSED
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 5e-2}
 DTYPES = list(TOLERANCE)
@@ -137,6 +138,7 @@ def test_onednn_form_equals_the_reference(equation):
 
 
 SAMPLES = {
+    "matmul": (rand(4, 3), rand(5, 4), True, True),
     "einsum": ("btd,dnh->btnh", rand(2, 3, 4), rand(4, 2, 6)),
     "rms_norm": (rand(2, 3, 4), rand(4), 1e-5),
     "rms_norm_bwd": (rand(2, 3, 4), rand(2, 3, 4), rand(4), rand(2, 3, 1)),
@@ -172,7 +174,36 @@ SAMPLES = {
 
 
 def test_every_kernel_but_the_collectives_has_a_sample():
-    assert set(KERNELS) - set(SAMPLES) <= set(COLLECTIVES)
+    assert set(KERNELS) - set(SAMPLES) <= {*COLLECTIVES, *FUSED}
+
+
+@pytest.mark.parametrize(
+    ("equation", "a", "b", "turned"),
+    [
+        ("btd,dnh->btnh", (2, 3, 4), (4, 5, 6), (False, False)),
+        ("btnh,nhd->btd", (2, 3, 5, 6), (5, 6, 4), (False, False)),
+        ("btd,vd->btv", (2, 3, 4), (7, 4), (False, True)),
+        ("btd,btf->df", (2, 3, 4), (2, 3, 5), (True, False)),
+        ("btd,btnh->dnh", (2, 3, 4), (2, 3, 5, 6), (True, False)),
+        ("gtd,gds->tgs", (3, 5, 2), (3, 2, 7), (False, False)),
+        ("abc,dca->bd", (2, 3, 4), (5, 4, 2), (False, False)),
+    ],
+)
+def test_einsum_for_the_npu_is_one_product_of_what_lies_in_memory(equation, a, b, turned):
+    """The npu form gives the reference's numbers, reading transposed operands without moving them."""
+    x, y = rand(*a), rand(*b)
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is KERNELS["matmul"].op:
+                seen.append(args[2:])
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        got = KERNELS["einsum"].npu(equation, x, y)
+    assert error(got, torch.einsum(equation, x, y)) < 1e-14 and got.is_contiguous()
+    assert seen == [turned]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,53 @@
+"""What depends on no input is computed once, at the top.
+
+    %m0 = triu(ones(2048, 2048), 1)   # layers/0        %m0 = triu(ones(2048, 2048), 1)  # constants
+    %o0 = attention(..., %m0)                     ->    %o0 = attention(..., %m0)
+    %m1 = triu(ones(2048, 2048), 1)   # layers/1        %o1 = attention(..., %m0)
+    %o1 = attention(..., %m1)
+
+Written by kernels for themselves: the causal mask, the rotary angles. Not merged: anything that an input reaches, so no
+recomputed activation becomes its original, and nothing that writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llama_fn import compat, ir
+
+
+def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    made: dict[str, torch.fx.Node] = {}
+
+    def copy(node: torch.fx.Node) -> torch.fx.Node:
+        new = graph.node_copy(node, values.__getitem__)
+        new.meta = dict(node.meta)
+        return new
+
+    def constant(node: torch.fx.Node) -> bool:
+        pure = node.op == "call_function" and not getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        return pure and not isinstance(compat.node_value(node), (tuple, list)) and not (operands(node) - known)
+
+    def operands(node: torch.fx.Node) -> set[torch.fx.Node]:
+        return set(ir.operands(node))
+
+    known: set[torch.fx.Node] = set()
+    for node in ir.placeholders(gm.graph):
+        values[node] = copy(node)
+    for node in gm.graph.nodes:
+        if constant(node):
+            known.add(node)
+            args = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            key = f"{node.target} {args}"
+            if key not in made:
+                made[key] = copy(node)
+                made[key].meta["custom"] = {"scope": "constants", "phase": "forward", "source": ""}
+            values[node] = made[key]
+    for node in gm.graph.nodes:
+        if node not in values:
+            values[node] = copy(node)
+    return torch.fx.GraphModule(gm, graph)

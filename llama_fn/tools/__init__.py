@@ -1,0 +1,1 @@
+"""Programs beside train.py: python -m llama_fn.tools.NAME --help."""

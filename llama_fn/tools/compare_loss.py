@@ -1,0 +1,153 @@
+"""Compare the losses of two runs: same iterations, relative error, two charts, and a bound that must hold.
+
+    python -m llama_fn.tools.compare_loss RUN REFERENCE --out=docs/images
+
+RUN and REFERENCE are work folders, or metrics.jsonl files. For every iteration that both logged, the relative error is
+|loss - reference| / reference. Prints a line per --every iterations, the peak and the mean; writes loss_chart.png and
+compare_chart.png. Exit status 0 where the peak is below --bound, 1 where it is not, 2 for wrong input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import app, flags
+
+from llama_fn.errors import UserError
+
+FLAGS = flags.FLAGS
+LOSS_CHART, COMPARE_CHART = "loss_chart.png", "compare_chart.png"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Iterations that both runs have, both losses, and their relative errors."""
+
+    iterations: list[int]
+    losses: list[float]
+    references: list[float]
+
+    @property
+    def errors(self) -> list[float]:
+        return [abs(a - b) / b for a, b in zip(self.losses, self.references, strict=True)]
+
+    @property
+    def peak(self) -> float:
+        return max(self.errors)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.errors) / len(self.errors)
+
+
+def read_losses(path: Path) -> dict[int, float]:
+    """Iteration -> lm_loss; UserError naming the file and line of what is not a record with a finite loss."""
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name a run's work folder or its metrics.jsonl")
+    found: dict[int, float] = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(text)
+            found[int(row["iteration"])] = float(row["lm_loss"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is not a record with iteration and lm_loss: {error!r}") from None
+    bad = [i for i, loss in found.items() if not math.isfinite(loss) or loss <= 0]
+    if bad:
+        raise UserError(
+            f"{path}: the loss of iteration {bad[0]} is {found[bad[0]]}; a relative error needs a positive one"
+        )
+    return found
+
+
+def compare(losses: Mapping[int, float], references: Mapping[int, float]) -> Comparison:
+    both = sorted(set(losses) & set(references))
+    if not both:
+        raise UserError("the two runs logged no iteration in common; compare runs of the same --run.log_every")
+    return Comparison(both, [losses[i] for i in both], [references[i] for i in both])
+
+
+def charts(found: Comparison, names: tuple[str, str], bound: float, out: Path) -> None:
+    """loss_chart.png: both losses; compare_chart.png: the relative error and the bound."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(
+            "charts need matplotlib: pip install 'llama_fn[viz]', or leave them out with --nocharts"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    out.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(found.iterations, found.references, label=names[1], color="tab:gray", linewidth=2.5)
+    axes.plot(found.iterations, found.losses, label=names[0], color="tab:red", linewidth=1)
+    axes.set(xlabel="iteration", ylabel="lm loss (nats per token)")
+    axes.legend()
+    figure.savefig(out / LOSS_CHART, dpi=120)
+    pyplot.close(figure)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(
+        found.iterations,
+        found.errors,
+        color="tab:blue",
+        linewidth=1,
+        label=f"peak {found.peak:.4f}, mean {found.mean:.4f}",
+    )
+    axes.axhline(bound, color="tab:red", linestyle="--", label=f"bound {bound}")
+    axes.set(
+        xlabel="iteration", ylabel=f"|{names[0]} - {names[1]}| / {names[1]}", ylim=(0, max(bound, found.peak) * 1.1)
+    )
+    axes.legend()
+    figure.savefig(out / COMPARE_CHART, dpi=120)
+    pyplot.close(figure)
+
+
+def report(found: Comparison, every: int, bound: float) -> str:
+    """A line per `every` iterations and the last, then the verdict."""
+    lines = [f"{'iteration':>9}  {'loss':>12}  {'reference':>12}  {'relative error':>14}"]
+    rows = list(zip(found.iterations, found.losses, found.references, found.errors, strict=True))
+    for n, (i, a, b, error) in enumerate(rows):
+        if n % every == 0 or n == len(rows) - 1:
+            lines.append(f"{i:9d}  {a:12.6f}  {b:12.6f}  {error:14.6f}")
+    worst = found.iterations[found.errors.index(found.peak)]
+    verdict = "below" if found.peak < bound else "NOT below"
+    lines.append(
+        f"{len(rows)} iterations: peak relative error {found.peak:.6f} at iteration {worst}, mean {found.mean:.6f}; "
+        f"{verdict} the bound {bound}"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) != 3:
+            raise UserError("two runs are compared: compare_loss RUN REFERENCE (see --help)")
+        a, b = Path(argv[1]), Path(argv[2])
+        found = compare(read_losses(a), read_losses(b))
+        print(report(found, FLAGS.every, FLAGS.bound))
+        if FLAGS.charts:
+            charts(found, (FLAGS.names[0], FLAGS.names[1]), FLAGS.bound, Path(FLAGS.out))
+            print(f"charts: {Path(FLAGS.out) / LOSS_CHART}, {Path(FLAGS.out) / COMPARE_CHART}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if found.peak < FLAGS.bound else 1)
+
+
+def define_flags() -> None:
+    flags.DEFINE_float("bound", 0.02, "largest relative error allowed, at every iteration", lower_bound=0.0)
+    flags.DEFINE_integer("every", 10, "iterations between printed lines", lower_bound=1)
+    flags.DEFINE_string("out", ".", "folder for the charts")
+    flags.DEFINE_bool("charts", True, "draw the charts")
+    flags.DEFINE_list("names", ["run", "reference"], "what the charts call the two")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

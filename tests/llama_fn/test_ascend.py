@@ -1,0 +1,105 @@
+"""A machine without an NPU is told what it lacks; the environment is defaulted, checked, and documented."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llama_fn import ascend, config
+from llama_fn.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = config.RunConfig(backend="npu")
+
+
+def test_train_says_precisely_what_is_missing(tmp_path):
+    command = [sys.executable, "train.py", "--run.backend=npu", f"--run.workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in (
+        "torch_npu: not installed",
+        "pip install 'llama_fn[npu]'",
+        "CANN: ",
+        "set_env.sh",
+        "driver: no ",
+        "device: no ",
+    ):
+        assert part in done.stderr, part
+    assert "HCCL_CONNECT_TIMEOUT=1200 (default of llama_fn)" in done.stderr
+
+
+def test_check_npu_answers_without_one():
+    done = subprocess.run([sys.executable, "-m", "llama_fn.tools.check_npu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "torch_npu: not installed; missing:" in done.stdout
+
+
+def test_the_environment_is_defaulted_and_what_is_set_stays():
+    environ = {"HCCL_EXEC_TIMEOUT": "60"}
+    lines = ascend.set_environment(replace(RUN, deterministic=True), 0, environ)
+    assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and environ["HCCL_EXEC_TIMEOUT"] == "60"
+    assert "HCCL_EXEC_TIMEOUT=60" in lines and "HCCL_DETERMINISTIC=true (default of llama_fn)" in lines
+    assert "NPU_ASD_ENABLE" not in environ
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"HCCL_CONNECT_TIMEOUT": "3"}, r"HCCL_CONNECT_TIMEOUT=3: expected an integer of 120\.\.7200"),
+        ({"HCCL_DETERMINISTIC": "yes"}, "expected false or true or strict"),
+        ({"HEEL_CONNECT_TIMEOUT": "600"}, r"HEEL_CONNECT_TIMEOUT does nothing\. Did you mean HCCL_CONNECT_TIMEOUT\?"),
+    ],
+)
+def test_a_wrong_environment_is_refused(environ, said):
+    with pytest.raises(UserError, match=said):
+        ascend.set_environment(RUN, 0, environ)
+
+
+def test_cann_dumps_into_the_folder_of_the_ranks_that_are_asked_for(tmp_path):
+    run = replace(RUN, dump_dir=str(tmp_path), dump_ranks="0,2")
+    environ: dict[str, str] = {}
+    ascend.set_environment(run, 2, environ)
+    assert environ["DUMP_GRAPH_PATH"] == str(tmp_path / "rank_2" / "ge") and environ["DUMP_GE_GRAPH"] == "2"
+    environ = {}
+    ascend.set_environment(run, 1, environ)
+    assert "DUMP_GRAPH_PATH" not in environ
+    ascend.set_environment(replace(run, dump_ranks="all"), 1, environ)
+    assert environ["DUMP_GRAPH_PATH"] == str(tmp_path / "rank_1" / "ge")
+
+
+def test_local_rank_picks_the_device(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert ascend.local_device(8) == 3
+    with pytest.raises(UserError, match="LOCAL_RANK=3, but this machine shows 2 devices"):
+        ascend.local_device(2)
+
+
+def test_the_documented_table_is_the_one_that_is_used():
+    page = (ROOT / "docs" / "ascend.md").read_text()
+    for v in ascend.VARIABLES:
+        default = "left alone" if v.default is None else v.default
+        assert f"| `{v.name}` | {default} | " in page and f"| {v.meaning} |" in page, v.name
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"run.backend": "npu", "run.device": "cpu"}, "does not go with --run.backend=npu"),
+        ({"run.device": "npu"}, "does not go with --run.backend=inductor"),
+        ({"run.device": "gpu"}, "expected auto, cpu, cuda or npu"),
+        ({"run.dump_dir": "x"}, "is written by --run.backend=npu"),
+        ({"run.backend": "npu", "run.dump_ranks": "first"}, "neither all nor ranks"),
+        ({"run.profile_steps": "5"}, "is not FIRST:LAST"),
+    ],
+)
+def test_flags_that_do_not_go_together(values, said):
+    with pytest.raises(UserError, match=said):
+        config.validate(config.with_values(config.Config(), values))
+
+
+def test_the_device_follows_the_backend():
+    npu = config.with_values(config.Config(), {"run.backend": "npu"})
+    assert config.validate(npu).run.device == "npu" and config.validate(config.Config()).run.device == "cpu"

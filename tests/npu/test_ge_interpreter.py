@@ -1,0 +1,78 @@
+"""The dumped GE graphs compute the numbers of the eager step: one, two and four ranks, three steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import JOBS
+from ge_interpreter import GeInterpreter
+
+from llama_fn import arrays, config, dump, random, stages, train_step, tree
+from sharding import Mesh
+from sharding.simulate import join, part
+
+STEPS = 3
+
+
+def prepared(name):
+    job = JOBS[name]
+    cfg = config.with_values(config.Config(), {k: v for k, v in job["config"].items() if k != "model.preset"})
+    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
+        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
+    )
+    return cfg, traced, traced.lower(Mesh.parse(job["mesh"]), job["rules"]), len(job["ranks"])
+
+
+def steps_of_ge(folder, cfg, lowered, ranks, random_batch):
+    """Metrics of every step, and the state after the last."""
+    ge = GeInterpreter([dump.rank_folder(folder, r) for r in range(ranks)])
+    leaves, spec = tree.flatten(arrays.materialize(train_step.abstract_state(cfg), random.key(0)))
+    layouts, mesh = lowered.inputs[: len(leaves)], lowered.mesh
+    held = [[part(x, p, mesh, r) for x, p in zip(leaves, layouts, strict=True)] for r in range(ranks)]
+    rows = []
+    for i in range(STEPS):
+        batch = list(zip(tree.leaves(random_batch(cfg, i)), lowered.inputs[len(leaves) :], strict=True))
+        results = ge.run([mine + [part(x, p, mesh, r) for x, p in batch] for r, mine in enumerate(held)])
+        assert all(torch.equal(a, b) for other in results for a, b in zip(other, results[0], strict=True))
+        rows.append(torch.stack(results[0]))
+    whole = [
+        join([mine[i] for mine in held], p, mesh, x.shape) for i, (x, p) in enumerate(zip(leaves, layouts, strict=True))
+    ]
+    return torch.stack(rows), tree.unflatten(spec, whole)
+
+
+def steps_of_eager(traced, cfg, random_batch):
+    step = traced.lower().compile("eager")
+    state, rows = arrays.materialize(train_step.abstract_state(cfg), random.key(0)), []
+    for i in range(STEPS):
+        state, metrics = step(state, random_batch(cfg, i))
+        rows.append(torch.stack(tree.leaves(metrics)))
+    return torch.stack(rows), state
+
+
+def apart(a, b):
+    return float(torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double()).clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("name", ["tiny_fp32", "tiny_2_ranks", "tiny_4_ranks", "tiny_ulysses"])
+def test_ge_graph_computes_the_step_in_float32(name, lowered, random_batch):
+    cfg, traced, parts, ranks = prepared(name)
+    want, want_state = steps_of_eager(traced, cfg, random_batch)
+    got, state = steps_of_ge(lowered[name], cfg, parts, ranks, random_batch)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    for path, a, b in zip(tree.paths(state, "state"), tree.leaves(state), tree.leaves(want_state), strict=True):
+        # In the norm: Adam turns the round-off of a gradient near its epsilon into a step of any size.
+        assert apart(a, b) <= 1e-5, path
+
+
+@pytest.mark.parametrize("name", ["tiny_bf16", "tiny_fp16_gqa", "tiny_fused"])
+def test_ge_graph_computes_the_step_to_the_round_off_of_narrow_floats(name, lowered, random_batch):
+    """Half of the digits differ, as the fused ops round at other places: the loss agrees to bfloat16's epsilon."""
+    cfg, traced, parts, ranks = prepared(name)
+    want, want_state = steps_of_eager(traced, cfg, random_batch)
+    got, state = steps_of_ge(lowered[name], cfg, parts, ranks, random_batch)
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=0)
+    for path, a, b in zip(
+        tree.paths(state, "params"), tree.leaves(state.params), tree.leaves(want_state.params), strict=False
+    ):
+        assert apart(a, b) <= 5e-3, path

@@ -1,0 +1,86 @@
+"""Every recipe under configs/ is a valid configuration; the slice logs what the source page logged."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_fn import config, metrics, optim
+from sharding import Mesh
+from sharding.rules import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(p.name for p in (ROOT / "configs").glob("*.flags"))
+PAPER = {
+    "llama_7b_8npu.flags": ["--flagfile=configs/hyper/paper_7b.flags"],
+    "llama_65b_8layers_8npu.flags": ["--flagfile=configs/hyper/paper_65b.flags"],
+    "llama_65b_32npu.flags": ["--flagfile=configs/hyper/paper_65b.flags", "--data.microbatches=128"],
+    "llama_65b_96npu.flags": [
+        "--flagfile=configs/hyper/paper_65b.flags", "--data.global_batch_size=2112", "--data.microbatches=44"
+    ],
+}  # fmt: skip
+
+
+def load(*args: str) -> config.Config:
+    script = (
+        "import json, sys, train\nfrom llama_fn import config\n"
+        "train.define_flags()\ntrain.FLAGS(sys.argv)\n"
+        "print(json.dumps(config.flat(config.validate(train.build_config()))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    import json
+
+    return config.with_values(config.Config(), json.loads(done.stdout))
+
+
+def check(cfg: config.Config) -> None:
+    mesh, d, m = Mesh.parse(cfg.mesh.axes), cfg.data, cfg.model
+    data, model = (dict(mesh.axes).get(axis, 1) for axis in ("data", "model"))
+    assert cfg.mesh.rules in PRESETS
+    assert d.global_batch_size // d.microbatches % data == 0
+    assert all(size % model == 0 for size in (m.num_heads, m.num_kv_heads, m.mlp_dim, m.vocab_size, d.seq_len))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_divide(name):
+    cfg = load(f"--flagfile=configs/{name}")
+    check(cfg)
+    devices = re.search(r"(\d+)npu", name)
+    assert Mesh.parse(cfg.mesh.axes).size == (int(devices[1]) if devices else 1)
+    assert (cfg.run.backend == "npu") == ("npu" in name)
+    if name in PAPER:
+        paper = load(f"--flagfile=configs/{name}", *PAPER[name])
+        check(paper)
+        assert (paper.optim.b2, paper.optim.weight_decay, paper.optim.warmup_steps) == (0.95, 0.1, 2000)
+        assert 4e6 < paper.data.global_batch_size * paper.data.seq_len < 4.4e6, "4M tokens a batch"
+        assert (cfg.optim.b2, cfg.optim.weight_decay, cfg.optim.warmup_steps) == (0.999, 0.01, 3200)
+
+
+def test_the_slice_logs_the_numbers_of_the_source_page():
+    cfg = load("--flagfile=configs/llama_65b_8layers_8npu.flags")
+    rate = optim.warmup_decay(cfg.optim, cfg.run.steps)(torch.tensor(3.0)).item()
+    values = {
+        "lm_loss": 12.0, "learning_rate": rate, "grad_norm": 1.0, "loss_scale": 1.0, "skipped_iterations": 0,
+        "nan_iterations": 0,
+    }  # fmt: skip
+    line = metrics.line(cfg, metrics.record(cfg, 3, values, 33.818, None))
+    for part in (
+        "iteration        3/   50000", "consumed samples:          768", "consumed tokens:      1572864",
+        "elapsed time per iteration (ms): 33818.0", "learning rate: 1.406E-07", "global batch size:   256",
+        "samples per second: 7.570", "TFLOPs: 107.09",
+    ):  # fmt: skip
+        assert part in line, (part, line)
+
+
+@pytest.mark.parametrize("script", ["torchrun_one_node.sh", "torchrun_nodes.sh"])
+def test_run_scripts_parse_and_say_how_they_are_used(script):
+    path = ROOT / "configs" / script
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+    done = subprocess.run(["bash", str(path)], capture_output=True, text=True)
+    assert done.returncode == 2 and f"bash configs/{script}" in done.stderr
