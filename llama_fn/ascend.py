@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,10 @@ class Variable:
 VARIABLES = (
     Variable("HCCL_CONNECT_TIMEOUT", "1200", range(120, 7201), "seconds in which all ranks must reach their first "
              "collective; HCCL's own 120 are too short where one rank compiles longer than the others"),
-    Variable("HCCL_EXEC_TIMEOUT", "1836", range(0, 17341), "seconds a collective may take before HCCL gives up"),
-    Variable("HCCL_ASYNC_ERROR_HANDLING", "1", ("0", "1"), "end the process when a collective fails in the background"),
+    Variable("HCCL_EXEC_TIMEOUT", "544", range(0, 17341), "seconds a collective may take before HCCL gives up; the "
+             "largest multiple of 68 that lies 30 below --run.timeout_s, so that HCCL reports first"),
+    Variable("TORCH_HCCL_ASYNC_ERROR_HANDLING", "1", ("0", "1"), "end the process when a collective fails in the "
+             "background"),
     Variable("HCCL_DETERMINISTIC", "false", ("false", "true", "strict"), "sums over ranks in a fixed order; true under "
              "--run.deterministic"),
     Variable("TASK_QUEUE_ENABLE", "1", ("0", "1", "2"), "launch operators outside of the graph from a second thread"),
@@ -68,8 +71,11 @@ def set_environment(run: RunConfig, rank: int, environ: MutableMapping[str, str]
         if name.startswith(("HEEL_", "HCLL_", "HCL_")):
             raise UserError(f"environment variable {name} does nothing. {nearest(name, [v.name for v in VARIABLES])}")
     lines = []
+    from_flags = {"HCCL_EXEC_TIMEOUT": str(max(1, (run.timeout_s - 30) // 68) * 68)}
+    if run.deterministic:
+        from_flags["HCCL_DETERMINISTIC"] = "true"
     for variable in VARIABLES:
-        default = "true" if variable.name == "HCCL_DETERMINISTIC" and run.deterministic else variable.default
+        default = from_flags.get(variable.name, variable.default)
         given = environ.get(variable.name)
         if given is None and default is not None:
             environ[variable.name] = default
@@ -157,6 +163,8 @@ def prepare(run: RunConfig) -> None:
             "--run.backend=npu cannot run on this machine:\n" + missing_text(findings) + "\n"
             "`python -m llama_fn.tools.check_npu` shows this again; --run.backend=inductor runs on CPU and CUDA"
         )
+    logging.getLogger("torch_npu").setLevel(logging.WARNING)  # it logs every environment variable that anybody reads
+    warnings.filterwarnings("ignore", message="`_get_pg_default_device` will be deprecated")  # asked by torchair
     compat.load_torchair()  # before our signal handlers: it installs its own
     npu: Any = torch.get_device_module("npu")
     npu.set_device(local_device(npu.device_count()))

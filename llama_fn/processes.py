@@ -25,11 +25,13 @@ from sharding.simulate import join, part, spans
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank among those of the mesh."""
+    """This process's rank among those of the mesh. `backend` carries the collectives of the graph: the device's own,
+    where the world of all processes also has gloo for what lies in CPU memory."""
 
     mesh: Mesh
     rank: int
     watch: Watch
+    backend: str
     _groups: dict[str, compat.Group] = field(default_factory=dict, repr=False)
 
     @property
@@ -41,7 +43,8 @@ class Processes:
         """This process's group along each of `axes` ("data", "data+model"); every process must ask for the same."""
         for text in sorted(set(axes) - set(self._groups)):
             for ranks in self.mesh.groups(axes_of(text)):
-                group = dist.new_group(ranks)
+                # One backend alone: of a group with several, torchair takes the CPU's, and HCCL does not know its name.
+                group = dist.new_group(ranks, backend=self.backend)
                 if self.rank in ranks:
                     self._groups[text] = compat.Group(compat.group_name(group), ranks.index(self.rank))
         return self._groups
@@ -131,6 +134,8 @@ def start(mesh: Mesh, device: str, timeout_s: int) -> Processes | None:
             f"torchrun started {world} processes, but --mesh.axes={mesh} has {mesh.size} devices: use "
             f"--nproc_per_node (times --nnodes) = {mesh.size}, or another mesh"
         )
-    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}[torch.device(device).type]
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return Processes(mesh, rank, Watch(rank, world, timeout_s).start())
+    kind = torch.device(device).type
+    backend = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[kind]
+    whole = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{backend}"
+    dist.init_process_group(whole, timeout=timedelta(seconds=timeout_s))
+    return Processes(mesh, rank, Watch(rank, world, timeout_s).start(), backend)

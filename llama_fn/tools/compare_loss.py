@@ -100,9 +100,8 @@ def charts(found: Comparison, names: tuple[str, str], bound: float, out: Path) -
         label=f"peak {found.peak:.4f}, mean {found.mean:.4f}",
     )
     axes.axhline(bound, color="tab:red", linestyle="--", label=f"bound {bound}")
-    axes.set(
-        xlabel="iteration", ylabel=f"|{names[0]} - {names[1]}| / {names[1]}", ylim=(0, max(bound, found.peak) * 1.1)
-    )
+    axes.set(xlabel="iteration", ylabel="relative error of the loss", ylim=(0, max(bound, found.peak) * 1.25))
+    axes.set_title(f"{names[0]} against {names[1]}", fontsize="medium")
     axes.legend()
     figure.savefig(out / COMPARE_CHART, dpi=120)
     pyplot.close(figure)

@@ -38,10 +38,11 @@ def test_check_npu_answers_without_one():
 
 
 def test_the_environment_is_defaulted_and_what_is_set_stays():
-    environ = {"HCCL_EXEC_TIMEOUT": "60"}
+    environ = {"TASK_QUEUE_ENABLE": "2"}
     lines = ascend.set_environment(replace(RUN, deterministic=True), 0, environ)
-    assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and environ["HCCL_EXEC_TIMEOUT"] == "60"
-    assert "HCCL_EXEC_TIMEOUT=60" in lines and "HCCL_DETERMINISTIC=true (default of llama_fn)" in lines
+    assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and environ["TASK_QUEUE_ENABLE"] == "2"
+    assert environ["HCCL_EXEC_TIMEOUT"] == "544", "the largest multiple of 68 below --run.timeout_s - 30"
+    assert "TASK_QUEUE_ENABLE=2" in lines and "HCCL_DETERMINISTIC=true (default of llama_fn)" in lines
     assert "NPU_ASD_ENABLE" not in environ
 
 

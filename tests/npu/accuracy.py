@@ -5,7 +5,8 @@
 The shape is LLaMA-65B's with 8 layers, every width divided by 32 (2 heads of 128), tensor and sequence parallel over 2
 ranks as the original over 8. Both runs see the same tokens of the default corpus from the same initial parameters. The
 step of the first is lowered by the real torchair and its GE graphs, one per rank, are executed op by op
-(ge_interpreter.py). Resumes what WORK holds; ends with compare_loss, whose exit status it returns.
+(ge_interpreter.py). A third run, inductor in bf16, shows how far that dtype goes by itself. Resumes what WORK holds;
+ends with compare_loss, whose exit status it returns. Some 10 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -73,24 +74,31 @@ def lower(cfg: config.Config, folder: Path) -> None:
     subprocess.run(command, env=standin.environment(), check=True)
 
 
+def compare(run: Path, reference: Path, *args: str) -> int:
+    command = [sys.executable, "-m", "llama_fn.tools.compare_loss", str(run), str(reference), "--every=20", *args]
+    return subprocess.run(command).returncode
+
+
 def main(argv: list[str]) -> None:
     work = Path(argv[1]).absolute()
     base = config.with_values(config.Config(), {**VALUES, "run.steps": FLAGS.steps})
-    narrow = replace(
-        base,
-        model=replace(base.model, compute_dtype="bf16"),
+    narrow = replace(base, model=replace(base.model, compute_dtype="bf16"))
+    ge = replace(
+        narrow,
         mesh=replace(base.mesh, axes=MESH, rules=RULES),
         run=replace(base.run, backend="interpret", workdir=str(work / "ge_bf16")),
     )
-    lower(narrow, work / "ge_graphs")
-    status = loop.run(narrow, backend=ge_backend(work / "ge_graphs"))
-    if status == 0:
-        status = loop.run(replace(base, run=replace(base.run, workdir=str(work / "inductor_fp32"))))
+    lower(ge, work / "ge_graphs")
+    status = loop.run(ge, backend=ge_backend(work / "ge_graphs"))
+    for name, cfg in (("inductor_fp32", base), ("inductor_bf16", narrow)):
+        status = status or loop.run(replace(cfg, run=replace(cfg.run, workdir=str(work / name))))
     if status:
         sys.exit(status)
-    command = [sys.executable, "-m", "llama_fn.tools.compare_loss", str(work / "ge_bf16"), str(work / "inductor_fp32")]
+    print("how far bf16 goes from float32 by itself, both by inductor:", flush=True)
+    compare(work / "inductor_bf16", work / "inductor_fp32", "--nocharts")
+    print("the NPU graph in bf16 against float32:", flush=True)
     names = "--names=NPU graph in bf16 (interpreted),float32 (inductor)"
-    sys.exit(subprocess.run([*command, f"--out={FLAGS.out}", "--every=20", names]).returncode)
+    sys.exit(compare(work / "ge_bf16", work / "inductor_fp32", f"--out={FLAGS.out}", names))
 
 
 if __name__ == "__main__":

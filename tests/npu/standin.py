@@ -26,7 +26,8 @@ LIBRARIES = (
 # Looked up by name while torch_npu starts, so that no symbol table tells of them.
 LOOKED_UP = (
     "aclSetCompileopt", "aclrtCtxSetSysParamOpt", "aclrtSetDeviceSatMode", "aclrtSetOpExecuteTimeOut",
-    "aclrtSetOpWaitTimeout",
+    "aclrtSetOpWaitTimeout", "aclrtDestroyStreamForce", "HcclGetRootInfo", "HcclCommInitRootInfo",
+    "HcclCommInitRootInfoConfig", "HcclCommDestroy", "HcclGetCommAsyncError",
 )  # fmt: skip
 # Only with a device: memory that is read or written, kernels, and GE's session beyond its construction.
 NEEDS_A_DEVICE = (

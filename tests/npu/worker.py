@@ -32,7 +32,7 @@ def member(mesh: Mesh, rank: int) -> Processes | None:
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.size)
-    return Processes(mesh, rank, watch=None)  # type: ignore[arg-type]
+    return Processes(mesh, rank, watch=None, backend="fake")  # type: ignore[arg-type]
 
 
 def lower(job: dict[str, Any]) -> None:
