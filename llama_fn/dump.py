@@ -1,9 +1,10 @@
 """What a run writes about its graphs: the names of the files, and the readable text of a GE graph.
 
+rank_0/lowered.txt        the lowered graph that it is made from, its collectives, and what was fused and what not
 rank_0/ge_graph.pbtxt     the GraphDef that GE compiles, as text; opens in netron as any protobuf text
 rank_0/ge_graph.txt       the same, a line per op: shapes, inputs by name, attributes, phase and scope
 rank_0/ge_options.json    torchair's options, the process groups, and which input each result overwrites
-rank_0/evaluation/        the three for the validation step
+rank_0/evaluation/        the same for the validation step
 rank_0/ge/                what CANN writes itself (DUMP_GE_GRAPH)
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 from llama_fn.files import atomic
 
+LOWERED = "lowered.txt"
 GE_GRAPH, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.txt", "ge_options.json"
 GE_OWN, EVALUATION = "ge", "evaluation"
 SCOPE = "nn_module_stack"  # the attribute that carries "phase scope"
@@ -24,6 +26,11 @@ _TRACED = "_fx_tensor_name"  # "node-target.OUTPUT.result" of the traced node th
 
 def rank_folder(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}"
+
+
+def write_lowered(folder: Path, text: str) -> None:
+    with atomic(folder / LOWERED) as f:
+        f.write(text + "\n")
 
 
 def write_ge(folder: Path, pbtxt: str, options: str, text: str) -> None:

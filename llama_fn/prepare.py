@@ -115,6 +115,8 @@ def compile(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
             traced.name, traced.seconds, cost.total_flops / 1e9, memory.peak_bytes / 1e6, cfg.run.backend,
         )  # fmt: skip
+        if options.get("dump_to"):
+            dump.write_lowered(options["dump_to"], lowered.as_text())
         compiled = lowered.compile(backend or cfg.run.backend, **options)
         log.info("%s: %s in %.1f s", traced.name, "loaded" if compiled.from_cache else "compiled", compiled.seconds)
         return compiled

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -101,17 +102,23 @@ def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, model.Params]]:
     dtype = {"fp32": torch.float32, "compute": None}[cfg.optim.reduce_dtype]
     dtype = None if cfg.model.compute_dtype == "fp64" else dtype
 
-    def of_parts(params: model.Params, parts: Sequence[Batch], cotangent: Any) -> tuple[Any, Any]:
-        weights = model.gather(params, cfg=cfg.model)
-        loss, grads = accumulate(grad_fn, weights, parts, cotangent=cotangent)
-        with phase("backward"):
+    def of_parts(
+        params: model.Params, parts: Sequence[Batch], cotangent: Any, at: int | None = None
+    ) -> tuple[Any, Any]:
+        def place() -> Any:
+            return nullcontext() if at is None else named_scope(f"microbatch/{at}")
+
+        with place():
+            weights = model.gather(params, cfg=cfg.model)
+        loss, grads = accumulate(grad_fn, weights, parts, first=at or 0, cotangent=cotangent)
+        with place(), phase("backward"):
             return loss, model.reduce(grads, cfg=cfg.model, dtype=dtype)
 
     def gradients(params: model.Params, batch: Batch, cotangent: torch.Tensor) -> tuple[Any, Any]:
         parts = _microbatches(batch)
         if not cfg.optim.reduce_per_microbatch:
             return of_parts(params, parts, cotangent)
-        one = [of_parts(params, [part], cotangent) for part in parts]
+        one = [of_parts(params, [part], cotangent, at) for at, part in enumerate(parts)]
         with phase("backward"), named_scope("accumulate"), source_line():
             return tree.map(lambda *terms: functools.reduce(torch.add, terms), *one)
 

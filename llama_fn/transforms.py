@@ -32,11 +32,13 @@ def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return transformed
 
 
-def accumulate(fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[Any], **kwargs: Any) -> tuple[Any, Any]:
-    """Sum of `fn(params, part) -> (value, grads)` over microbatches; grads of several are summed in float32 or
-    wider."""
+def accumulate(
+    fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[Any], first: int = 0, **kwargs: Any
+) -> tuple[Any, Any]:
+    """Sum of `fn(params, part) -> (value, grads)` over microbatches, numbered from `first`; grads of several are summed
+    in float32 or wider."""
     total: tuple[Any, Any] | None = None
-    for i, part in enumerate(parts):
+    for i, part in enumerate(parts, first):
         with named_scope(f"microbatch/{i}"):
             value, grads = fn(params, part, **kwargs)
         with phase("backward"), named_scope("accumulate"), source_line():

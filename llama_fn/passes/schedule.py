@@ -25,8 +25,9 @@ from kernels.registry import of_node
 from llama_fn import ir
 from sharding.collectives import communicates, wait
 
-_LAYER = re.compile(r"^(?:microbatch/\d+/)?layers/(\d+)(?:/|$)")
-_GATHER = re.compile(r"^gather/layers/(\d+)(?:/|$)")
+_LAYER = re.compile(r"^(?:microbatch/(\d+)/)?layers/(\d+)(?:/|$)")
+_GATHER = re.compile(r"^(?:microbatch/(\d+)/)?gather/layers/(\d+)(?:/|$)")
+_REDUCE = re.compile(r"^(?:microbatch/\d+/)?reduce/")
 
 
 def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
@@ -41,6 +42,11 @@ def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(gm, graph)
 
 
+def _numbers(match: re.Match[str]) -> tuple[int | None, int]:
+    """Microbatch, if there is one, and layer."""
+    return None if match[1] is None else int(match[1]), int(match[2])
+
+
 def _region(node: torch.fx.Node) -> str:
     match = _LAYER.match(ir.scope_of(node))
     return f"{match.group() if match else ''} {ir.phase_of(node)}"
@@ -51,7 +57,7 @@ def _is_start(node: torch.fx.Node) -> bool:
 
 
 def _is_reduction(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and ir.scope_of(node).startswith("reduce/")
+    return node.op == "call_function" and bool(_REDUCE.match(ir.scope_of(node)))
 
 
 class _Order:
@@ -60,11 +66,12 @@ class _Order:
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.nodes = list(graph.nodes)
         self.done: set[torch.fx.Node] = set()
-        self.gathers: dict[int, list[torch.fx.Node]] = {}
+        # By microbatch, None where one gather serves all of them, and layer.
+        self.gathers: dict[tuple[int | None, int], list[torch.fx.Node]] = {}
         for node in self.nodes:
             match = _GATHER.match(ir.scope_of(node))
             if match:
-                self.gathers.setdefault(int(match[1]), []).append(node)
+                self.gathers.setdefault(_numbers(match), []).append(node)
         self.reductions = [node for node in self.nodes if _is_reduction(node)]
         self.started: list[torch.fx.Node] = []  # reductions that stood at the boundary before
 
@@ -94,8 +101,12 @@ class _Order:
         yield from self._reduce()
         match = _LAYER.match(ir.scope_of(node))
         if match and ir.phase_of(node) == "forward":
-            for layer in (int(match[1]), int(match[1]) + 1):
-                yield from self._all(gather for gather in self.gathers.get(layer, ()) if _is_start(gather))
+            microbatch, layer = _numbers(match)
+            ahead = (microbatch, layer + 1)
+            if ahead not in self.gathers and microbatch is not None:
+                ahead = (microbatch + 1, 0)
+            for place in ((microbatch, layer), (None, layer), ahead, (None, layer + 1)):
+                yield from self._all(gather for gather in self.gathers.get(place, ()) if _is_start(gather))
 
     def _reduce(self) -> Iterator[torch.fx.Node]:
         """Wait for the reductions started one layer before, whose operands can then be freed, and start new ones."""

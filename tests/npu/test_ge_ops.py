@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ge_interpreter import COLLECTIVES
 from ge_ops import OPS
 
 from kernels.registry import KERNELS
+from sharding import Mesh, simulate
 
 MASK = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 
@@ -117,3 +119,28 @@ def test_shapes_slices_and_small_ops():
     close(OPS["MaskedFill"]({}, x, x > 0, i(0.0)), x.masked_fill(x > 0, 0))
     assert OPS["Cast"]({"dst_type": 27}, x).dtype == torch.bfloat16
     assert OPS["Range"]({}, i(0), i(5), i(2)).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_collectives_equal_the_simulated_ones(n):
+    mesh, xs = Mesh((("a", n),)), [draw(4 * n, 3, seed=i) for i in range(n)]
+    ws = [draw(3, 5, seed=9 + i) for i in range(n)]
+    total = {"reduction": "sum", "reduce_op": "sum"}
+    turned = {"is_trans_a": False, "is_trans_b": True, **total}
+    plain = {**turned, "is_trans_b": False}
+    none, ours = [None] * n, {**simulate.COLLECTIVES, **simulate.FUSED}
+    for kind, args, name, rest in (
+        ("HcomAllGather", ({}, xs), "all_gather", ("a", n, 0)),
+        ("HcomReduceScatter", (total, xs), "reduce_scatter", ("a", n, 0)),
+        ("HcomAllReduce", (total, xs), "all_reduce", ("a", n, "sum")),
+        ("HcomAllReduce", ({"reduction": "max"}, xs), "all_reduce", ("a", n, "max")),
+        ("HcomAllToAll", ({}, xs), "all_to_all", ("a", n, 0, 0)),
+        ("AllGatherMatmul", (plain, xs, ws, none), "all_gather_matmul", (ws, "a", n, False)),
+        ("AllGatherMatmul", (turned, xs, [w.t() for w in ws], none), "all_gather_matmul", (ws, "a", n, False)),
+        ("MatmulReduceScatter", (plain, xs, ws, none), "matmul_reduce_scatter", (ws, "a", n, False)),
+    ):
+        for got, want in zip(COLLECTIVES[kind](*args), ours[name](mesh, xs, *rest), strict=True):
+            for a, b in zip(
+                got if isinstance(got, tuple) else [got], want if isinstance(want, list) else [want], strict=True
+            ):
+                close(a, b)

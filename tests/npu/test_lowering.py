@@ -45,8 +45,9 @@ def counts(folder: Path) -> Counter:
     return Counter(kind for _, kind in OP.findall(text(folder)))
 
 
-def check_layers(found: Counter, layers: int, passes: int = 1) -> None:
+def check_layers(found: Counter, layers: int) -> None:
     """Ops per layer: the fused ones of CANN stand where they should, and nothing is outside of the table."""
+    print(", ".join(f"{count} {kind}" for kind, count in found.most_common()))
     assert set(found) <= EXPECTED, set(found) - EXPECTED
     assert found["RmsNorm"] == found["RmsNormGrad"] == 2 * layers + 1
     assert found["FlashAttentionScore"] == found["FlashAttentionScoreGrad"] == layers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,3 +104,20 @@ def test_the_numbers_stay_and_the_peak_hardly_grows(tiny_config, with_data, rand
 def test_a_pass_that_must_stay_cannot_be_left_out(tiny_config):
     with pytest.raises(UserError, match="'donation' cannot be left out"):
         lower(tiny_config(), ["donation"])
+
+
+def test_gathering_for_every_microbatch_takes_less_memory(tiny_config, with_data):
+    """What optim.reduce_per_microbatch promises: weights of one microbatch at a time, gradients in parts."""
+    peaks = {}
+    for each in (False, True):
+        cfg = with_data(tiny_config(num_layers=6, embed_dim=128, mlp_dim=512), microbatches=4, global_batch_size=32)
+        cfg = replace(cfg, optim=replace(cfg.optim, reduce_per_microbatch=each))
+        step = stages.jit(train_step.make_train_step(cfg), donate=0)
+        traced = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+        lowered = traced.lower(Mesh.parse("data:8"), "fsdp")
+        peaks[each] = lowered.memory_analysis().temporary_bytes
+    assert peaks[True] < 0.8 * peaks[False]
+    for i in range(1, 4):
+        begun = positions(lowered, f"microbatch/{i}/gather/layers/", "forward", "_start")
+        assert min(begun) > max(positions(lowered, f"microbatch/{i - 1}/layers/4/", "forward"))
+        assert max(begun) < max(positions(lowered, f"microbatch/{i}/layers/", "forward"))
