@@ -41,7 +41,7 @@ class Memory:
     peak_at: str
 
 
-def _values(args: Any) -> list[Any]:
+def values(args: Any) -> list[Any]:
     """Arguments with nodes replaced by their fake values, flat one level."""
     flat: list[Any] = []
     for a in args:
@@ -61,7 +61,7 @@ def cost_analysis(gm: torch.fx.GraphModule) -> Cost:
         ops[str(node.target)] += 1
         if is_view(node):
             continue
-        args, result = _values(node.args), node_value(node)
+        args, result = values(node.args), node_value(node)
         moved += tensor_bytes(args) + tensor_bytes(result)
         record = of_node(node.target)
         if record is not None:
@@ -78,7 +78,18 @@ def is_view(node: torch.fx.Node) -> bool:
 
 def memory_analysis(gm: torch.fx.GraphModule, aliases: Sequence[tuple[int, int]]) -> Memory:
     """Liveness over the graph in its order: a value is born at its op and dies after its last use."""
-    inputs = ir.placeholders(gm.graph)
+    base = tensor_bytes([node_value(node) for node in ir.placeholders(gm.graph)])
+    live = live_bytes(gm)
+    peak = max(live, default=0)
+    node = ir.calls(gm.graph)[live.index(peak)] if peak else None
+    peak_at = "" if node is None else f"{node.target} in {ir.scope_of(node)}"
+    donated = {o for _, o in aliases}
+    out = [x for o, x in enumerate(ir.results(gm.graph)) if o not in donated]
+    return Memory(base, tensor_bytes([node_value(x) for x in out]), peak, base + peak, peak_at)
+
+
+def live_bytes(gm: torch.fx.GraphModule) -> list[int]:
+    """Bytes of temporaries that live while each op of the graph runs, in its order."""
     owner: dict[torch.fx.Node, torch.fx.Node] = {}
     last: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in gm.graph.nodes:
@@ -90,18 +101,13 @@ def memory_analysis(gm: torch.fx.GraphModule, aliases: Sequence[tuple[int, int]]
     for value, user in last.items():
         if value.op == "call_function":
             dying[user].append(value)
-    base = tensor_bytes([node_value(node) for node in inputs])
-    live = peak = 0
-    peak_at = ""
+    live, found = 0, []
     for node in ir.calls(gm.graph):
         if owner[node] is node:
             live += tensor_bytes(node_value(node))
-        if live > peak:
-            peak, peak_at = live, f"{node.target} in {ir.scope_of(node)}"
+        found.append(live)
         live -= sum(tensor_bytes(node_value(value)) for value in dying[node])
-    donated = {o for _, o in aliases}
-    out = [x for o, x in enumerate(ir.results(gm.graph)) if o not in donated]
-    return Memory(base, tensor_bytes([node_value(x) for x in out]), peak, base + peak, peak_at)
+    return found
 
 
 def hardware_flops_per_token(m: ModelConfig, seq_len: int, recompute: bool) -> float:

@@ -1,4 +1,4 @@
-"""Peak dense matrix FLOP/s per device, each with its source. A device that is not here has no peak: MFU is unknown."""
+"""Peaks per device, each with its source. A device that is not here has none: MFU is unknown."""
 
 from __future__ import annotations
 
@@ -7,26 +7,50 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hardware:
-    """`peak_flops_per_s` for bf16 and fp16 with dense operands; `source` says where the number is printed."""
+    """Per device: FLOP/s for bf16 and fp16 with dense operands, HBM bytes and bytes/s, bytes/s that it can send inside
+    a machine and between machines, and how many devices a machine has; `source` says where the numbers are printed."""
 
     name: str
     peak_flops_per_s: float
+    hbm_bytes: float
+    hbm_bytes_per_s: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
     source: str
+    per_machine: int = 8
 
 
-_CANN = "Huawei figure for the dense FP16/BF16 cube units of this 910B bin"
+_CANN = (
+    "Huawei figures for this 910B bin, dense FP16/BF16 cube units; memory and HCCS (a full mesh of 8, 7 links of 28 "
+    "GB/s each way, a 200 Gb/s RoCE port per NPU) as published of the Atlas 800T A2, 800I A2 for B4; not measured by us"
+)
+
+
+def _ascend(name: str, flops: float, hbm_bytes: float = 64e9, hbm_bytes_per_s: float = 1.6e12) -> Hardware:
+    return Hardware(name, flops, hbm_bytes, hbm_bytes_per_s, 196e9, 25e9, _CANN)
+
+
 TABLE = {
     h.name: h
     for h in (
-        Hardware("ascend_910b1", 373.9e12, _CANN),
-        Hardware("ascend_910b2", 353.9e12, _CANN),
-        Hardware("ascend_910b3", 294.9e12, _CANN),
-        Hardware("ascend_910b4", 245.8e12, _CANN),
-        Hardware("a100", 312e12, "NVIDIA A100 data sheet, dense BF16"),
-        Hardware("h100", 989e12, "NVIDIA H100 SXM data sheet, dense BF16"),
-        Hardware("h200", 989e12, "NVIDIA H200 SXM data sheet, dense BF16"),
+        _ascend("ascend_910b1", 373.9e12),
+        _ascend("ascend_910b2", 353.9e12),
+        _ascend("ascend_910b3", 294.9e12),
+        _ascend("ascend_910b4", 245.8e12, 32e9, 0.8e12),
+        Hardware(
+            "a100", 312e12, 80e9, 2.039e12, 300e9, 25e9,
+            "NVIDIA A100 80GB SXM data sheet, dense BF16, NVLink 600 GB/s both ways; DGX A100: a 200 Gb/s port per GPU",
+        ),
+        Hardware(
+            "h100", 989e12, 80e9, 3.35e12, 450e9, 50e9,
+            "NVIDIA H100 SXM data sheet, dense BF16, NVLink 900 GB/s both ways; DGX H100: one 400 Gb/s port per GPU",
+        ),
+        Hardware(
+            "h200", 989e12, 141e9, 4.8e12, 450e9, 50e9,
+            "NVIDIA H200 SXM data sheet, dense BF16, NVLink 900 GB/s both ways; DGX H200: one 400 Gb/s port per GPU",
+        ),
     )
-}
+}  # fmt: skip
 
 
 def identify(device_name: str) -> Hardware | None:

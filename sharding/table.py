@@ -36,9 +36,14 @@ def collectives(graph: Any) -> list[Collective]:
     return [replace(row, count=count) for row, count in rows.items()]
 
 
-def _row(node: Any) -> Collective | None:
+def kind_of(node: Any) -> str:
+    """The collective that a node is, fused ones included; "" for anything else."""
     record = of_node(node.target) if node.op == "call_function" else None
-    name = record.name if record is not None and record.name in UNFUSED else communicates(record)
+    return record.name if record is not None and record.name in UNFUSED else communicates(record)
+
+
+def _row(node: Any) -> Collective | None:
+    name = kind_of(node)
     if not name:
         return None
     x, axes, n = node.args[0].meta["val"], node.args[1], node.args[2]

@@ -28,9 +28,9 @@ PAPER = {
 
 def load(*args: str) -> config.Config:
     script = (
-        "import json, sys, train\nfrom llama_fn import config\n"
-        "train.define_flags()\ntrain.FLAGS(sys.argv)\n"
-        "print(json.dumps(config.flat(config.validate(train.build_config()))))"
+        "import json, sys\nfrom llama_fn import config\nfrom llama_fn.tools import config_flags\n"
+        "config_flags.define_flags()\nconfig_flags.FLAGS(sys.argv)\n"
+        "print(json.dumps(config.flat(config.validate(config_flags.build_config()))))"
     )
     done = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

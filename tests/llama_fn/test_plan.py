@@ -1,0 +1,116 @@
+"""The planner: FLOPs and bytes by hand, links by mesh, the interpreter's memory, and a tool with an exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llama_fn import plan
+from llama_fn.config import Config, DataConfig, ModelConfig
+from llama_fn.hardware import TABLE
+from sharding import Mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+NPU = TABLE["ascend_910b1"]
+CFG = Config(model=ModelConfig(num_layers=2), data=DataConfig(seq_len=64, global_batch_size=4, microbatches=2))
+
+
+def test_flops_are_those_of_the_products_and_the_causal_half_of_attention():
+    m, d = CFG.model, CFG.data
+    found = plan.make(CFG, Mesh(), NPU)
+    tokens = d.global_batch_size * d.seq_len
+    layer = 4 * m.embed_dim**2 + 3 * m.embed_dim * m.mlp_dim
+    products = 6 * tokens * (m.num_layers * layer + m.vocab_size * m.embed_dim)
+    # Two products of 2 T S H per head forward and five backward, over the causal half.
+    attention = (2 + 5) * d.global_batch_size * m.num_heads * m.head_dim * d.seq_len**2 * m.num_layers
+    assert found.hardware_flops == products + attention
+    assert found.model_flops == products + 6 * tokens * m.embed_dim * d.seq_len * m.num_layers
+
+
+def test_bytes_at_rest_are_divided_by_the_shards():
+    one, four = plan.make(CFG, Mesh(), NPU), plan.make(CFG, Mesh.parse("data:2,model:2"), NPU)
+    assert one.parameters_bytes == 4 * one.parameters and one.gradients_bytes == 4 * one.parameters
+    assert one.optimizer_bytes == 8 * one.parameters + 6 * 4, "two moments, two counts, four numbers of the guard"
+    norms = (2 * CFG.model.num_layers + 1) * CFG.model.embed_dim * 4
+    assert four.parameters_bytes == (one.parameters_bytes - norms) // 4 + norms // 2, "norms are whole over model"
+    assert not one.transfers and one.comms_s == 0 and four.comms_s > 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "inside"),
+    [
+        ("data:12,model:8", "model", True), ("data:12,model:8", "data", False), ("data:8", "data", True),
+        ("data:16", "data", False), ("data:12,model:8", "data+model", False), ("model:4", "model", True),
+    ],
+)  # fmt: skip
+def test_an_axis_takes_the_link_that_its_devices_share(mesh, axes, inside):
+    wanted = NPU.link_bytes_per_s if inside else NPU.network_bytes_per_s
+    assert plan.bandwidth(axes, Mesh.parse(mesh), NPU) == wanted
+
+
+def test_times_follow_from_the_hardware():
+    mesh = Mesh.parse("data:2,model:2")
+    slow = replace(NPU, link_bytes_per_s=NPU.link_bytes_per_s / 10)
+    a, b = plan.make(CFG, mesh, NPU), plan.make(CFG, mesh, slow)
+    assert b.comms_s == pytest.approx(10 * a.comms_s) and b.compute_s == pytest.approx(a.compute_s)
+    assert a.step_time_s == max(a.compute_s, a.comms_s) and a.step_time_alone_s == a.compute_s + a.comms_s
+    assert a.comms_s == pytest.approx(sum(t.row.bytes * t.row.count for t in a.transfers) / NPU.link_bytes_per_s)
+    assert a.mfu == pytest.approx(a.model_flops / a.step_time_s / NPU.peak_flops_per_s)
+    assert sum(p.flops for p in a.places) == a.hardware_flops
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_peak_is_what_the_interpreter_measures(microbatches, random_batch, fresh_state):
+    from llama_fn import stages, train_step
+
+    cfg = replace(CFG, data=replace(CFG.data, microbatches=microbatches))
+    found = plan.make(cfg, Mesh(), NPU)
+    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
+        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
+    )
+    step = traced.lower().compile("interpret")
+    step(fresh_state(cfg), random_batch(cfg))
+    assert found.peak_bytes == pytest.approx(step.memory_analysis().peak_bytes, rel=0.05)
+    assert max(found.timeline) == found.peak_bytes
+
+
+def test_activations_grow_with_the_layers_and_not_with_the_parameters():
+    def saved(layers, mlp):
+        model = replace(CFG.model, num_layers=layers, mlp_dim=mlp)
+        return plan.make(replace(CFG, model=model), Mesh(), NPU).activations_bytes
+
+    one, two, three = (saved(n, 688) for n in (1, 2, 3))
+    assert two - one == three - two > 0
+    tokens = CFG.data.global_batch_size * CFG.data.seq_len
+    assert saved(1, 1376) - one == tokens * 688 * 4 * 3, "gate, up and their product, float32"
+
+
+def run(*flags):
+    command = [sys.executable, "-m", "llama_fn.tools.plan", "--data.seq_len=64", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_tool_prints_writes_and_judges(tmp_path):
+    file = tmp_path / "plan.json"
+    done = run("--mesh.axes=data:2,model:2", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    assert "fits" in done.stdout and "total over model" in done.stdout and "bound" in done.stdout
+    found = json.loads(file.read_text())
+    keys = (
+        "parameters", "parameters_bytes", "optimizer_bytes", "gradients_bytes", "activations_bytes", "peak_bytes",
+        "model_flops", "hardware_flops", "step_time_s", "tokens_per_second_per_device", "mfu",
+    )  # fmt: skip
+    assert all(isinstance(found[key], (int, float)) for key in keys)
+    assert {"kind", "axis", "dtype", "bytes", "count", "phase", "scope"} <= set(found["collectives"][0])
+    big = run("--model.preset=llama_7b", "--model.num_layers=8")
+    assert big.returncode == 0 and "DOES NOT FIT" not in big.stdout
+    bigger = run("--model.preset=llama_7b")
+    assert bigger.returncode == 1 and "DOES NOT FIT" in bigger.stdout
+    assert "Did you mean ascend_910b2?" in run("--hardware=ascend_910b22").stderr
+    wrong = run("--mesh.axes=model:3", "--mesh.rules=tp_sp")
+    assert wrong.returncode == 2 and "do not divide" in wrong.stderr
