@@ -28,26 +28,26 @@ def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
         new.meta = dict(node.meta)
         return new
 
-    def constant(node: torch.fx.Node) -> bool:
-        pure = node.op == "call_function" and not getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-        return pure and not isinstance(compat.node_value(node), (tuple, list)) and not (operands(node) - known)
-
-    def operands(node: torch.fx.Node) -> set[torch.fx.Node]:
-        return set(ir.operands(node))
-
-    known: set[torch.fx.Node] = set()
     for node in ir.placeholders(gm.graph):
         values[node] = copy(node)
-    for node in gm.graph.nodes:
-        if constant(node):
-            known.add(node)
-            args = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            key = f"{node.target} {args}"
-            if key not in made:
-                made[key] = copy(node)
-                made[key].meta["custom"] = {"scope": "constants", "phase": "forward", "source": ""}
-            values[node] = made[key]
+    for node in _constant(gm.graph):
+        key = f"{node.target} {torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)}"
+        if key not in made:
+            made[key] = copy(node)
+            made[key].meta["custom"] = {"scope": "constants", "phase": "forward", "source": ""}
+        values[node] = made[key]
     for node in gm.graph.nodes:
         if node not in values:
             values[node] = copy(node)
     return torch.fx.GraphModule(gm, graph)
+
+
+def _constant(graph: torch.fx.Graph) -> dict[torch.fx.Node, None]:
+    """Ops with one result that depend on no input and write nothing, in order."""
+    found: dict[torch.fx.Node, None] = {}
+    for node in ir.calls(graph):
+        writes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        several = isinstance(compat.node_value(node), (tuple, list))
+        if not writes and not several and found.keys() >= set(ir.operands(node)):
+            found[node] = None
+    return found
