@@ -76,7 +76,7 @@ def test_processes_give_the_numbers_of_one(mesh, rules, backend, corpus, alone, 
 
 @pytest.mark.parametrize(
     ("processes", "rules"),
-    [(2, ["fsdp_tp_ulysses"]), *(pytest.param(n, [], marks=pytest.mark.slow) for n in (2, 4))],
+    [(2, ["fsdp_tp_ulysses:4"]), *(pytest.param(n, [], marks=pytest.mark.slow) for n in (2, 4))],
 )
 def test_compiled_steps_of_processes_equal_the_step_of_one(processes, rules, compile_cache):
     """Loss, norm and parameters after five steps in float64 and float32; every preset and mesh in the nightly run."""

@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=2 tests/multirank/worker_steps.py CACHE RULES...
 
+RULES is a preset, all of them if none is given; PRESET:4 takes only the model with 4 kv heads.
 Prints a line per case; any rank that finds a difference raises.
 """
 
@@ -99,9 +100,10 @@ def main() -> None:
     cache, chosen = Path(sys.argv[1]), sys.argv[2:] or list(MESHES)
     members = processes.start(Mesh((("data", world),)), "cpu", 600)
     assert members is not None
-    for rules in chosen:
+    for choice in chosen:
+        rules, _, only = choice.partition(":")
         for mesh in (Mesh.parse(text) for text in MESHES[rules]):
-            for dtype, kv_heads in ((d, n) for d in TOLERANCE for n in (8, 4)):
+            for dtype, kv_heads in ((d, n) for d in TOLERANCE for n in (8, 4) if not only or n == int(only)):
                 if mesh.size == world:
                     check(config(dtype, kv_heads), rules, replace(members, mesh=mesh, _groups={}), cache)
     members.barrier()
