@@ -62,6 +62,14 @@ def test_recipes_are_valid_and_divide(name):
         assert (cfg.optim.b2, cfg.optim.weight_decay, cfg.optim.warmup_steps) == (0.999, 0.01, 3200)
 
 
+@pytest.mark.parametrize(("hyper", "b2"), [("ascendspeed_7b", 0.999), ("paper_7b", 0.95)])
+def test_one_npu_takes_either_set_of_hyper_parameters(hyper, b2):
+    extra = [f"--flagfile=configs/hyper/{hyper}.flags", "--data.global_batch_size=32"]
+    cfg = load("--flagfile=configs/single_npu.flags", *extra)
+    check(cfg)
+    assert cfg.optim.b2 == b2 and cfg.data.global_batch_size == 32
+
+
 def test_the_slice_logs_the_numbers_of_the_source_page():
     cfg = load("--flagfile=configs/llama_65b_8layers_8npu.flags")
     rate = optim.warmup_decay(cfg.optim, cfg.run.steps)(torch.tensor(3.0)).item()

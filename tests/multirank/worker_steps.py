@@ -1,9 +1,9 @@
-"""Run under torchrun: whole steps with inductor on every mesh of WORLD_SIZE devices against the step of one device.
+"""Run under torchrun: steps of llama_tiny with inductor on every mesh of WORLD_SIZE devices against one device.
 
-    torchrun --nproc_per_node=2 tests/multirank/worker_steps.py CACHE RULES...
+    torchrun --nproc_per_node=2 tests/multirank/worker_steps.py CACHE [RULES[@MESH[@KV_HEADS]] ...]
 
-RULES is a preset, all of them if none is given; PRESET:4 takes only the model with 4 kv heads.
-Prints a line per case; any rank that finds a difference raises.
+RULES is a preset, all of them if none is given, on every mesh of its axes unless one is named, with 4 (MHA) and 2 kv
+heads unless one is named. Prints a line per case; any rank that finds a difference raises.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from itertools import product
+from math import prod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,29 +21,30 @@ import torch
 
 from llama_fn import arrays, processes, random, stages, train_step, tree
 from llama_fn.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from llama_fn.errors import UserError
 from sharding import Mesh
 
-MESHES = {
-    "dp": ["data:2", "data:4", "node:2,data:2"],
-    "zero1": ["data:2", "data:4"],
-    "fsdp": ["data:2", "data:4", "node:2,data:2"],
-    "tp_sp": ["model:2", "model:4"],
-    "fsdp_tp": ["data:2", "model:2", "data:2,model:2"],
-    "fsdp_tp_ulysses": ["context:2", "context:2,model:2", "data:2,context:2", "context:4"],
-}
+AXES = {
+    "dp": ("node", "data"), "zero1": ("node", "data"), "fsdp": ("node", "data"), "tp_sp": ("data", "model"),
+    "fsdp_tp": ("node", "data", "model"), "fsdp_tp_ulysses": ("data", "context", "model"),
+}  # fmt: skip
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 STEPS = 5
 
 
 def config(dtype: str, kv_heads: int) -> Config:
     return Config(
-        model=ModelConfig(
-            num_layers=2, embed_dim=64, num_heads=8, num_kv_heads=kv_heads, mlp_dim=48, vocab_size=96,
-            compute_dtype=dtype,
-        ),
-        data=DataConfig(seq_len=16, global_batch_size=8, microbatches=2),
+        model=ModelConfig(compute_dtype=dtype, num_kv_heads=kv_heads),
+        data=DataConfig(seq_len=32, global_batch_size=8, microbatches=2),
         optim=OptimConfig(warmup_steps=2), run=RunConfig(steps=10),
     )  # fmt: skip
+
+
+def meshes(rules: str, world: int) -> list[str]:
+    """Every way to lay `world` devices over the axes of a preset."""
+    names = AXES[rules]
+    sizes = [s for s in product(range(1, world + 1), repeat=len(names)) if prod(s) == world]
+    return [",".join(f"{name}:{n}" for name, n in zip(names, s, strict=True)) for s in sizes]
 
 
 def batch(cfg: Config, seed: int) -> train_step.Batch:
@@ -82,30 +85,39 @@ def together(traced: stages.Traced, cfg: Config, rules: str, members: processes.
 
 def check(cfg: Config, rules: str, members: processes.Processes, cache: Path) -> None:
     dtype = cfg.model.compute_dtype
+    case = f"{rules} on {members.mesh}, {dtype}, {cfg.model.num_kv_heads} kv heads"
     traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
         train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
     )
+    try:
+        traced.lower(members.mesh, rules)
+    except UserError as error:
+        assert "do not divide" in str(error)
+        if members.chief:
+            print(f"{case}: does not fit", flush=True)
+        return
     want, want_params = alone(traced, cfg, cache)
     got, state = together(traced, cfg, rules, members, cache)
     torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=0)
     if state is not None:
         for a, b in zip(tree.leaves(state.params), want_params, strict=True):
             assert torch.linalg.vector_norm((a - b).double()) <= TOLERANCE[dtype] * torch.linalg.vector_norm(b.double())
-        print(f"{rules} on {members.mesh}, {dtype}, {cfg.model.num_kv_heads} kv heads: equal", flush=True)
+        print(f"{case}: equal", flush=True)
 
 
 def main() -> None:
     world = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    cache, chosen = Path(sys.argv[1]), sys.argv[2:] or list(MESHES)
+    cache, chosen = Path(sys.argv[1]), sys.argv[2:] or list(AXES)
     members = processes.start(Mesh((("data", world),)), "cpu", 600)
     assert members is not None
     for choice in chosen:
-        rules, _, only = choice.partition(":")
-        for mesh in (Mesh.parse(text) for text in MESHES[rules]):
-            for dtype, kv_heads in ((d, n) for d in TOLERANCE for n in (8, 4) if not only or n == int(only)):
-                if mesh.size == world:
-                    check(config(dtype, kv_heads), rules, replace(members, mesh=mesh, _groups={}), cache)
+        rules, _, rest = choice.partition("@")
+        only_mesh, _, only_kv = rest.partition("@")
+        for text in [only_mesh] if only_mesh else meshes(rules, world):
+            for dtype, kv_heads in product(TOLERANCE, [int(only_kv)] if only_kv else [4, 2]):
+                here = replace(members, mesh=Mesh.parse(text), _groups={})
+                check(config(dtype, kv_heads), rules, here, cache)
     members.barrier()
     members.close()
 
