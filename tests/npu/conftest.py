@@ -10,53 +10,7 @@ from pathlib import Path
 
 import pytest
 import standin
-
-TINY = {"model.preset": "llama_tiny"}
-DTYPES = ("fp32", "bf16", "fp16")
-SHAPES = ("llama_60m", "llama_1b", "llama_7b", "llama_13b", "llama_33b", "llama_65b", "llama2_70b", "llama3_8b")
-
-
-def _job(mesh: str = "", ranks: int = 1, rules: str = "fsdp_tp", fuse: bool = False, **values) -> dict:
-    named = {name.replace("__", "."): value for name, value in values.items()}
-    return {"config": {**TINY, **named}, "mesh": mesh, "rules": rules, "ranks": list(range(ranks)), "fuse": fuse}
-
-
-JOBS = {
-    **{f"tiny_{d}": _job(model__compute_dtype=d) for d in DTYPES},
-    **{f"tiny_{d}_data2_model4": _job("data:2,model:4", model__compute_dtype=d) for d in DTYPES},
-    "tiny_2_ranks": _job("model:2", 2, data__seq_len=64),
-    "tiny_4_ranks": _job("data:2,model:2", 4, data__seq_len=64),
-    "tiny_ulysses": _job("context:2", 2, "fsdp_tp_ulysses", data__seq_len=64, model__num_layers=2),
-    "tiny_fp16_gqa": _job(
-        model__compute_dtype="fp16", model__num_kv_heads=2, model__num_layers=2, data__seq_len=16, data__microbatches=2
-    ),
-    "tiny_fused": _job(
-        "model:2",
-        2,
-        "tp_sp",
-        True,
-        model__compute_dtype="bf16",
-        model__num_layers=2,
-        data__seq_len=64,
-        data__global_batch_size=1,
-    ),
-    "65b_8layers": _job("data:1,model:8", model__preset="llama_65b_8layers", model__compute_dtype="bf16"),
-    "65b_fused": _job(
-        "data:8,model:4",
-        fuse=True,
-        model__preset="llama_65b_8layers",
-        model__num_layers=2,
-        model__compute_dtype="bf16",
-        data__seq_len=512,
-    ),
-    **{
-        # One sequence per device: what a batch of 8 over data:8 leaves.
-        f"shape_{name}": _job(
-            "data:8,model:4", model__preset=name, model__num_layers=2, model__compute_dtype="bf16", data__seq_len=512
-        )
-        for name in SHAPES
-    },
-}
+from jobs import JOBS
 
 
 @pytest.fixture(scope="session")

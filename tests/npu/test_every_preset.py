@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHAPES, _job
+from jobs import SHAPES, job
 from test_lowering import check_layers, counts
 
 from llama_fn import config
@@ -17,9 +17,9 @@ from llama_fn import config
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SHAPES, "llama_65b_8layers"])
 def test_the_whole_preset_lowers(name, tmp_path, torch_npu_environment):
-    job = _job("data:8,model:4", model__preset=name, model__compute_dtype="bf16", data__seq_len=2048)
+    whole = job("data:8,model:4", model__preset=name, model__compute_dtype="bf16", data__seq_len=2048)
     file = tmp_path / "jobs.json"
-    file.write_text(json.dumps([{**job, "out": str(tmp_path / name)}]))
+    file.write_text(json.dumps([{**whole, "out": str(tmp_path / name)}]))
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(file)]
     done = subprocess.run(command, env=torch_npu_environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import JOBS
 from ge_interpreter import GeInterpreter
+from jobs import JOBS
 
 from llama_fn import arrays, config, dump, random, stages, train_step, tree
 from sharding import Mesh

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import DTYPES, JOBS, SHAPES
+from jobs import DTYPES, JOBS, SHAPES
 
 from llama_fn import config, dump, stages, train_step
 from sharding import Mesh
