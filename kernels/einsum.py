@@ -78,13 +78,13 @@ def einsum_reference(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.T
 def stored_layouts(
     equation: str, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[tuple[int, int, bool], tuple[int, int, bool], bool]:
-    """Rows, columns and "lies transposed" of both operands as matrices, and whether their product is the result as it
-    is. An operand that is neither itself nor its transpose counts as transposed with the result not straight."""
+    """Rows, columns and "lies transposed" of both operands as matrices; and whether the product of the two, as they lie
+    in memory, is the result."""
     layouts, _, order = _plan(equation, a, b)
     found, straight = [], order == sorted(order)
     for letters, sizes, batch, rows, columns in layouts:
-        swapped = list(letters) == columns + rows
-        straight = straight and not batch and (swapped or list(letters) == rows + columns)
+        swapped = _swapped(letters, batch, rows, columns)
+        straight = straight and not batch and list(letters) == (columns + rows if swapped else rows + columns)
         found.append((prod(sizes[x] for x in rows), prod(sizes[x] for x in columns), swapped))
     return found[0], found[1], straight
 
@@ -97,11 +97,16 @@ def einsum_npu(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return product if order == sorted(order) else product.permute(order).contiguous()
 
 
+def _swapped(letters: str, batch: list[str], rows: list[str], columns: list[str]) -> bool:
+    """Whether the transpose of the matrix lies in memory."""
+    return list(letters) == batch + columns + rows and list(letters) != batch + rows + columns
+
+
 def _stored(
     x: torch.Tensor, letters: str, sizes: dict[str, int], batch: list[str], rows: list[str], columns: list[str]
 ) -> tuple[torch.Tensor, bool]:
     """The matrix as it lies in memory, and whether that is its transpose."""
-    swapped = list(letters) == batch + columns + rows and list(letters) != batch + rows + columns
+    swapped = _swapped(letters, batch, rows, columns)
     groups = ([batch] if batch else []) + ([columns, rows] if swapped else [rows, columns])
     order = [letters.index(letter) for group in groups for letter in group]
     x = x if order == list(range(x.dim())) else x.permute(order)

@@ -95,7 +95,7 @@ def set_environment(run: RunConfig, rank: int, environ: MutableMapping[str, str]
 
 def dumps(run: RunConfig, rank: int) -> bool:
     """Whether --run.dump_ranks names this rank."""
-    return run.dump_ranks == "all" or str(rank) in run.dump_ranks.split(",")
+    return run.dump_ranks == "all" or rank in map(int, run.dump_ranks.split(","))
 
 
 @dataclass(frozen=True)

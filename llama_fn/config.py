@@ -177,7 +177,7 @@ def preset(name: str) -> ModelConfig:
 def _with_device(cfg: Config) -> Config:
     """cfg with its device named; UserError where backend and device do not go together."""
     r = cfg.run
-    device = {"npu": "npu"}.get(r.backend, "cpu") if r.device == "auto" else r.device
+    device = r.device if r.device != "auto" else "npu" if r.backend == "npu" else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda", "npu"):
         raise UserError(f"--run.device={device}: expected auto, cpu, cuda or npu")
     if (r.backend == "npu") != device.startswith("npu"):

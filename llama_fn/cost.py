@@ -41,7 +41,7 @@ class Memory:
     peak_at: str
 
 
-def values(args: Any) -> list[Any]:
+def _values(args: Any) -> list[Any]:
     """Arguments with nodes replaced by their fake values, flat one level."""
     flat: list[Any] = []
     for a in args:
@@ -53,6 +53,12 @@ def _value(a: Any) -> Any:
     return node_value(a) if isinstance(a, torch.fx.Node) else a
 
 
+def flops_of(node: torch.fx.Node) -> int:
+    """Floating-point operations of the matrix products inside one op."""
+    record = of_node(node.target)
+    return 0 if record is None else record.flops(*_values(node.args))
+
+
 def cost_analysis(gm: torch.fx.GraphModule) -> Cost:
     flops: dict[str, int] = dict.fromkeys(ir.PHASES, 0)
     ops: dict[str, int] = defaultdict(int)
@@ -61,11 +67,8 @@ def cost_analysis(gm: torch.fx.GraphModule) -> Cost:
         ops[str(node.target)] += 1
         if is_view(node):
             continue
-        args, result = values(node.args), node_value(node)
-        moved += tensor_bytes(args) + tensor_bytes(result)
-        record = of_node(node.target)
-        if record is not None:
-            flops[ir.phase_of(node)] += record.flops(*args)
+        moved += tensor_bytes(_values(node.args)) + tensor_bytes(node_value(node))
+        flops[ir.phase_of(node)] += flops_of(node)
     return Cost(flops, moved, dict(sorted(ops.items())))
 
 

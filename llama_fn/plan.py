@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.registry import of_node, tensor_bytes
+from kernels.registry import tensor_bytes
 from llama_fn import arrays, cost, ir, stages, train_step
 from llama_fn.compat import node_value
 from llama_fn.config import Config
@@ -167,22 +167,13 @@ def _seconds(row: table.Collective, mesh: Mesh, hardware: Hardware) -> float:
 
 
 def _moved(node: torch.fx.Node) -> int:
-    if cost.is_view(node) or _sends(node):
+    if cost.is_view(node) or table.kind_of(node):
         return 0
     return tensor_bytes([node_value(n) for n in ir.operands(node)]) + tensor_bytes(node_value(node))
 
 
-def _sends(node: torch.fx.Node) -> bool:
-    return table.kind_of(node) != ""
-
-
-def _flops(node: torch.fx.Node) -> int:
-    record = of_node(node.target)
-    return 0 if record is None else record.flops(*cost.values(node.args))
-
-
 def _op_seconds(node: torch.fx.Node, hardware: Hardware) -> float:
-    return max(_flops(node) / hardware.peak_flops_per_s, _moved(node) / hardware.hbm_bytes_per_s)
+    return max(cost.flops_of(node) / hardware.peak_flops_per_s, _moved(node) / hardware.hbm_bytes_per_s)
 
 
 def _places(gm: torch.fx.GraphModule, hardware: Hardware, transfers: Sequence[Transfer]) -> list[Place]:
@@ -190,7 +181,7 @@ def _places(gm: torch.fx.GraphModule, hardware: Hardware, transfers: Sequence[Tr
     totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for node in ir.calls(gm.graph):
         place = totals[re.sub(r"\b\d+\b", "*", ir.scope_of(node)), ir.phase_of(node)]
-        place[0] += _flops(node)
+        place[0] += cost.flops_of(node)
         place[1] += _moved(node)
     comms: dict[tuple[str, str], float] = defaultdict(float)
     for t in transfers:

@@ -48,9 +48,12 @@ def _no_backend(*args: Any) -> Any:
     raise RuntimeError("a collective was called outside of a backend that knows the mesh")
 
 
-def _collective(name: str, schema: str, abstract: Callable[..., Any]) -> Kernel:
+def collective(
+    name: str, schema: str, abstract: Callable[..., Any], flops: Callable[..., int] = lambda *_: 0
+) -> Kernel:
+    """An op that backends run, each in its way."""
     return kernel(
-        name=name, schema=schema, reference=_no_backend, abstract=abstract, opaque=True,
+        name=name, schema=schema, reference=_no_backend, abstract=abstract, opaque=True, flops=flops,
         factors=lambda *_: Factors(" -> "),
     )  # fmt: skip
 
@@ -67,24 +70,24 @@ _GATHER = "(Tensor x, str axes, int n, int dim) -> Tensor"
 _REDUCE = "(Tensor x, str axes, int n, str kind) -> Tensor"
 _EXCHANGE = "(Tensor x, str axes, int n, int split, int concat) -> Tensor"
 
-all_gather = _collective("all_gather", _GATHER, lambda x, axes, n, dim: _resized(x, dim, x.shape[dim] * n))
-reduce_scatter = _collective("reduce_scatter", _GATHER, _own_part)
-all_reduce = _collective("all_reduce", _REDUCE, _like)
-all_to_all = _collective("all_to_all", _EXCHANGE, _part_of_split)
-own_slice = _collective("own_slice", _GATHER, _own_part)
-axis_index = _collective(
+all_gather = collective("all_gather", _GATHER, lambda x, axes, n, dim: _resized(x, dim, x.shape[dim] * n))
+reduce_scatter = collective("reduce_scatter", _GATHER, _own_part)
+all_reduce = collective("all_reduce", _REDUCE, _like)
+all_to_all = collective("all_to_all", _EXCHANGE, _part_of_split)
+own_slice = collective("own_slice", _GATHER, _own_part)
+axis_index = collective(
     "axis_index",
     "(Tensor like, str axes) -> Tensor",
     lambda like, axes: like.new_empty((), dtype=torch.int64),
 )
 
-all_gather_start = _collective("all_gather_start", _GATHER, lambda x, axes, n, dim: _resized(x, 0, x.shape[0] * n))
-reduce_scatter_start = _collective("reduce_scatter_start", _GATHER, _own_part)
-all_reduce_start = _collective("all_reduce_start", _REDUCE, _like)
-all_to_all_start = _collective(
+all_gather_start = collective("all_gather_start", _GATHER, lambda x, axes, n, dim: _resized(x, 0, x.shape[0] * n))
+reduce_scatter_start = collective("reduce_scatter_start", _GATHER, _own_part)
+all_reduce_start = collective("all_reduce_start", _REDUCE, _like)
+all_to_all_start = collective(
     "all_to_all_start", _EXCHANGE, lambda x, axes, n, split, concat: _part_of_split(x, axes, n, split, 0)
 )
-wait = _collective(
+wait = collective(
     "wait",
     "(Tensor pending, Tensor x, int n, int dim) -> Tensor",
     lambda pending, x, n, dim: _like(pending) if dim == 0 else _part_of_split(pending, "", n, 0, dim),

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from kernels.registry import Factors, Kernel, kernel
-from sharding.collectives import _no_backend, sent_bytes
+from sharding.collectives import collective, sent_bytes
 
 _SCHEMA = "(Tensor a, Tensor b, str axes, int n, bool turn) -> "
 UNFUSED = {"all_gather_matmul": "all_gather", "matmul_reduce_scatter": "reduce_scatter"}
@@ -23,30 +22,19 @@ def _columns(b: torch.Tensor, turn: bool) -> int:
     return b.shape[0] if turn else b.shape[1]
 
 
-def _flops(a: torch.Tensor, b: torch.Tensor, rows: int) -> int:
-    return 2 * rows * a.shape[1] * b.numel() // a.shape[1]
-
-
-def _fused(name: str, results: str, abstract: Any, flops: Any) -> Kernel:
-    return kernel(
-        name=name, schema=_SCHEMA + results, reference=_no_backend, abstract=abstract, flops=flops, opaque=True,
-        factors=lambda *_: Factors(" -> "),
-    )  # fmt: skip
-
-
-all_gather_matmul = _fused(
+all_gather_matmul = collective(
     "all_gather_matmul",
-    "(Tensor, Tensor)",
+    _SCHEMA + "(Tensor, Tensor)",
     lambda a, b, axes, n, turn: (
         a.new_empty((a.shape[0] * n, _columns(b, turn))), a.new_empty((a.shape[0] * n, a.shape[1])),
     ),
-    lambda a, b, axes, n, turn: _flops(a, b, a.shape[0] * n),
+    lambda a, b, axes, n, turn: 2 * a.shape[0] * n * b.numel(),
 )  # fmt: skip
-matmul_reduce_scatter = _fused(
+matmul_reduce_scatter = collective(
     "matmul_reduce_scatter",
-    "Tensor",
+    _SCHEMA + "Tensor",
     lambda a, b, axes, n, turn: a.new_empty((a.shape[0] // n, _columns(b, turn))),
-    lambda a, b, axes, n, turn: _flops(a, b, a.shape[0]),
+    lambda a, b, axes, n, turn: 2 * a.shape[0] * b.numel(),
 )
 
 

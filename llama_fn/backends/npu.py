@@ -33,7 +33,7 @@ def compile(
 ) -> Executable:
     """`dump_to`: folder that gets the GE graph, torchair's options and a readable text before anything runs."""
     converted = convert(program, device, processes)
-    text = dump.ge_text(converted.proto(), converted.shapes)
+    text = dump.ge_text(converted.proto, converted.shapes)
     if dump_to is not None:
         dump.write_ge(dump_to, converted.pbtxt(), converted.options(), text)
         log.info("GE graph written to %s", dump_to)

@@ -9,6 +9,7 @@ import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class GeGraph:
     run: Callable[..., Sequence[torch.Tensor]]
     shapes: Mapping[str, list[int]]  # of "node.result"; torchair's own notes are overwritten by later views
 
+    @cached_property
     def proto(self) -> Any:
         """The GraphDef as GE gets it: donated inputs are RefData, which torchair makes of them at the first call."""
         proto = copy.deepcopy(self.graph.graph._proto)
@@ -73,7 +75,7 @@ class GeGraph:
     def pbtxt(self) -> str:
         from google.protobuf import text_format
 
-        return str(text_format.MessageToString(self.proto()))
+        return str(text_format.MessageToString(self.proto))
 
     def used(self) -> list[int]:
         """Our input of every GE input; an input that nothing reads is not passed on."""

@@ -60,7 +60,7 @@ def test_a_wrong_environment_is_refused(environ, said):
 
 
 def test_cann_dumps_into_the_folder_of_the_ranks_that_are_asked_for(tmp_path):
-    run = replace(RUN, dump_dir=str(tmp_path), dump_ranks="0,2")
+    run = replace(RUN, dump_dir=str(tmp_path), dump_ranks="0, 2")
     environ: dict[str, str] = {}
     ascend.set_environment(run, 2, environ)
     assert environ["DUMP_GRAPH_PATH"] == str(tmp_path / "rank_2" / "ge") and environ["DUMP_GE_GRAPH"] == "2"

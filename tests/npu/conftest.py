@@ -20,7 +20,7 @@ def torch_npu_environment():
     except standin.Unavailable as reason:
         if os.environ.get("CI"):
             raise
-        pytest.skip(str(reason))
+        pytest.skip(f"{reason}; runs on Linux where gcc, nm and the torch_npu wheel can be had")
 
 
 @pytest.fixture(scope="session")
