@@ -3,6 +3,8 @@
 __version__ = "0.1.0"
 
 from kernels.attention import attention
+from kernels.barrier import barrier
+from kernels.checkpoint_name import checkpoint_name
 from kernels.cross_entropy import cross_entropy, head_cross_entropy
 from kernels.einsum import einsum
 from kernels.embedding import embedding
@@ -17,6 +19,8 @@ from kernels.weighted_sum import weighted_sum
 __all__ = [
     "SHARDED_VOCABULARY",
     "attention",
+    "barrier",
+    "checkpoint_name",
     "cross_entropy",
     "einsum",
     "embedding",

@@ -19,11 +19,12 @@ import torch.fx.traceback as fx_traceback
 
 @dataclass(frozen=True)
 class Place:
-    """Scope path such as "layers/3/attention", phase, and "file.py:line" of the call."""
+    """Scope path such as "layers/3/attention", phase, "file.py:line" of the call, and the remat region it is in."""
 
     path: str = ""
     phase: str = "forward"
     source: str = ""
+    region: str = ""
 
 
 _TOP = Place()
@@ -41,7 +42,8 @@ def current() -> Place:
 def _at(place: Place) -> Iterator[None]:
     token = _PLACE.set(place)
     try:
-        with fx_traceback.annotate({"scope": place.path, "phase": place.phase, "source": place.source}):
+        where = {"scope": place.path, "phase": place.phase, "source": place.source, "region": place.region}
+        with fx_traceback.annotate(where):
             yield
     finally:
         _PLACE.reset(token)
@@ -52,6 +54,15 @@ def named_scope(name: str) -> Iterator[None]:
     """Open the scope `name` under the current one; ops traced inside carry the joined path."""
     here = current()
     with _at(replace(here, path=f"{here.path}/{name}" if here.path else name)):
+        yield
+
+
+@contextmanager
+def remat_region() -> Iterator[None]:
+    """Values computed inside may be computed again in the backward instead of being kept: what a remat policy chooses
+    among. The region is named by the scope it is opened in."""
+    here = current()
+    with _at(replace(here, region=here.path)):
         yield
 
 

@@ -93,6 +93,22 @@ class MeshConfig:
     fuse: bool = opt(
         False, "join collectives and matrix products into one op where Ascend has one; last digits may change"
     )
+    remat: Literal["none", "full", "dots", "names", "budget"] = opt(
+        "none",
+        "what layers keep for the backward instead of computing it again: none recomputes nothing, full keeps nothing, "
+        "dots keeps results of matrix products, names what mesh.remat_names lists, budget what saves most time within "
+        "mesh.remat_gb (docs/remat.md)",
+        False,
+    )
+    remat_names: str = opt("context,out_proj,gate,up", "names kept by remat=names, comma-separated", False)
+    remat_gb: float = opt(
+        0.0, "remat=budget: GB per device that layers may keep for the backward of a microbatch", False
+    )
+    regather: bool = opt(
+        False,
+        "sharded weights: gather them again for the backward instead of keeping them whole from the forward",
+        False,
+    )
     rules: str = opt(
         "fsdp_tp", "sharding rules: dp, zero1, fsdp, tp_sp, fsdp_tp or fsdp_tp_ulysses (docs/sharding.md)", False
     )
@@ -114,9 +130,6 @@ class RunConfig:
     deterministic: bool = opt(False, "sums in a fixed order on CUDA and NPU, slower; CPU runs are always repeatable")
     dump_dir: str = opt("", "backend npu: folder for the GE graph, its options and a readable text of it", False)
     dump_ranks: str = opt("0", "ranks that write to dump_dir, comma-separated, or all", False)
-    count_recompute: bool = opt(
-        False, "log TFLOPs with the forward counted twice, as AscendSpeed does under full recomputation", False
-    )
     profile_steps: str = opt("", "FIRST:LAST iterations to profile into workdir/profile, for Perfetto", False)
     attention: Literal["auto", "reference", "blocked", "flash"] = opt(
         "auto", "form of the attention kernel in compiled code; auto: blocked on cpu, flash on cuda"
@@ -228,6 +241,11 @@ def validate(cfg: Config) -> Config:
         raise UserError("--run.eval_every and run.keep_every must be at least 0, run.eval_batches at least 1")
     if o.decay_steps and o.warmup_steps > o.decay_steps:
         raise UserError(f"--optim.warmup_steps={o.warmup_steps} is more than optim.decay_steps={o.decay_steps}")
+    if (cfg.mesh.remat == "budget") != (cfg.mesh.remat_gb > 0):
+        raise UserError(
+            f"--mesh.remat={cfg.mesh.remat} with --mesh.remat_gb={cfg.mesh.remat_gb}: budget needs a size above 0, "
+            "and the other policies take none"
+        )
     profiled(cfg)
     parts = d.split.split(",")
     if not all(p.strip().replace(".", "", 1).isdigit() for p in parts) or not 1 <= len(parts) <= 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from typing import Any
 
 import torch
 
+from kernels.barrier import barrier
 from kernels.registry import of_node, tensor_bytes
 from llama_fn import ir
 from llama_fn.compat import node_value
 from llama_fn.config import ModelConfig
 from sharding.collectives import wait
+
+VIEWS = (operator.getitem, barrier.op, torch.ops.aten.unbind.int, torch.ops.aten.view.default)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def is_view(node: torch.fx.Node) -> bool:
     """Whether a node's result lives in its operand's memory."""
     if node.target is wait.op:
         return bool(node.args[3] == 0)
-    return node.target is torch.ops.aten.unbind.int or getattr(node.target, "__name__", "") == "getitem"
+    return node.target in VIEWS
 
 
 def memory_analysis(gm: torch.fx.GraphModule, aliases: Sequence[tuple[int, int]]) -> Memory:
@@ -93,24 +97,46 @@ def memory_analysis(gm: torch.fx.GraphModule, aliases: Sequence[tuple[int, int]]
 
 def live_bytes(gm: torch.fx.GraphModule) -> list[int]:
     """Bytes of temporaries that live while each op of the graph runs, in its order."""
-    owner: dict[torch.fx.Node, torch.fx.Node] = {}
-    last: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in gm.graph.nodes:
-        shares = node.args[0] if is_view(node) or node.target is torch.ops.aten.copy_.default else None
-        owner[node] = owner[shares] if isinstance(shares, torch.fx.Node) else node
-        for used in node.all_input_nodes:
-            last[owner[used]] = node
-    dying: dict[torch.fx.Node, list[torch.fx.Node]] = defaultdict(list)
-    for value, user in last.items():
-        if value.op == "call_function":
-            dying[user].append(value)
+    life = _Lifetimes(gm.graph)
+    dying: dict[torch.fx.Node, int] = defaultdict(int)
+    for storage, user in life.last.items():
+        dying[user] += life.born.get(storage, 0)
     live, found = 0, []
     for node in ir.calls(gm.graph):
-        if owner[node] is node:
-            live += tensor_bytes(node_value(node))
+        live += sum(life.born.get(storage, 0) for storage in life.made_by(node))
         found.append(live)
-        live -= sum(tensor_bytes(node_value(value)) for value in dying[node])
+        live -= dying[node]
     return found
+
+
+class _Lifetimes:
+    """The storages of a graph, a (node, index of its result) each: `born` their bytes, inputs apart, and `last` the op
+    after which none of the values in it is read."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        self.born: dict[tuple[torch.fx.Node, int], int] = {}
+        self.last: dict[tuple[torch.fx.Node, int], torch.fx.Node] = {}
+        self._held: dict[torch.fx.Node, list[tuple[torch.fx.Node, int]]] = {}
+        for node in graph.nodes:
+            self._held[node] = self._storages(node)
+            for used in node.all_input_nodes:
+                self.last |= dict.fromkeys(self._held[used], node)
+
+    def made_by(self, node: torch.fx.Node) -> list[tuple[torch.fx.Node, int]]:
+        return [storage for storage in self._held[node] if storage[0] is node]
+
+    def _storages(self, node: torch.fx.Node) -> list[tuple[torch.fx.Node, int]]:
+        source = node.args[0] if node.args else None
+        if isinstance(source, torch.fx.Node) and (is_view(node) or node.target is torch.ops.aten.copy_.default):
+            held = self._held[source]
+            one_of_several = node.target is operator.getitem and len(held) > 1
+            return [held[node.args[1]]] if one_of_several else held  # type: ignore[index]
+        if node.op != "call_function":
+            return [(node, 0)]
+        value = node_value(node)
+        results = value if isinstance(value, (tuple, list)) else [value]
+        self.born |= {(node, i): tensor_bytes(result) for i, result in enumerate(results)}
+        return [(node, i) for i in range(len(results))]
 
 
 def hardware_flops_per_token(m: ModelConfig, seq_len: int, recompute: bool) -> float:

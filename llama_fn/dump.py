@@ -51,14 +51,16 @@ def _line(op: Any, shapes: Mapping[str, list[int]]) -> str:
     operands = ", ".join(_operands(op))
     named = sorted((k, v) for k, v in op.attr.items() if not k.startswith("_") and k != SCOPE)
     attributes = "".join(f" {k}={_value(v)}" for k, v in named)
+    edges = [given.removesuffix(":-1") for given in op.input if given.endswith(":-1")]
+    after = f" after {', '.join(f'%{name}' for name in edges)}" if edges else ""
     scope = f"  # {op.attr[SCOPE].s.decode()}" if SCOPE in op.attr else ""
-    return f"%{op.name}: {results} = {op.type}({operands}){attributes}{scope}"
+    return f"%{op.name}: {results} = {op.type}({operands}){attributes}{after}{scope}"
 
 
 def _operands(op: Any) -> Iterator[str]:
     names = [desc.name for desc in op.input_desc]
-    for i, given in enumerate(op.input):
-        if given and not given.endswith(":-1"):  # unfed optional; control edge
+    for i, given in enumerate(given for given in op.input if not given.endswith(":-1")):  # control edges apart
+        if given:  # an optional one may not be
             producer, _, index = given.rpartition(":")
             yield f"{names[i] if i < len(names) else i}=%{producer}{'' if index == '0' else '#' + index}"
 

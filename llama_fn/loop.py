@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama_fn import config, metrics, prepare, processes, runtime, stages, train_step
+from llama_fn import config, metrics, prepare, processes, rungs, runtime, stages, train_step
 from llama_fn.config import Config
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.prepare import datasets
@@ -52,7 +52,7 @@ def run(cfg: Config, flags_text: str = "", backend: prepare.Backend | None = Non
     `backend`: what compiles the steps instead of the one that cfg names.
     """
     cfg = config.validate(cfg)
-    mesh = prepare.mesh(cfg)
+    mesh = rungs.mesh(cfg)
     runtime.log_to_terminal(None, quiet=os.environ.get("RANK", "0") != "0")
     hardware = runtime.setup(cfg.run)
     members = processes.start(mesh, cfg.run.device, cfg.run.timeout_s)

@@ -39,7 +39,7 @@ def record(
     d, m = cfg.data, cfg.model
     tokens = d.global_batch_size * d.seq_len
     per_s = tokens / seconds
-    flops = cost.hardware_flops_per_token(m, d.seq_len, cfg.run.count_recompute)
+    flops = cost.hardware_flops_per_token(m, d.seq_len, cfg.mesh.remat == "full")
     on_one = per_s / Mesh.parse(cfg.mesh.axes).size
     return {
         "iteration": iteration,

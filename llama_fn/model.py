@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 import kernels as k
+from kernels import checkpoint_name as name
 from kernels.scope import named_scope, source_line
 from llama_fn import tree
 from llama_fn.arrays import ArrayInfo, Init
 from llama_fn.config import ModelConfig
+from llama_fn.transforms import remat
 from sharding import P, constrain
 
 Leaf = Any  # a tensor, or its ArrayInfo
@@ -92,17 +94,23 @@ def attention_block(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig
         q_BTNH = k.rope(constrain(k.einsum("btd,dnh->btnh", n_BTD, p.wq), QUERIES), cos, sin, False)
         k_BSKH = k.rope(constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wk), KEYS), cos, sin, False)
         v_BSKH = constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wv), KEYS)
-        o_BTNH, _ = k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5)
+        q_BTNH, k_BSKH, v_BSKH = (name(x, as_) for x, as_ in ((q_BTNH, "query"), (k_BSKH, "key"), (v_BSKH, "value")))
+        o_BTNH = name(k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5)[0], "context")
         o_BTNH = constrain(o_BTNH, P("batch", "full_seq", "heads", "head_dim"))
-        return x_BTD + constrain(k.einsum("btnh,nhd->btd", o_BTNH, p.wo), RESIDUAL)
+        return x_BTD + name(constrain(k.einsum("btnh,nhd->btd", o_BTNH, p.wo), RESIDUAL), "out_proj")
 
 
 def mlp_block(p: Layer, x_BTD: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
     """x + w_down(silu(w_gate n) * w_up n) with n = rms_norm(x)."""
     with named_scope("mlp"):
         n_BTD = constrain(k.rms_norm(x_BTD, p.mlp_norm, cfg.norm_eps)[0], BLOCK)
-        h_BTF = k.swiglu(k.einsum("btd,df->btf", n_BTD, p.w_gate), k.einsum("btd,df->btf", n_BTD, p.w_up))
+        gate_BTF = name(k.einsum("btd,df->btf", n_BTD, p.w_gate), "gate")
+        h_BTF = k.swiglu(gate_BTF, name(k.einsum("btd,df->btf", n_BTD, p.w_up), "up"))
         return x_BTD + constrain(k.einsum("btf,fd->btd", h_BTF, p.w_down), RESIDUAL)
+
+
+def _layer(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig) -> torch.Tensor:
+    return mlp_block(p, attention_block(p, x_BTD, cos, sin, cfg=cfg), cfg=cfg)
 
 
 def _annotate(leaves: Any, infos: Any, table: str, drop: int = 0) -> Any:
@@ -154,8 +162,7 @@ def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torc
     with named_scope("layers"):
         for i, layer in enumerate(params.layers):
             with named_scope(str(i)):
-                x_BTD = attention_block(layer, x_BTD, cos, sin, cfg=cfg)
-                x_BTD = mlp_block(layer, x_BTD, cfg=cfg)
+                x_BTD = remat(_layer)(layer, x_BTD, cos, sin, cfg=cfg)
     with named_scope("final_norm"):
         return constrain(k.rms_norm(x_BTD, params.final_norm, cfg.norm_eps)[0], BLOCK)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.registry import tensor_bytes
-from llama_fn import arrays, cost, ir, stages, train_step
+from llama_fn import arrays, cost, ir, rungs, stages, train_step
 from llama_fn.compat import node_value
 from llama_fn.config import Config
 from llama_fn.hardware import Hardware
@@ -99,10 +99,8 @@ class Plan:
 def make(cfg: Config, mesh: Mesh, hardware: Hardware) -> Plan:
     """Trace and lower cfg's step for `mesh`; UserError where it cannot be partitioned."""
     began = time.perf_counter()
-    state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(state, batch)
-    without = [name for name in cfg.mesh.without.split(",") if name]
-    lowered = traced.lower(mesh, cfg.mesh.rules, without, cfg.mesh.fuse)
+    state = train_step.abstract_state(cfg)
+    lowered = rungs.lower(rungs.train(cfg), cfg, mesh)
     here = _bytes_by_path(lowered)
     infos = zip(lowered.signature.in_infos, here.values(), strict=True)
     moments = sum(size for info, size in infos if info.table == "moments")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_fn import arrays, ascend, config, dump, random, stages, train_step, tree
+from llama_fn import arrays, ascend, config, dump, random, rungs, stages, train_step, tree
 from llama_fn.backends.inductor import default_cache
 from llama_fn.checkpoint import Checkpointer
 from llama_fn.config import Config
@@ -23,13 +23,6 @@ from sharding import Mesh, P
 
 log = logging.getLogger("llama_fn.prepare")
 Backend = Callable[..., stages.backends.Executable]
-
-
-def mesh(cfg: Config) -> Mesh:
-    try:
-        return Mesh.parse(cfg.mesh.axes)
-    except ValueError as error:
-        raise UserError(f"--mesh.axes={cfg.mesh.axes}: {error}") from None
 
 
 def refuse_lonely(cfg: Config, mesh: Mesh, processes: Processes | None) -> None:
@@ -99,17 +92,15 @@ def compile(
 
     `backend`: what compiles instead of the one that cfg names.
     """
-    state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
+    state = train_step.abstract_state(cfg)
     log.info(
         "model: %s, %d parameters, %.1f MB of state",
         cfg.model.preset, arrays.total_size(state.params), arrays.total_bytes(state) / 1e6,
     )  # fmt: skip
     options = backend_options(cfg, processes) if backend is None else {}
 
-    def climb(wrapped: stages.Wrapped, *args: Any) -> stages.Compiled:
-        traced = wrapped.trace(*args)
-        without = [name for name in cfg.mesh.without.split(",") if name]
-        lowered = traced.lower(mesh, cfg.mesh.rules, without, cfg.mesh.fuse)
+    def climb(traced: stages.Traced) -> stages.Compiled:
+        lowered = rungs.lower(traced, cfg, mesh)
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
@@ -121,13 +112,12 @@ def compile(
         log.info("%s: %s in %.1f s", traced.name, "loaded" if compiled.from_cache else "compiled", compiled.seconds)
         return compiled
 
-    train_fn, eval_fn = train_step.make_train_step(cfg), train_step.make_eval_step(cfg)
-    train = climb(stages.jit(train_fn, donate=0), state, batch)
+    train = climb(rungs.train(cfg))
     if not with_eval:
         return train, None
     if options.get("dump_to"):
         options["dump_to"] /= dump.EVALUATION
-    return train, climb(stages.jit(eval_fn), state.params, batch)
+    return train, climb(rungs.evaluation(cfg))
 
 
 def restore_or_begin(cfg: Config, store: Store) -> tuple[int, Any, int]:

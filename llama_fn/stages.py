@@ -26,6 +26,7 @@ from llama_fn.arrays import ArrayInfo, abstract, describe
 from llama_fn.errors import UserError, nearest
 from llama_fn.passes.fuse import report as fusion_report
 from llama_fn.passes.partition import partition
+from llama_fn.passes.remat import Remat
 from sharding import P, table
 from sharding.mesh import Mesh
 from sharding.rules import PRESETS, Rules
@@ -180,12 +181,14 @@ class Traced(_Graph):
         return self.signature.aliases
 
     def lower(
-        self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False
-    ) -> Lowered:
+        self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False,
+        remat: str | Remat = "none",
+    ) -> Lowered:  # fmt: skip
         """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
 
-        `without` names passes of passes.OPTIONAL to leave out; `fuse` asks for passes/fuse.py. UserError where a
-        dimension is not divisible, or an annotation is missing or wrong.
+        `without` names passes of passes.OPTIONAL to leave out; `fuse` asks for passes/fuse.py; `remat` is what layers
+        compute again in the backward, or the policy alone. UserError where a dimension is not divisible, or an
+        annotation is missing or wrong.
         """
         for name in without:
             if name not in passes.OPTIONAL:
@@ -195,7 +198,8 @@ class Traced(_Graph):
         parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
         left_out = {*without, *([] if fuse else ["fuse"])}
         chosen = [each for each in passes.LOWERING if each.__name__ not in left_out]
-        gm = passes.run(chosen, parts.graph_module, passes.Context(mesh, signature.aliases))
+        remat = Remat(remat) if isinstance(remat, str) else remat
+        gm = passes.run(chosen, parts.graph_module, passes.Context(mesh, signature.aliases, remat))
         taken = {o for _, o in signature.aliases}
         outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
         return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)

@@ -1,17 +1,18 @@
-"""Functions from functions: gradients over trees, microbatch accumulation, named scopes."""
+"""Functions from functions: gradients over trees, microbatch accumulation, remat, named scopes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 
 from kernels.rms_norm import wide
-from kernels.scope import named_scope, phase, source_line
+from kernels.scope import named_scope, phase, remat_region, source_line
 from llama_fn import tree
 
-__all__ = ["accumulate", "named_scope", "phase", "value_and_grad"]
+__all__ = ["accumulate", "named_scope", "phase", "remat", "value_and_grad"]
 
 
 def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
@@ -47,3 +48,18 @@ def accumulate(
             total = (value, grads) if total is None else (total[0] + value, tree.map(torch.add, total[1], grads))
     assert total is not None
     return total
+
+
+def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, whose inner values may be computed again in the backward instead of being kept for it.
+
+    Which of them is decided when the step is lowered (passes/remat.py), when their bytes on a device are known: one
+    trace serves every policy. Call it in a named scope of its own.
+    """
+
+    @wraps(fn)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with remat_region():
+            return fn(*args, **kwargs)
+
+    return marked

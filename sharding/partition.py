@@ -101,6 +101,10 @@ class _Partitioner:
             what = f"{_origin(x)}{where(node)}"
             local_shape(tuple(x.meta["val"].shape), target, self.mesh, what, table != "compute")  # type: ignore[union-attr]
             return self._reshard(x, target)
+        if record.name == "checkpoint_name":
+            x, name = node.args
+            self.new[x].meta["custom"] = {**self.new[x].meta.get("custom", {}), "name": name}  # type: ignore[index]
+            return self.new[x], self.layouts[x]  # type: ignore[index]
         if record.name == "reshard_as":
             x, like = node.args
             return self._reshard(x, P.of(self.layouts[like].by_dim))  # type: ignore[index]

@@ -55,7 +55,8 @@ def lonely(mesh: Mesh, backend: str) -> str:
 class Executable:
     """`run(inputs) -> results` that take no donated buffer; donated inputs hold their new values afterwards.
 
-    `text` is what will run, readable; `measured()` gives the memory of the last call where the backend counts it.
+    `text` is the graph that will run, readable, `code` what the backend made of it, where it says; `measured()` gives
+    the memory of the last call where the backend counts it.
     """
 
     run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -63,6 +64,7 @@ class Executable:
     from_cache: bool = False
     local: bool = False  # arguments and results are this process's parts
     measured: Callable[[], cost.Memory | None] = lambda: None
+    code: str = ""
 
 
 def get(name: str) -> Callable[..., Executable]:

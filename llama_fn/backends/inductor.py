@@ -51,13 +51,13 @@ def compile(
     ctx = passes.Context(Mesh(), [])
     if outlined:
         gm = outline(gm, ctx)
-    chosen |= dict.fromkeys(collectives, "functional")
+    chosen |= dict.fromkeys(collectives, "functional") | {"barrier": "reference"}
     gm = expand(place(gm, device), chosen, forms.finder(collectives), compat.inductor_decompositions())
     text = ir.as_text(gm, "inductor")
     inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
     if cache is not None:
         compat.keep_compiled_code(_private(cache) / _machine())
-    compiled, from_cache = compat.inductor_compile(
+    compiled, from_cache, code = compat.inductor_compile(
         gm, inputs, _PATCHES[kind], ir.written(gm.graph), units=compat.physical_cores(), cached=cache is not None
     )
 
@@ -65,7 +65,7 @@ def compile(
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return compiled(*flat)
 
-    return Executable(run, text, from_cache, local=processes is not None)
+    return Executable(run, text, from_cache, local=processes is not None, code=code)
 
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:

@@ -23,6 +23,12 @@ def matmul(a: Any, b: Any, turn_a: bool, turn_b: bool, meta_outputs: Any = None)
     return ge.BatchMatMul(a, b, adj_x1=turn_a, adj_x2=turn_b)
 
 
+@torchair.register_fx_node_ge_converter(torch.ops.llama_fn.barrier.default)
+def barrier(x: Any, after: Any, meta_outputs: Any = None) -> Any:
+    """Identity with a control edge, which GE keeps, and by which its merging of equal ops tells two readers apart."""
+    return ge.Identity(x, dependencies=[after])
+
+
 @torchair.register_fx_node_ge_converter(torch.ops.npu.npu_fusion_attention_grad.default)
 def npu_fusion_attention_grad(
     query: Any, key: Any, value: Any, dy: Any, head_num: int, input_layout: str, *, atten_mask: Any = None,

@@ -35,8 +35,8 @@ def inductor_compile(
     static: Sequence[int],
     units: int,
     cached: bool,
-) -> tuple[Callable[..., Any], bool]:
-    """A callable of the flat inputs, and whether it came from inductor's cache on disk.
+) -> tuple[Callable[..., Any], bool, str]:
+    """A callable of the flat inputs, whether it came from inductor's cache on disk, and the code that it runs.
 
     `gm` must already be what inductor lowers: functional aten without what inductor_decompositions() lists, but for
     copies into inputs at its end. So the graph goes to inductor's inner compiler as it is. AOTAutograd and the passes
@@ -55,7 +55,8 @@ def inductor_compile(
         compiled = compile_fx.compile_fx_inner(gm, list(inputs), static_input_idxs=tuple(static), is_inference=True)
     if counts["fxgraph_cache_bypass"] > skipped:
         log.warning("inductor does not keep this graph on disk; every start compiles it again")
-    return lambda *args: compiled(list(args)), counts["fxgraph_cache_hit"] > hits
+    code = getattr(compiled, "source_code", "")
+    return lambda *args: compiled(list(args)), counts["fxgraph_cache_hit"] > hits, code
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,8 @@ from llama_fn.passes.dead_code import dead_code
 from llama_fn.passes.donation import donation
 from llama_fn.passes.fuse import fuse
 from llama_fn.passes.overlap import overlap
+from llama_fn.passes.regather import regather
+from llama_fn.passes.remat import Remat, remat
 from llama_fn.passes.schedule import schedule
 from llama_fn.passes.scopes import scopes
 from llama_fn.passes.sink_casts import sink_casts
@@ -24,16 +26,17 @@ log = logging.getLogger("llama_fn.passes")
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may know: the mesh and which (input, output) leaves share a buffer."""
+    """What a pass may know: the mesh, which (input, output) leaves share a buffer, and what to compute again."""
 
     mesh: Mesh
     aliases: Sequence[tuple[int, int]]
+    remat: Remat = field(default_factory=Remat)
 
 
 Pass = Callable[[torch.fx.GraphModule, Context], torch.fx.GraphModule]
 
 TRACING: list[Pass] = [scopes, dead_code]
-LOWERING: list[Pass] = [sink_casts, dead_code, fuse, bucket, overlap, schedule, donation]
+LOWERING: list[Pass] = [sink_casts, remat, regather, dead_code, fuse, bucket, overlap, schedule, donation]
 OPTIONAL = ("sink_casts", "bucket", "overlap", "schedule")  # what a user may leave out: the numbers do not depend on it
 
 

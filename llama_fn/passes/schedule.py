@@ -27,7 +27,7 @@ from sharding.collectives import communicates, wait
 
 _LAYER = re.compile(r"^(?:microbatch/(\d+)/)?layers/(\d+)(?:/|$)")
 _GATHER = re.compile(r"^(?:microbatch/(\d+)/)?gather/layers/(\d+)(?:/|$)")
-_REDUCE = re.compile(r"^(?:microbatch/\d+/)?reduce/")
+_REDUCE = re.compile(r"^(?:microbatch/\d+/)?reduce(?:/|$)")
 
 
 def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
@@ -66,12 +66,12 @@ class _Order:
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.nodes = list(graph.nodes)
         self.done: set[torch.fx.Node] = set()
-        # By microbatch, None where one gather serves all of them, and layer.
-        self.gathers: dict[tuple[int | None, int], list[torch.fx.Node]] = {}
+        # By phase, microbatch, None where one gather serves all of them, and layer.
+        self.gathers: dict[tuple[str, int | None, int], list[torch.fx.Node]] = {}
         for node in self.nodes:
             match = _GATHER.match(ir.scope_of(node))
             if match:
-                self.gathers.setdefault(_numbers(match), []).append(node)
+                self.gathers.setdefault((ir.phase_of(node), *_numbers(match)), []).append(node)
         self.reductions = [node for node in self.nodes if _is_reduction(node)]
         self.started: list[torch.fx.Node] = []  # reductions that stood at the boundary before
 
@@ -100,13 +100,15 @@ class _Order:
         """Between layers, whose ops stay together: reductions, and the gathers of this layer and the next."""
         yield from self._reduce()
         match = _LAYER.match(ir.scope_of(node))
-        if match and ir.phase_of(node) == "forward":
-            microbatch, layer = _numbers(match)
-            ahead = (microbatch, layer + 1)
-            if ahead not in self.gathers and microbatch is not None:
-                ahead = (microbatch + 1, 0)
-            for place in ((microbatch, layer), (None, layer), ahead, (None, layer + 1)):
-                yield from self._all(gather for gather in self.gathers.get(place, ()) if _is_start(gather))
+        if not match:
+            return
+        (microbatch, layer), phase = _numbers(match), ir.phase_of(node)
+        ahead = layer + (1 if phase == "forward" else -1)
+        places = [(phase, microbatch, layer), (phase, None, layer), (phase, microbatch, ahead), (phase, None, ahead)]
+        if microbatch is not None and ahead < 0:
+            places.append(("forward", microbatch + 1, 0))
+        for place in places:
+            yield from self._all(gather for gather in self.gathers.get(place, ()) if _is_start(gather))
 
     def _reduce(self) -> Iterator[torch.fx.Node]:
         """Wait for the reductions started one layer before, whose operands can then be freed, and start new ones."""

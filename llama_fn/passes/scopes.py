@@ -23,6 +23,7 @@ def scopes(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
         engine_made = here["phase"] == "backward" and not here["source"]
         producers = [n for n in node.all_input_nodes if ir.phase_of(n) == here["phase"] and ir.scope_of(n)]
         if (engine_made or not here["scope"]) and producers:
-            here["scope"] = ir.scope_of(max(producers, key=order.__getitem__))
+            latest = labels(max(producers, key=order.__getitem__))
+            here |= {key: latest.get(key, "") for key in ("scope", "region")}
         node.meta["custom"] = {**here, "scope": here["scope"] or "step"}
     return gm

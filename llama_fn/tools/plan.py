@@ -118,13 +118,13 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
         cfg = config.validate(config_flags.build_config())
-        from llama_fn import hardware, plan, prepare
+        from llama_fn import hardware, plan, rungs
 
         if FLAGS.hardware not in hardware.TABLE:
             raise UserError(
                 f"--hardware={FLAGS.hardware} is not in the table. {nearest(FLAGS.hardware, hardware.TABLE)}"
             )
-        found = plan.make(cfg, prepare.mesh(cfg), hardware.TABLE[FLAGS.hardware])
+        found = plan.make(cfg, rungs.mesh(cfg), hardware.TABLE[FLAGS.hardware])
         print(as_text(found))
         if FLAGS.json:
             with atomic(Path(FLAGS.json)) as f:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from llama_fn import config
+
 TINY = {"model.preset": "llama_tiny"}
 DTYPES = ("fp32", "bf16", "fp16")
 SHAPES = ("llama_60m", "llama_1b", "llama_7b", "llama_13b", "llama_33b", "llama_65b", "llama2_70b", "llama3_8b")
@@ -9,7 +11,14 @@ SHAPES = ("llama_60m", "llama_1b", "llama_7b", "llama_13b", "llama_33b", "llama_
 
 def job(mesh: str = "", ranks: int = 1, rules: str = "fsdp_tp", fuse: bool = False, **values) -> dict:
     named = {name.replace("__", "."): value for name, value in values.items()}
-    return {"config": {**TINY, **named}, "mesh": mesh, "rules": rules, "ranks": list(range(ranks)), "fuse": fuse}
+    where = {"mesh.axes": mesh, "mesh.rules": rules, "mesh.fuse": fuse}
+    return {"config": {**TINY, **where, **named}, "ranks": list(range(ranks))}
+
+
+def config_of(given: dict) -> config.Config:
+    values = dict(given["config"])
+    cfg = config.Config(model=config.preset(values.pop("model.preset")))
+    return config.with_values(cfg, values)
 
 
 JOBS = {
@@ -20,6 +29,15 @@ JOBS = {
     "tiny_ulysses": job("context:2", 2, "fsdp_tp_ulysses", data__seq_len=64, model__num_layers=2),
     "tiny_fp16_gqa": job(
         model__compute_dtype="fp16", model__num_kv_heads=2, model__num_layers=2, data__seq_len=16, data__microbatches=2
+    ),
+    "tiny_remat": job(
+        "data:2,model:2",
+        4,
+        data__seq_len=64,
+        data__microbatches=2,
+        model__num_layers=2,
+        mesh__remat="full",
+        mesh__regather=True,
     ),
     "tiny_fused": job(
         "model:2",

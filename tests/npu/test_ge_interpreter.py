@@ -5,22 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from ge_interpreter import GeInterpreter
-from jobs import JOBS
+from jobs import JOBS, config_of
 
-from llama_fn import arrays, config, dump, random, stages, train_step, tree
-from sharding import Mesh
+from llama_fn import arrays, dump, random, rungs, train_step, tree
 from sharding.simulate import join, part
 
 STEPS = 3
 
 
 def prepared(name):
-    job = JOBS[name]
-    cfg = config.with_values(config.Config(), {k: v for k, v in job["config"].items() if k != "model.preset"})
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
-        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    )
-    return cfg, traced, traced.lower(Mesh.parse(job["mesh"]), job["rules"]), len(job["ranks"])
+    cfg = config_of(JOBS[name])
+    traced = rungs.train(cfg)
+    return cfg, traced, rungs.lower(traced, cfg, rungs.mesh(cfg)), len(JOBS[name]["ranks"])
 
 
 def steps_of_ge(folder, cfg, lowered, ranks, random_batch):
@@ -54,7 +50,7 @@ def apart(a, b):
     return float(torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double()).clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("name", ["tiny_fp32", "tiny_2_ranks", "tiny_4_ranks", "tiny_ulysses"])
+@pytest.mark.parametrize("name", ["tiny_fp32", "tiny_2_ranks", "tiny_4_ranks", "tiny_ulysses", "tiny_remat"])
 def test_ge_graph_computes_the_step_in_float32(name, lowered, random_batch):
     cfg, traced, parts, ranks = prepared(name)
     want, want_state = steps_of_eager(traced, cfg, random_batch)

@@ -10,10 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from jobs import DTYPES, JOBS, SHAPES
+from jobs import DTYPES, JOBS, SHAPES, config_of
 
-from llama_fn import config, dump, stages, train_step
-from sharding import Mesh
+from llama_fn import dump, rungs
 
 # Everything that a step may become. What is missing here is not unsupported, it is unexpected.
 POINTWISE = {
@@ -68,14 +67,9 @@ def test_the_step_of_llama_tiny_is_one_graph_of_expected_ops(dtype, lowered):
 
 def check_collectives(found: Counter, job: str) -> None:
     """As many Hcom ops of every kind as the table of the lowered step has collectives."""
-    given = JOBS[job]
-    cfg = config.Config(model=config.preset(given["config"]["model.preset"]))
-    cfg = config.with_values(cfg, {k: v for k, v in given["config"].items() if k != "model.preset"})
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
-        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    )
+    cfg = config_of(JOBS[job])
     want: Counter = Counter()
-    for row in traced.lower(Mesh.parse(given["mesh"]), given["rules"]).collectives():
+    for row in rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg)).collectives():
         want[COLLECTIVE[row.kind.removesuffix("_max")]] += row.count
     assert {kind: found[kind] for kind in COLLECTIVE.values()} == {kind: want[kind] for kind in COLLECTIVE.values()}
 
@@ -125,6 +119,18 @@ def test_no_transpose_stands_before_a_product(lowered):
     transposed = {re.match(r"  %(\S+):", line)[1] for line in lines if "= Transpose(" in line}
     products = [line for line in lines if "= MatMul(" in line]
     assert not any(f"%{name}," in line or f"%{name})" in line for line in products for name in transposed)
+
+
+def test_what_is_recomputed_is_in_the_graph_and_waits_for_the_gradient(lowered):
+    found, layers = counts(lowered["tiny_remat"]), 2 * 2  # of two microbatches
+    assert found["MatMul"] == 3 * (7 * layers + 2) + 6 * layers
+    assert found["FlashAttentionScore"] == 2 * layers and found["FlashAttentionScoreGrad"] == layers
+    assert found["RmsNorm"] == 2 * layers + 2 + 2 * layers and found["SwiGlu"] == 2 * layers
+    check_collectives(found, "tiny_remat")
+    held = re.findall(
+        r"%(\S+): .*? = Identity\(x=%\S+\) after %(\S+)  # backward microbatch/./layers/", text(lowered["tiny_remat"])
+    )
+    assert len(held) == layers, "one control edge per layer, from the gradient to the first op computed again"
 
 
 def test_products_and_collectives_fuse_on_request(lowered):

@@ -2,8 +2,7 @@
 
     python tests/npu/worker.py JOBS.json
 
-A job: {"out": folder, "config": {dotted name: value}, "mesh": "data:2,model:4", "rules": "fsdp_tp", "ranks": [0],
-"fuse": false}. Writes what `--run.dump_dir` writes, and the inputs' paths.
+A job: {"out": folder, "config": {dotted name: value}, "ranks": [0]}. Writes what `--run.dump_dir` writes.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch_npu  # noqa: F401
+from jobs import config_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama_fn import config, stages, train_step
+from llama_fn import rungs
 from llama_fn.backends.npu import compile
 from llama_fn.dump import rank_folder
 from llama_fn.processes import Processes
@@ -36,14 +36,9 @@ def member(mesh: Mesh, rank: int) -> Processes | None:
 
 
 def lower(job: dict[str, Any]) -> None:
-    values = dict(job["config"])
-    cfg = config.Config(model=config.preset(values.pop("model.preset", "llama_tiny")))
-    cfg = config.with_values(cfg, values)
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
-        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    )
-    lowered = traced.lower(Mesh.parse(job.get("mesh", "")), job.get("rules", "fsdp_tp"), fuse=job.get("fuse", False))
-    for rank in job.get("ranks", [0]):
+    cfg = config_of(job)
+    lowered = rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg))
+    for rank in job["ranks"]:
         folder = rank_folder(Path(job["out"]), rank)
         lowered.compile(compile, device="npu:0", processes=member(lowered.mesh, rank), dump_to=folder)
 

@@ -49,8 +49,10 @@ def test_gathers_start_one_layer_ahead_and_are_waited_for_at_their_layer(tiny_co
     assert max(positions(plain, "gather/", "forward")) < min(layer(plain, 0, "forward"))
 
 
-def test_reductions_run_while_the_next_layer_is_computed(tiny_config, with_data):
-    cfg = with_data(tiny_config(num_layers=4), microbatches=1)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_reductions_run_while_the_next_layer_is_computed(dtype, tiny_config, with_data):
+    """In bfloat16 the casts to float32, in which gradients are summed, run with them."""
+    cfg = with_data(tiny_config(num_layers=4, compute_dtype=dtype), microbatches=1)
     scheduled = lower(cfg)
     for i in range(1, 4):
         start = positions(scheduled, f"reduce/layers/{i}/", "backward", "reduce_scatter_start")
