@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from llama_fn.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ TABLE = {
         _ascend("ascend_910b3", 294.9e12),
         _ascend("ascend_910b4", 245.8e12, 32e9, 0.8e12),
         Hardware(
+            "ascend_a3", 376e12, 64e9, 1.6e12, 196e9, 25e9,
+            "one die of an Ascend 910C, a device to torch: half of 752 TFLOP/s dense BF16, 128 GB, 3.2 TB/s, "
+            "392 GB/s each way over the bus of a supernode of 384, 400 Gb/s of RDMA (Zuo et al. 2025, Serving Large "
+            "Language Models on Huawei CloudMatrix384); not measured by us", 768,
+        ),
+        Hardware(
             "a100", 312e12, 80e9, 2.039e12, 300e9, 25e9,
             "NVIDIA A100 80GB SXM data sheet, dense BF16, NVLink 600 GB/s both ways; DGX A100: a 200 Gb/s port per GPU",
         ),
@@ -51,6 +60,42 @@ TABLE = {
         ),
     )
 }  # fmt: skip
+
+
+def this_cpu(dtype: str = "fp32") -> Hardware:
+    """This machine, measured in a second: products of 2048 x 2048 in `dtype`, copies, and all of its memory.
+
+    Several devices would be processes of this machine, whose links are its memory: half a copy's speed.
+    """
+    import os
+    import time
+
+    import torch
+
+    def rate(fn: Callable[[], object], amount: float) -> float:
+        best = float("inf")
+        for _ in range(5):
+            began = time.perf_counter()
+            fn()
+            best = min(best, time.perf_counter() - began)
+        return amount / best
+
+    a = torch.ones(2048, 2048, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
+    long, copy = torch.ones(2**25), torch.empty(2**25)
+    copied = rate(lambda: copy.copy_(long), 2 * long.nbytes)
+    return Hardware(
+        "cpu", rate(lambda: a @ a, 2 * 2048**3), float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), copied, copied / 2,
+        copied / 2, f"measured now with {torch.get_num_threads()} threads, products in {dtype}",
+    )  # fmt: skip
+
+
+def named(name: str, dtype: str = "fp32") -> Hardware:
+    """An entry of the table, or `cpu`: this machine, measured. UserError with the nearest name for an unknown one."""
+    if name == "cpu":
+        return this_cpu(dtype)
+    if name not in TABLE:
+        raise UserError(f"--hardware={name} is not in the table. {nearest(name, ['cpu', *TABLE])}")
+    return TABLE[name]
 
 
 def identify(device_name: str) -> Hardware | None:

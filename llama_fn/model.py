@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,13 +144,13 @@ def reduce(grads: Params, *, cfg: ModelConfig, dtype: torch.dtype | None) -> Par
     None meaning the gradients' own."""
     infos = abstract_params(cfg)
     with named_scope("reduce"), source_line():
-        grads = tree.map(lambda g: g.to(dtype or g.dtype), grads)
-        rest = _annotate(replace(grads, layers=()), replace(infos, layers=()), "moments")
+        cast = partial(tree.map, lambda g: g.to(dtype or g.dtype))
+        rest = _annotate(cast(replace(grads, layers=())), replace(infos, layers=()), "moments")
         layers = []
         with named_scope("layers"):
             for i, layer in enumerate(grads.layers):
                 with named_scope(str(i)):
-                    layers.append(_annotate(layer, infos.layers, "moments", drop=1))
+                    layers.append(_annotate(cast(layer), infos.layers, "moments", drop=1))
             return replace(rest, layers=tree.map(lambda *parts: k.stack(parts), *layers))
 
 

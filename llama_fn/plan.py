@@ -7,21 +7,31 @@ bound); a collective takes its bytes over the slowest link that its mesh axes cr
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-
-from kernels.registry import tensor_bytes
-from llama_fn import arrays, cost, ir, rungs, stages, train_step
-from llama_fn.compat import node_value
+from llama_fn import arrays, cost, rungs, stages, train_step
 from llama_fn.config import Config
 from llama_fn.hardware import Hardware
+from llama_fn.survey import (
+    LAYERS,
+    MICROBATCHES,
+    Moment,
+    Survey,
+    collectives,
+    extrapolated,
+    peak,
+    survey,
+    timeline,
+    total,
+)
 from sharding import Mesh, table
 from sharding.collectives import axes_of
+
+Traces = dict[Any, stages.Traced]
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Plan:
     activations_bytes: int
     peak_bytes: int
     peak_at: str
-    timeline: list[int]  # live bytes over the step, at most 200 points
+    timeline: list[Moment]  # the step's parts in their order, of microbatches the first, the last and one between
     model_flops: float
     hardware_flops: int
     compute_s: float
@@ -96,61 +106,52 @@ class Plan:
         return self.model_flops / self.step_time_s / self.hardware.peak_flops_per_s
 
 
-def make(cfg: Config, mesh: Mesh, hardware: Hardware) -> Plan:
-    """Trace and lower cfg's step for `mesh`; UserError where it cannot be partitioned."""
+def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = None) -> Plan:
+    """Trace and lower cfg's step for `mesh`, with fewer layers and microbatches where these repeat (survey.py);
+    UserError where it cannot be partitioned. `traces` keeps what was traced, for plans that share it."""
     began = time.perf_counter()
-    state = train_step.abstract_state(cfg)
-    lowered = rungs.lower(rungs.train(cfg), cfg, mesh)
-    here = _bytes_by_path(lowered)
-    infos = zip(lowered.signature.in_infos, here.values(), strict=True)
-    moments = sum(size for info, size in infos if info.table == "moments")
-    memory, tokens = lowered.memory_analysis(), cfg.data.global_batch_size * cfg.data.seq_len
-    transfers = [Transfer(row, _seconds(row, mesh, hardware)) for row in lowered.collectives()]
-    places = _places(lowered.graph_module, hardware, transfers)
+    traces = {} if traces is None else traces
+    layers, microbatches = cfg.model.num_layers, cfg.data.microbatches
+    repeats = layers > LAYERS + 1 and cfg.mesh.remat != "budget"  # which keeps values in some layers only
+    sizes = (LAYERS, LAYERS + 1) if repeats else (layers,)
+    lowered = [_lowered(_small(cfg, n, min(microbatches, MICROBATCHES)), mesh, traces) for n in sizes]
+    surveys = [survey(each, hardware, microbatches) for each in lowered]
+    found = extrapolated(surveys[0], surveys[1], layers - LAYERS) if repeats else surveys[0]
+    arguments = {key[1]: round(size) for key, size in found.items() if key[0] == "argument"}
+    infos = dict(zip(lowered[0].signature.in_paths, lowered[0].signature.in_infos, strict=True))
+    temporary, peak_at = peak(found)
+    transfers = [Transfer(row, _seconds(row, mesh, hardware)) for row in collectives(found)]
+    tokens = cfg.data.global_batch_size * cfg.data.seq_len
     return Plan(
         cfg, mesh, hardware,
-        parameters=arrays.total_size(state.params),
-        parameters_bytes=sum(size for path, size in here.items() if path.startswith("state.params")),
-        optimizer_bytes=sum(size for path, size in here.items() if path.startswith("state.opt_state")),
-        gradients_bytes=moments // 2,  # laid out as either moment, in their dtype
-        activations_bytes=_saved(lowered.graph_module),
-        peak_bytes=memory.peak_bytes, peak_at=memory.peak_at,
-        timeline=_thinned(cost.live_bytes(lowered.graph_module), memory.argument_bytes),
+        parameters=arrays.total_size(train_step.abstract_state(cfg).params),
+        parameters_bytes=sum(size for path, size in arguments.items() if path.startswith("state.params")),
+        optimizer_bytes=sum(size for path, size in arguments.items() if path.startswith("state.opt_state")),
+        # Laid out as either moment, in their dtype.
+        gradients_bytes=sum(size for path, size in arguments.items() if infos[path].table == "moments") // 2,
+        activations_bytes=round(found[("saved",)]),
+        peak_bytes=sum(arguments.values()) + round(temporary), peak_at=peak_at,
+        timeline=timeline(found, sum(arguments.values()), layers),
         model_flops=cost.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens / mesh.size,
-        hardware_flops=lowered.cost_analysis().total_flops,
-        compute_s=sum(_op_seconds(n, hardware) for n in ir.calls(lowered.graph_module.graph)),
+        hardware_flops=round(total(found, "flops")),
+        compute_s=total(found, "seconds"),
         comms_s=sum(t.seconds for t in transfers),
-        transfers=transfers, places=places, seconds=time.perf_counter() - began,
+        transfers=transfers, places=_places(found, hardware, transfers), seconds=time.perf_counter() - began,
     )  # fmt: skip
 
 
-def _bytes_by_path(lowered: stages.Lowered) -> dict[str, int]:
-    """Bytes on one device of every input."""
-    nodes = ir.placeholders(lowered.graph_module.graph)
-    return {p: tensor_bytes(node_value(n)) for p, n in zip(lowered.signature.in_paths, nodes, strict=True)}
+def _small(cfg: Config, layers: int, microbatches: int) -> Config:
+    """cfg with fewer layers and microbatches, of the same size."""
+    size = cfg.data.global_batch_size // cfg.data.microbatches
+    data = replace(cfg.data, microbatches=microbatches, global_batch_size=microbatches * size)
+    return replace(cfg, model=replace(cfg.model, num_layers=layers), data=data)
 
 
-def _thinned(live: Sequence[int], base: int) -> list[int]:
-    step = max(1, len(live) // 200)
-    return [base + max(live[i : i + step]) for i in range(0, len(live), step)]
-
-
-def _saved(gm: torch.fx.GraphModule) -> int:
-    """Bytes that the forward makes and the backward still reads, gathered and cast weights apart."""
-    kept = {
-        node for node in ir.calls(gm.graph)
-        if ir.phase_of(node) == "forward" and not re.match(r"(microbatch/\d+/)?gather/|cast", ir.scope_of(node))
-        and not cost.is_view(node) and any(ir.phase_of(user) == "backward" for user in _readers(node))
-    }  # fmt: skip
-    return sum(tensor_bytes(node_value(node)) for node in kept)
-
-
-def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """Users, those of views of the value included."""
-    found = []
-    for user in node.users:
-        found += _readers(user) if cost.is_view(user) else [user]
-    return found
+def _lowered(cfg: Config, mesh: Mesh, traces: Traces) -> stages.Lowered:
+    key = (cfg.model, cfg.data, cfg.optim)
+    if key not in traces:
+        traces[key] = rungs.train(cfg)
+    return rungs.lower(traces[key], cfg, mesh)
 
 
 def bandwidth(axes: str, mesh: Mesh, hardware: Hardware) -> float:
@@ -164,30 +165,15 @@ def _seconds(row: table.Collective, mesh: Mesh, hardware: Hardware) -> float:
     return row.bytes * row.count / bandwidth(row.axis, mesh, hardware)
 
 
-def _moved(node: torch.fx.Node) -> int:
-    if cost.is_view(node) or table.kind_of(node):
-        return 0
-    return tensor_bytes([node_value(n) for n in ir.operands(node)]) + tensor_bytes(node_value(node))
-
-
-def _op_seconds(node: torch.fx.Node, hardware: Hardware) -> float:
-    return max(cost.flops_of(node) / hardware.peak_flops_per_s, _moved(node) / hardware.hbm_bytes_per_s)
-
-
-def _places(gm: torch.fx.GraphModule, hardware: Hardware, transfers: Sequence[Transfer]) -> list[Place]:
+def _places(found: Survey, hardware: Hardware, transfers: Sequence[Transfer]) -> list[Place]:
     """In the order of the step."""
-    totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for node in ir.calls(gm.graph):
-        place = totals[re.sub(r"\b\d+\b", "*", ir.scope_of(node)), ir.phase_of(node)]
-        place[0] += cost.flops_of(node)
-        place[1] += _moved(node)
     comms: dict[tuple[str, str], float] = defaultdict(float)
     for t in transfers:
         comms[t.row.scope, t.row.phase] += t.seconds
-    return [
-        Place(
-            scope, phase, flops, moved, flops / hardware.peak_flops_per_s, moved / hardware.hbm_bytes_per_s,
-            comms[scope, phase],
-        )
-        for (scope, phase), (flops, moved) in totals.items()
-    ]  # fmt: skip
+    places = []
+    for key, flops in found.items():
+        if key[0] == "flops":
+            moved = found["moved", *key[1:]]
+            math_s, memory_s = flops / hardware.peak_flops_per_s, moved / hardware.hbm_bytes_per_s
+            places.append(Place(key[1], key[2], round(flops), round(moved), math_s, memory_s, comms[key[1:]]))
+    return places

@@ -18,7 +18,7 @@ from kernels.scope import source_line
 from llama_fn import model, optim, tree
 from llama_fn.arrays import DTYPES, ArrayInfo, Init
 from llama_fn.config import Config
-from llama_fn.transforms import accumulate, named_scope, phase, value_and_grad
+from llama_fn.transforms import accumulate, by_leaf, named_scope, phase, value_and_grad
 from sharding import P, constrain
 
 MAX_LOSS_SCALE = 2.0**32
@@ -118,9 +118,13 @@ def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, model.Params]]:
         parts = _microbatches(batch)
         if not cfg.optim.reduce_per_microbatch:
             return of_parts(params, parts, cotangent)
-        one = [of_parts(params, [part], cotangent, at) for at, part in enumerate(parts)]
-        with phase("backward"), named_scope("accumulate"), source_line():
-            return tree.map(lambda *terms: functools.reduce(torch.add, terms), *one)
+        total = of_parts(params, parts[:1], cotangent, 0)
+        for at, part in enumerate(parts[1:], 1):
+            one = of_parts(params, [part], cotangent, at)
+            # At once, so that no microbatch's gradients wait for the last one's.
+            with phase("backward"), named_scope(f"microbatch/{at}/accumulate"), source_line():
+                total = (total[0] + one[0], by_leaf(torch.add, total[1], one[1]))
+        return total
 
     return gradients
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -12,7 +13,7 @@ from kernels.rms_norm import wide
 from kernels.scope import named_scope, phase, remat_region, source_line
 from llama_fn import tree
 
-__all__ = ["accumulate", "named_scope", "phase", "remat", "value_and_grad"]
+__all__ = ["accumulate", "by_leaf", "named_scope", "phase", "remat", "value_and_grad"]
 
 
 def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
@@ -42,12 +43,22 @@ def accumulate(
     for i, part in enumerate(parts, first):
         with named_scope(f"microbatch/{i}"):
             value, grads = fn(params, part, **kwargs)
-        with phase("backward"), named_scope("accumulate"), source_line():
+        with phase("backward"), named_scope(f"microbatch/{i}/accumulate"), source_line():
             if len(parts) > 1:
-                grads = tree.map(wide, grads)
-            total = (value, grads) if total is None else (total[0] + value, tree.map(torch.add, total[1], grads))
+                grads = by_leaf(wide, grads)
+            total = (value, grads) if total is None else (total[0] + value, by_leaf(torch.add, total[1], grads))
     assert total is not None
     return total
+
+
+def by_leaf(fn: Callable[..., Any], *trees: Any) -> Any:
+    """tree.map, each leaf in the scope of its path: layers/3/wq."""
+
+    def one(path: str, *leaves: Any) -> Any:
+        with named_scope(re.sub(r"\W+", "/", path).strip("/") or "value"):
+            return fn(*leaves)
+
+    return tree.map_with_path(one, *trees)
 
 
 def remat(fn: Callable[..., Any]) -> Callable[..., Any]:

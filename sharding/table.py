@@ -32,7 +32,7 @@ class Collective:
 
 def collectives(graph: Any) -> list[Collective]:
     """Rows in the order of their first appearance in a per-device graph."""
-    rows = Counter(row for node in graph.nodes if (row := _row(node)) is not None)
+    rows = Counter(row for node in graph.nodes if (row := row_of(node)) is not None)
     return [replace(row, count=count) for row, count in rows.items()]
 
 
@@ -42,7 +42,8 @@ def kind_of(node: Any) -> str:
     return record.name if record is not None and record.name in UNFUSED else communicates(record)
 
 
-def _row(node: Any) -> Collective | None:
+def row_of(node: Any) -> Collective | None:
+    """The row of one node, with count 1; None for what sends nothing."""
     name = kind_of(node)
     if not name:
         return None

@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from llama_fn import config
-from llama_fn.errors import UserError, nearest
+from llama_fn.errors import UserError
 from llama_fn.files import atomic
 from llama_fn.tools import config_flags
 
@@ -41,7 +41,7 @@ def as_json(found: Any) -> dict[str, Any]:
         "peak_bytes": found.peak_bytes,
         "peak_at": found.peak_at,
         "fits": found.fits,
-        "timeline_bytes": found.timeline,
+        "timeline": [asdict(moment) for moment in found.timeline],
         "model_flops": found.model_flops,
         "hardware_flops": found.hardware_flops,
         "compute_s": found.compute_s,
@@ -72,7 +72,7 @@ def as_text(found: Any) -> str:
         f"  gradients    {found.gradients_bytes / GB:9.3f}  once reduced",
         f"  activations  {found.activations_bytes / GB:9.3f}  saved for the backward",
         f"  peak         {found.peak_bytes / GB:9.3f}  of {h.hbm_bytes / GB:.0f}: {verdict}; at {found.peak_at}",
-        f"  over the step {_sparkline(found.timeline)}",
+        f"  over the step {_sparkline([moment.bytes for moment in found.timeline])}",
         "",
         "per device and step",
         f"  FLOPs        {found.hardware_flops:.4e} in the graph, {found.model_flops:.4e} of the model (for MFU)",
@@ -120,11 +120,7 @@ def main(argv: list[str]) -> None:
         cfg = config.validate(config_flags.build_config())
         from llama_fn import hardware, plan, rungs
 
-        if FLAGS.hardware not in hardware.TABLE:
-            raise UserError(
-                f"--hardware={FLAGS.hardware} is not in the table. {nearest(FLAGS.hardware, hardware.TABLE)}"
-            )
-        found = plan.make(cfg, rungs.mesh(cfg), hardware.TABLE[FLAGS.hardware])
+        found = plan.make(cfg, rungs.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
         print(as_text(found))
         if FLAGS.json:
             with atomic(Path(FLAGS.json)) as f:

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_fn import plan
-from llama_fn.config import Config, DataConfig, ModelConfig
+from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from llama_fn.hardware import TABLE
 from sharding import Mesh
 
@@ -76,7 +77,52 @@ def test_the_peak_is_what_the_interpreter_measures(microbatches, random_batch, f
     step = traced.lower().compile("interpret")
     step(fresh_state(cfg), random_batch(cfg))
     assert found.peak_bytes == pytest.approx(step.memory_analysis().peak_bytes, rel=0.05)
-    assert max(found.timeline) == found.peak_bytes
+    assert max(moment.bytes for moment in found.timeline) == found.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "microbatches", "often", "more"),
+    [
+        ("data:2,model:2", "fsdp_tp", 4, True, {"remat": "full", "regather": True}),
+        ("data:2", "fsdp", 1, False, {}),
+        pytest.param("data:2", "fsdp", 4, False, {}, marks=pytest.mark.slow),
+        pytest.param("data:4", "zero1", 4, False, {"remat": "dots"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbatches, often, more):
+    """Against the whole graph of 8 layers: its liveness, its FLOPs, its table of collectives."""
+    from llama_fn import rungs
+
+    model = ModelConfig(num_layers=8, embed_dim=512, num_heads=4, num_kv_heads=4, mlp_dim=1024, vocab_size=64)
+    cfg = Config(
+        model=replace(model, compute_dtype="bf16"),
+        data=DataConfig(seq_len=64, global_batch_size=4 * microbatches, microbatches=microbatches),
+        optim=OptimConfig(reduce_per_microbatch=often), mesh=MeshConfig(axes=mesh, rules=rules, **more),
+    )  # fmt: skip
+    found = plan.make(cfg, Mesh.parse(mesh), NPU)
+    lowered = rungs.lower(rungs.train(cfg), cfg, Mesh.parse(mesh))
+    memory = lowered.memory_analysis()
+    assert found.peak_bytes == memory.peak_bytes and max(m.bytes for m in found.timeline) == memory.peak_bytes
+    assert found.hardware_flops == lowered.cost_analysis().total_flops
+    assert sorted(t.row for t in found.transfers) == sorted(lowered.collectives())
+
+
+def test_flops_are_those_that_torch_counts():
+    """FlopCounterMode over the step in plain operators. It counts attention's whole square, where ours is causal."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from llama_fn import arrays, passes, random, rungs, train_step, tree
+    from llama_fn.backends import forms
+    from llama_fn.passes.expand import expand
+
+    m, d = CFG.model, CFG.data
+    ids = torch.randint(0, m.vocab_size, (d.microbatches, d.global_batch_size // d.microbatches, d.seq_len))
+    state = arrays.materialize(train_step.abstract_state(CFG), random.key(0))
+    plain = expand(passes.copy_graph(rungs.train(CFG).lower().graph_module), {}, forms.finder({}), {})
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain(*tree.leaves((state, train_step.Batch(ids, ids, torch.ones(ids.shape)))))
+    half = 7 * d.global_batch_size * m.num_heads * m.head_dim * d.seq_len**2 * m.num_layers
+    assert counter.get_total_flops() == plan.make(CFG, Mesh(), NPU).hardware_flops + half
 
 
 def test_activations_grow_with_the_layers_and_not_with_the_parameters():
@@ -86,7 +132,7 @@ def test_activations_grow_with_the_layers_and_not_with_the_parameters():
 
     one, two, three = (saved(n, 688) for n in (1, 2, 3))
     assert two - one == three - two > 0
-    tokens = CFG.data.global_batch_size * CFG.data.seq_len
+    tokens = CFG.data.global_batch_size * CFG.data.seq_len // CFG.data.microbatches
     assert saved(1, 1376) - one == tokens * 688 * 4 * 3, "gate, up and their product, float32"
 
 
