@@ -128,7 +128,10 @@ class RunConfig:
         "auto", "cpu, cuda or npu; auto: npu for backend npu, else cpu. Of several, each process takes its own", False
     )
     deterministic: bool = opt(False, "sums in a fixed order on CUDA and NPU, slower; CPU runs are always repeatable")
-    dump_dir: str = opt("", "backend npu: folder for the GE graph, its options and a readable text of it", False)
+    compile_only: bool = opt(
+        False, "stop before the first weight: lower, say what a step takes and needs, dump if asked, and compile", False
+    )
+    dump_dir: str = opt("", "folder for the graph after every stage, a summary and pages (docs/debugging.md)", False)
     dump_ranks: str = opt("0", "ranks that write to dump_dir, comma-separated, or all", False)
     profile_steps: str = opt("", "FIRST:LAST iterations to profile into workdir/profile, for Perfetto", False)
     attention: Literal["auto", "reference", "blocked", "flash"] = opt(
@@ -198,8 +201,6 @@ def _with_device(cfg: Config) -> Config:
             f"--run.device={device} does not go with --run.backend={r.backend}: an NPU runs graphs of backend npu, and "
             "nothing else does"
         )
-    if r.dump_dir and r.backend != "npu":
-        raise UserError(f"--run.dump_dir={r.dump_dir} is written by --run.backend=npu, and this is {r.backend}")
     ranks = r.dump_ranks.split(",")
     if r.dump_ranks != "all" and not all(rank.strip().isdigit() for rank in ranks):
         raise UserError(f"--run.dump_ranks={r.dump_ranks} is neither all nor ranks such as 0,8")

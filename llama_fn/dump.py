@@ -1,88 +1,123 @@
-"""What a run writes about its graphs: the names of the files, and the readable text of a GE graph.
+"""What a run writes about its graphs (--run.dump_dir), and the names of the files.
 
-rank_0/lowered.txt        the lowered graph that it is made from, its collectives, and what was fused and what not
-rank_0/ge_graph.pbtxt     the GraphDef that GE compiles, as text; opens in netron as any protobuf text
-rank_0/ge_graph.txt       the same, a line per op: shapes, inputs by name, attributes, phase and scope
-rank_0/ge_options.json    torchair's options, the process groups, and which input each result overwrites
-rank_0/evaluation/        the same for the validation step
-rank_0/ge/                what CANN writes itself (DUMP_GE_GRAPH)
+rank_0/index.html          opens the others; written last: where it is, the dump is complete
+rank_0/NN_NAME.txt         the graph after each stage: traced, partitioned, each pass, as the backend got it
+rank_0/NN_NAME.json        traced and lowered, for Google's model-explorer; overlays NN_NAME.bytes.json, .flops.json
+rank_0/NN_code.txt         what the backend made of it, where it says
+rank_0/summary.json        ops by scope and phase, collectives, FLOPs, memory: what graph_diff compares
+rank_0/evaluation/         the same for the validation step
+
+Of backend npu besides:
+rank_0/ge_graph.pbtxt      the GraphDef that GE compiles, as text; opens in netron as any protobuf text
+rank_0/ge_graph.txt        the same, a line per op
+rank_0/ge_options.json     torchair's options, the process groups, and which input each result overwrites
+rank_0/ge/                 what CANN writes itself (DUMP_GE_GRAPH)
 """
 
 from __future__ import annotations
 
+import json
+import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kernels.registry import tensor_bytes
+from llama_fn import compat, cost, dump_page, explorer, ir, stages
 from llama_fn.files import atomic
 
-LOWERED = "lowered.txt"
+INDEX, SUMMARY, TRACED, LOWERED, BACKEND, CODE = "index.html", "summary.json", "traced", "lowered", "backend", "code"
 GE_GRAPH, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.txt", "ge_options.json"
 GE_OWN, EVALUATION = "ge", "evaluation"
-SCOPE = "nn_module_stack"  # the attribute that carries "phase scope"
-_TRACED = "_fx_tensor_name"  # "node-target.OUTPUT.result" of the traced node that an op's result is
+_OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)")
 
 
 def rank_folder(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}"
 
 
-def write_lowered(folder: Path, text: str) -> None:
-    with atomic(folder / LOWERED) as f:
-        f.write(text + "\n")
-
-
 def write_ge(folder: Path, pbtxt: str, options: str, text: str) -> None:
     """Each file is complete or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in ((GE_OPTIONS, options), (GE_TEXT, text), (GE_GRAPH, pbtxt)):
-        with atomic(folder / name) as f:
-            f.write(content)
+        _write(folder / name, content)
 
 
-def ge_text(proto: Any, shapes: Mapping[str, list[int]]) -> str:
-    """A line per op of a GraphDef, in its order; `shapes` by traced node and result, which ops are marked with."""
-    return "\n".join([f"ge graph {proto.name} {{", *(f"  {_line(op, shapes)}" for op in proto.op), "}"]) + "\n"
+def _write(path: Path, content: str) -> None:
+    with atomic(path) as f:
+        f.write(content)
 
 
-def _line(op: Any, shapes: Mapping[str, list[int]]) -> str:
-    results = ", ".join(_described(desc, shapes) for desc in op.output_desc)
-    operands = ", ".join(_operands(op))
-    named = sorted((k, v) for k, v in op.attr.items() if not k.startswith("_") and k != SCOPE)
-    attributes = "".join(f" {k}={_value(v)}" for k, v in named)
-    edges = [given.removesuffix(":-1") for given in op.input if given.endswith(":-1")]
-    after = f" after {', '.join(f'%{name}' for name in edges)}" if edges else ""
-    scope = f"  # {op.attr[SCOPE].s.decode()}" if SCOPE in op.attr else ""
-    return f"%{op.name}: {results} = {op.type}({operands}){attributes}{after}{scope}"
+class Record:
+    """Writes the stages of one step into a folder as they come; what an earlier dump left there goes first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        for old in sorted(folder.glob("*"), key=lambda path: path.name != INDEX):  # the index first
+            if old.name in (INDEX, SUMMARY) or _OURS.fullmatch(old.name):
+                old.unlink()
+
+    def watch(self, traced: stages.Traced) -> Callable[[str, torch.fx.GraphModule], None]:
+        """Record `traced`; what is returned sees the stages of lowering it."""
+        self.graph(TRACED, traced.graph_module)
+        return self.graph
+
+    def graph(self, name: str, gm: torch.fx.GraphModule) -> None:
+        """The next stage, and its JSON if it is one to look at in a browser."""
+        number = f"{self.count:02d}_{name}"
+        self._next(name, ir.as_text(gm, name, note=_costs) + "\n")
+        if name in (TRACED, LOWERED):
+            for ending, content in explorer.files(gm, number).items():
+                _write(self.folder / f"{number}{ending}.json", json.dumps(content))
+
+    def _next(self, name: str, content: str) -> None:
+        _write(self.folder / f"{self.count:02d}_{name}.txt", content)
+        self.count += 1
+
+    def finish(self, lowered: stages.Lowered, compiled: stages.Compiled | None = None) -> None:
+        """The lowered graph, the backend's part, the summary and, at last, the index."""
+        self.graph(LOWERED, lowered.graph_module)
+        if compiled is not None:
+            self._next(BACKEND, compiled.as_text() + "\n")
+            if compiled.executable.code:
+                self._next(CODE, compiled.executable.code)
+        found = summary(lowered)
+        _write(self.folder / SUMMARY, json.dumps(found, indent=1))
+        files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        sizes = {path.name: path.stat().st_size for path in files}
+        _write(self.folder / INDEX, dump_page.page(lowered.title, found, sizes))
 
 
-def _operands(op: Any) -> Iterator[str]:
-    names = [desc.name for desc in op.input_desc]
-    for i, given in enumerate(given for given in op.input if not given.endswith(":-1")):  # control edges apart
-        if given:  # an optional one may not be
-            producer, _, index = given.rpartition(":")
-            yield f"{names[i] if i < len(names) else i}=%{producer}{'' if index == '0' else '#' + index}"
+def _costs(node: torch.fx.Node) -> str:
+    """Bytes of the result, FLOPs and sharding of a node."""
+    if node.op == "output":
+        return ""
+    flops = cost.flops_of(node) if node.op == "call_function" else 0
+    size = 0 if node.op == "call_function" and cost.is_view(node) else tensor_bytes(compat.node_value(node))
+    parts = [f"{size} B" if size else "", f"{flops} FLOP" if flops else "", str(node.meta.get("sharding", ""))]
+    return " ".join(filter(None, parts))
 
 
-def _described(desc: Any, shapes: Mapping[str, list[int]]) -> str:
-    """dtype and shape; the shape of what a converter made on the way is GE's to infer."""
-    dtype = desc.DESCRIPTOR.fields_by_name["dtype"].enum_type.values_by_number[desc.dtype].name.removeprefix("DT_")
-    node, _, index = (desc.attr[_TRACED].s.decode() if _TRACED in desc.attr else "").partition("-")
-    shape = shapes.get(f"{node}.{index.rpartition('.')[2]}")
-    if shape is None and "_meta" in desc.attr:
-        known = re.search(r"torch\.Size\((\[.*?\])\)", desc.attr["_meta"].s.decode())
-        return f"{dtype}{known[1]}" if known else f"{dtype}[?]"
-    return f"{dtype}{shape if shape is not None else list(desc.shape.dim) or '[?]'}"
-
-
-def _value(attr: Any) -> str:
-    kind = attr.WhichOneof("value")
-    if kind == "s":
-        return str(attr.s.decode(errors="replace"))
-    if kind == "list":
-        held = next((list(getattr(attr.list, f)) for f in ("i", "f", "b", "s") if getattr(attr.list, f)), [])
-        return str(held)
-    if kind == "t":
-        return f"<{list(attr.t.desc.shape.dim)} {len(attr.t.data)} bytes>"
-    return str(getattr(attr, kind)) if kind else ""
+def summary(lowered: stages.Lowered) -> dict[str, Any]:
+    """Layers and microbatches are taken together: numbers in scopes are stars."""
+    ops: Counter[tuple[str, str, str]] = Counter()
+    flops: Counter[tuple[str, str, str]] = Counter()
+    for node in ir.calls(lowered.graph_module.graph):
+        if node.target is operator.getitem:
+            continue
+        note = " recomputed" if compat.labels(node).get("note") == "recomputed" else ""
+        key = (re.sub(r"\b\d+\b", "*", ir.scope_of(node)), ir.phase_of(node), ir.target_text(node) + note)
+        ops[key] += 1
+        flops[key] += cost.flops_of(node)
+    names = ("scope", "phase", "op", "count", "flops")
+    return {
+        "title": lowered.title,
+        "ops": [dict(zip(names, (*key, n, flops[key]), strict=True)) for key, n in ops.items()],
+        "collectives": [asdict(row) for row in lowered.collectives()],
+        "flops": lowered.cost_analysis().flops,
+        "memory": asdict(lowered.memory_analysis()),
+    }

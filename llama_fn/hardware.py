@@ -83,9 +83,10 @@ def this_cpu(dtype: str = "fp32") -> Hardware:
     a = torch.ones(2048, 2048, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
     long, copy = torch.ones(2**25), torch.empty(2**25)
     copied = rate(lambda: copy.copy_(long), 2 * long.nbytes)
+    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return Hardware(
-        "cpu", rate(lambda: a @ a, 2 * 2048**3), float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), copied, copied / 2,
-        copied / 2, f"measured now with {torch.get_num_threads()} threads, products in {dtype}",
+        "cpu", rate(lambda: a @ a, 2 * 2048**3), memory, copied, copied / 2, copied / 2,
+        f"measured now with {torch.get_num_threads()} threads, products in {dtype}",
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,19 +73,18 @@ def _result(value: Any) -> str:
     return describe(value)
 
 
-def as_text(gm: torch.fx.GraphModule, title: str) -> str:
-    """The graph, readable and diffable; subgraphs first."""
+def as_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node], str] = lambda _: "") -> str:
+    """The graph, readable and diffable; subgraphs first. `note(node)` is added to a node's line."""
     lines = []
     for name, child in gm.named_children():
         if isinstance(child, torch.fx.GraphModule):
-            lines.append(as_text(child, name))
+            lines.append(as_text(child, name, note))
     lines.append(f"graph {title} {{")
     for node in gm.graph.nodes:
         arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
         if node.op == "placeholder":
-            lines.append(
-                f"  %{node.name}: {describe(node.meta.get('val'))} = input {node.meta.get('path', '')}".rstrip()
-            )
+            described = f"  %{node.name}: {describe(node.meta.get('val'))} = input {node.meta.get('path', '')}".rstrip()
+            lines.append(described + _aside(note(node)))
         elif node.op == "output":
             names = node.meta.get("paths") or [""] * len(node.args[0])
             for name, value in zip(names, node.args[0], strict=True):
@@ -92,12 +92,17 @@ def as_text(gm: torch.fx.GraphModule, title: str) -> str:
         else:
             where = compat.labels(node)
             trail = " ".join(str(where[key]) for key in ("phase", "scope", "source", "note") if where.get(key))
-            call = f"{_target(node)}({', '.join(arguments)})"
-            lines.append(f"  %{node.name}: {_result(node.meta.get('val'))} = {call}  # {trail}")
+            call = f"{target_text(node)}({', '.join(arguments)})"
+            lines.append(f"  %{node.name}: {_result(node.meta.get('val'))} = {call}  # {trail}{_aside(note(node))}")
     return "\n".join([*lines, "}"])
 
 
-def _target(node: torch.fx.Node) -> str:
+def _aside(note: str) -> str:
+    return f"  | {note}" if note else ""
+
+
+def target_text(node: torch.fx.Node) -> str:
+    """What a node calls, by name."""
     target = node.target
     return (
         str(target)

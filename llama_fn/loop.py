@@ -55,6 +55,9 @@ def run(cfg: Config, flags_text: str = "", backend: prepare.Backend | None = Non
     mesh = rungs.mesh(cfg)
     runtime.log_to_terminal(None, quiet=os.environ.get("RANK", "0") != "0")
     hardware = runtime.setup(cfg.run)
+    if cfg.run.compile_only:
+        prepare.compile_only(cfg, mesh, hardware)
+        return 0
     members = processes.start(mesh, cfg.run.device, cfg.run.timeout_s)
     prepare.refuse_lonely(cfg, mesh, members)
     chief = members is None or members.chief

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_fn import arrays, ascend, config, dump, random, rungs, stages, train_step, tree
+from llama_fn import arrays, ascend, config, dump, plan, random, report, rungs, stages, train_step, tree
 from llama_fn.backends.inductor import default_cache
 from llama_fn.checkpoint import Checkpointer
 from llama_fn.config import Config
@@ -17,6 +17,7 @@ from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.samples import Samples
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
+from llama_fn.hardware import Hardware, named
 from llama_fn.processes import Processes
 from llama_fn.store import Store
 from sharding import Mesh, P
@@ -78,11 +79,15 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
         cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else default_cache()
         options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": cache}
     if cfg.run.backend == "npu":
-        rank = 0 if processes is None else processes.rank
-        wanted = cfg.run.dump_dir and ascend.dumps(cfg.run, rank)
-        folder = dump.rank_folder(Path(cfg.run.dump_dir), rank) if wanted else None
-        options |= {"device": cfg.run.device, "dump_to": folder}
+        options |= {"device": cfg.run.device}
     return options
+
+
+def dump_folder(cfg: Config, processes: Processes | None) -> Path | None:
+    """Where this process dumps its graphs, None where it does not."""
+    rank = 0 if processes is None else processes.rank
+    wanted = cfg.run.dump_dir and ascend.dumps(cfg.run, rank)
+    return dump.rank_folder(Path(cfg.run.dump_dir), rank) if wanted else None
 
 
 def compile(
@@ -99,25 +104,49 @@ def compile(
     )  # fmt: skip
     options = backend_options(cfg, processes) if backend is None else {}
 
-    def climb(traced: stages.Traced) -> stages.Compiled:
-        lowered = rungs.lower(traced, cfg, mesh)
+    def climb(traced: stages.Traced, folder: Path | None) -> stages.Compiled:
+        record = dump.Record(folder) if folder else None
+        lowered = rungs.lower(traced, cfg, mesh, record.watch(traced) if record else _unwatched)
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
             traced.name, traced.seconds, cost.total_flops / 1e9, memory.peak_bytes / 1e6, cfg.run.backend,
         )  # fmt: skip
-        if options.get("dump_to"):
-            dump.write_lowered(options["dump_to"], lowered.as_text())
+        if cfg.run.backend == "npu" and backend is None:
+            options["dump_to"] = folder
         compiled = lowered.compile(backend or cfg.run.backend, **options)
+        if record:
+            record.finish(lowered, compiled)
+            log.info("graphs of %s: %s", traced.name, record.folder / dump.INDEX)
         log.info("%s: %s in %.1f s", traced.name, "loaded" if compiled.from_cache else "compiled", compiled.seconds)
         return compiled
 
-    train = climb(rungs.train(cfg))
+    folder = dump_folder(cfg, processes)
+    train = climb(rungs.train(cfg), folder)
     if not with_eval:
         return train, None
-    if options.get("dump_to"):
-        options["dump_to"] /= dump.EVALUATION
-    return train, climb(rungs.evaluation(cfg))
+    return train, climb(rungs.evaluation(cfg), folder / dump.EVALUATION if folder else None)
+
+
+def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:
+    """Say what a step takes and needs on `hardware` (None: Ascend 910B1 for backend npu, else this CPU, measured), dump
+    the graphs of one device where that is asked for, and compile where it can be done without other processes."""
+    name = "ascend_910b1" if cfg.run.backend == "npu" else "cpu"
+    found = plan.make(cfg, mesh, hardware or named(name, cfg.model.compute_dtype))
+    log.info("%s", report.as_text(found))
+    if mesh.size == 1 and cfg.run.backend != "npu":
+        compile(cfg, mesh, None, bool(cfg.run.eval_every))
+        return
+    log.info("not compiled: that takes %d processes, each with its device", mesh.size)
+    folder = dump_folder(cfg, None)
+    if folder:
+        record, traced = dump.Record(folder), rungs.train(cfg)
+        record.finish(rungs.lower(traced, cfg, mesh, record.watch(traced)))
+        log.info("graphs of %s: %s", traced.name, record.folder / dump.INDEX)
+
+
+def _unwatched(name: str, gm: Any) -> None:
+    pass
 
 
 def restore_or_begin(cfg: Config, store: Store) -> tuple[int, Any, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_fn import stages, train_step
+from llama_fn import passes, stages, train_step
 from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.passes.remat import Remat
@@ -27,10 +27,12 @@ def evaluation(cfg: Config) -> stages.Traced:
     return stages.jit(train_step.make_eval_step(cfg)).trace(state.params, batch)
 
 
-def lower(traced: stages.Traced, cfg: Config, mesh: Mesh) -> stages.Lowered:
+def lower(
+    traced: stages.Traced, cfg: Config, mesh: Mesh, watch: passes.Watch = lambda name, gm: None
+) -> stages.Lowered:
     """`traced` for one device of `mesh`, as cfg's mesh section says; UserError where it cannot be partitioned."""
     m = cfg.mesh
     names = tuple(name.strip() for name in m.remat_names.split(",") if name.strip())
     remat = Remat(m.remat, names, int(m.remat_gb * 1e9), m.regather)
     without = [name for name in m.without.split(",") if name]
-    return traced.lower(mesh, m.rules, without, m.fuse, remat)
+    return traced.lower(mesh, m.rules, without, m.fuse, remat, watch)

@@ -182,13 +182,13 @@ class Traced(_Graph):
 
     def lower(
         self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False,
-        remat: str | Remat = "none",
+        remat: str | Remat = "none", watch: passes.Watch = lambda name, gm: None,
     ) -> Lowered:  # fmt: skip
         """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
 
         `without` names passes of passes.OPTIONAL to leave out; `fuse` asks for passes/fuse.py; `remat` is what layers
-        compute again in the backward, or the policy alone. UserError where a dimension is not divisible, or an
-        annotation is missing or wrong.
+        compute again in the backward, or the policy alone; `watch` sees the graph after partitioning and each pass.
+        UserError where a dimension is not divisible, or an annotation is missing or wrong.
         """
         for name in without:
             if name not in passes.OPTIONAL:
@@ -199,7 +199,8 @@ class Traced(_Graph):
         left_out = {*without, *([] if fuse else ["fuse"])}
         chosen = [each for each in passes.LOWERING if each.__name__ not in left_out]
         remat = Remat(remat) if isinstance(remat, str) else remat
-        gm = passes.run(chosen, parts.graph_module, passes.Context(mesh, signature.aliases, remat))
+        watch("partitioned", parts.graph_module)
+        gm = passes.run(chosen, parts.graph_module, passes.Context(mesh, signature.aliases, remat), watch)
         taken = {o for _, o in signature.aliases}
         outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
         return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)

@@ -64,6 +64,7 @@ class _Partitioner:
                 outputs = self._output(node)
             else:
                 self.new[node], self.layouts[node] = self._call(node)
+                self.new[node].meta["sharding"] = _spec_text(self.layouts[node])
         given = tuple(self.layouts[n] for n in self.source.graph.nodes if n.op == "placeholder")
         return Partitioned(torch.fx.GraphModule(self.source, self.graph), given, outputs)
 
@@ -72,7 +73,7 @@ class _Partitioner:
         layout = self.rules.layout(axes or (None,) * value.dim(), table, self.mesh)
         shape = local_shape(tuple(value.shape), layout, self.mesh, node.meta.get("path", node.name), table != "compute")
         new = self.graph.node_copy(node, self.new.__getitem__)
-        new.meta = {**node.meta, "val": value.new_empty(shape)}
+        new.meta = {**node.meta, "val": value.new_empty(shape), "sharding": _spec_text(layout)}
         self.new[node], self.layouts[node] = new, layout
 
     def _output(self, node: torch.fx.Node) -> tuple[P, ...]:
@@ -203,6 +204,11 @@ class _Partitioner:
                 value = target(*values, **named)
         new.meta = {"val": value, "custom": dict(self.at.meta.get("custom", {}))}
         return new
+
+
+def _spec_text(layout: Any) -> str:
+    """Of one result, or of several."""
+    return "; ".join(map(str, layout)) if isinstance(layout, list) else str(layout)
 
 
 def _origin(node: Any) -> str:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from kernels.registry import KERNELS
-from llama_fn import compat, dump, ir, passes
+from llama_fn import compat, ir, passes
 from llama_fn.backends import Executable, Program, communication, forms
 from llama_fn.errors import UserError
+from llama_fn.ge_text import ge_text
 from llama_fn.passes.constants import constants
 from llama_fn.passes.expand import expand
 from llama_fn.passes.place import place
@@ -33,8 +34,10 @@ def compile(
 ) -> Executable:
     """`dump_to`: folder that gets the GE graph, torchair's options and a readable text before anything runs."""
     converted = convert(program, device, processes)
-    text = dump.ge_text(converted.proto, converted.shapes)
+    text = ge_text(converted.proto, converted.shapes)
     if dump_to is not None:
+        from llama_fn import dump  # which knows the ladder, and the ladder the backends
+
         dump.write_ge(dump_to, converted.pbtxt(), converted.options(), text)
         log.info("GE graph written to %s", dump_to)
 

@@ -40,13 +40,19 @@ LOWERING: list[Pass] = [sink_casts, remat, regather, dead_code, fuse, bucket, ov
 OPTIONAL = ("sink_casts", "bucket", "overlap", "schedule")  # what a user may leave out: the numbers do not depend on it
 
 
-def run(passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context) -> torch.fx.GraphModule:
+Watch = Callable[[str, torch.fx.GraphModule], None]  # sees a graph after each stage, by the stage's name
+
+
+def run(
+    passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context, watch: Watch = lambda name, gm: None
+) -> torch.fx.GraphModule:
     """A new graph module after `passes`; the given one is not changed."""
     gm = copy_graph(gm)
     for each in passes:
         before = len(gm.graph.nodes)
         gm = each(gm, ctx)
         log.debug("%s: %d -> %d nodes", each.__name__, before, len(gm.graph.nodes))
+        watch(each.__name__, gm)
     gm.graph.lint()
     gm.recompile()
     return gm

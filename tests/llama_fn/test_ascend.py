@@ -91,7 +91,6 @@ def test_the_documented_table_is_the_one_that_is_used():
         ({"run.backend": "npu", "run.device": "cpu"}, "does not go with --run.backend=npu"),
         ({"run.device": "npu"}, "does not go with --run.backend=inductor"),
         ({"run.device": "gpu"}, "expected auto, cpu, cuda or npu"),
-        ({"run.dump_dir": "x"}, "is written by --run.backend=npu"),
         ({"run.backend": "npu", "run.dump_ranks": "first"}, "neither all nor ranks"),
         ({"run.profile_steps": "5"}, "is not FIRST:LAST"),
     ],

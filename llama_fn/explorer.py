@@ -1,0 +1,56 @@
+"""A graph as JSON for Google's model-explorer (ai-edge-model-explorer): layers collapse, overlays colour nodes.
+
+model-explorer rank_0/08_lowered.json       then "Add per-node data": 08_lowered.bytes.json, 08_lowered.flops.json
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.registry import tensor_bytes
+from llama_fn import compat, cost, ir
+from llama_fn.arrays import describe
+
+
+def files(gm: torch.fx.GraphModule, name: str) -> dict[str, Any]:
+    """File ending -> content: the graph, and what to lay over it."""
+    calls = ir.calls(gm.graph)
+    nodes = [_node(node) for node in gm.graph.nodes]
+    overlays = {
+        ".bytes": {n.name: size for n in calls if not cost.is_view(n) and (size := tensor_bytes(compat.node_value(n)))},
+        ".flops": {n.name: flops for n in calls if (flops := cost.flops_of(n))},
+    }
+    return {"": {"graphs": [{"id": name, "nodes": nodes}]}} | {
+        ending: {name: {"results": {node: {"value": value} for node, value in values.items()}, "gradient": _COLOURS}}
+        for ending, values in overlays.items()
+    }
+
+
+_COLOURS = [{"stop": 0, "bgColor": "#f4f7fb"}, {"stop": 1, "bgColor": "#d9480f"}]
+
+
+def _node(node: torch.fx.Node) -> dict[str, Any]:
+    labels = compat.labels(node)
+    operands = ir.operands(node)
+    value = node.meta.get("val")
+    results = value if isinstance(value, (tuple, list)) else [] if value is None else [value]
+    attributes = {
+        **{key: labels.get(key) for key in ("phase", "source", "note", "name")},
+        "sharding": node.meta.get("sharding"), "path": node.meta.get("path"),
+        "arguments": ", ".join(repr(a) for a in node.args if not isinstance(a, (torch.fx.Node, list, tuple))),
+    }  # fmt: skip
+    return {
+        "id": node.name,
+        "label": ir.target_text(node) if node.op == "call_function" else node.op,
+        "namespace": "/".join(filter(None, (str(labels.get("phase", "")), ir.scope_of(node)))),
+        "attrs": [{"key": key, "value": str(v)} for key, v in attributes.items() if v],
+        "incomingEdges": [
+            {"sourceNodeId": x.name, "sourceNodeOutputId": "0", "targetNodeInputId": str(i)}
+            for i, x in enumerate(operands)
+        ],
+        "outputsMetadata": [
+            {"id": str(i), "attrs": [{"key": "tensor_shape", "value": describe(x)}]} for i, x in enumerate(results)
+        ],
+    }

@@ -1,0 +1,94 @@
+"""What a change did to the graph of a step, in words.
+
+    python train.py --flagfile=mine.flags --run.compile_only --run.dump_dir=before
+    ... edit ...
+    python train.py --flagfile=mine.flags --run.compile_only --run.dump_dir=after
+    python -m llama_fn.tools.graph_diff before after
+
+Compares ops by scope and phase, collectives, FLOPs and memory of every rank that both have, layers and microbatches
+taken together; lines of source files may move. Exit status 0 where nothing differs, 1 where something does, 2 for
+wrong input: a repository can test that a refactoring leaves the graph alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app
+
+from llama_fn.errors import UserError
+
+SUMMARY, INDEX = "summary.json", "index.html"
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """Summaries by the folder that holds them: ranks, and below them the evaluation step."""
+    found = {str(path.parent.relative_to(folder)): path for path in sorted(folder.rglob(SUMMARY))}
+    if not found:
+        raise UserError(f"{folder} holds no {SUMMARY}: give a folder that --run.dump_dir wrote")
+    for path in found.values():
+        if not path.with_name(INDEX).exists():
+            raise UserError(f"{path.parent} has no {INDEX}: the dump was cut short; write it again")
+    return {name: json.loads(path.read_text()) for name, path in found.items()}
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+    """Lines that say what b has and a has not, and the other way round."""
+    for count_of in (_ops, _collectives):
+        before, after = count_of(a), count_of(b)
+        for what in dict.fromkeys([*before, *after]):
+            if before[what] != after[what]:
+                yield f"{after[what] - before[what]:+d} {what}"
+    for phase in a["flops"]:
+        yield from _changed(f"FLOPs, {phase}", a["flops"][phase], b["flops"][phase])
+    for name in ("argument_bytes", "result_bytes", "peak_bytes"):
+        yield from _changed(name.replace("_", " "), a["memory"][name], b["memory"][name])
+    if a["memory"]["peak_bytes"] != b["memory"]["peak_bytes"]:
+        yield f"peak now at {b['memory']['peak_at']}, before at {a['memory']['peak_at']}"
+
+
+def _ops(summary: Mapping[str, Any]) -> Counter[str]:
+    return Counter({f"{row['op']} in {row['scope']}, {row['phase']}": row["count"] for row in summary["ops"]})
+
+
+def _collectives(summary: Mapping[str, Any]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for row in summary["collectives"]:
+        what = f"{row['kind']} over {row['axis']} of {row['bytes']:,} bytes {row['dtype']}"
+        source = re.sub(r":\d+", "", row["source"])
+        found[f"{what} in {row['scope']}, {row['phase']}, asked for in {source}"] += row["count"]
+    return found
+
+
+def _changed(what: str, a: float, b: float) -> Iterator[str]:
+    if a != b:
+        yield f"{what}: {a:,} -> {b:,}" + (f" ({(b - a) / a * 100:+.1f} %)" if a else "")
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) != 3:
+            raise UserError("give two folders: python -m llama_fn.tools.graph_diff BEFORE AFTER")
+        before, after = (load(Path(folder)) for folder in argv[1:])
+        status = 0
+        for name in [*before, *(name for name in after if name not in before)]:
+            if name not in before or name not in after:
+                lines = [f"only in {argv[1] if name in before else argv[2]}"]
+            else:
+                lines = list(difference(before[name], after[name]))
+            status |= bool(lines)
+            print("\n".join([f"{name}: {'differs' if lines else 'no difference'}", *(f"  {line}" for line in lines)]))
+    except (UserError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    app.run(main)

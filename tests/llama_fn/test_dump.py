@@ -1,0 +1,111 @@
+"""Dumps: a numbered file per stage, an index that is written last, and differences in words."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_fn import dump, loop, rungs
+from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(folder, **mesh):
+    model = ModelConfig(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=48, vocab_size=64)
+    return Config(
+        model=model, data=DataConfig(seq_len=16, global_batch_size=4),
+        mesh=MeshConfig(axes="data:2,model:2", **mesh),
+        run=RunConfig(compile_only=True, workdir=str(folder / "run"), dump_dir=str(folder / "dump")),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory):
+    folders = []
+    for mesh in ({}, {}, {"remat": "full"}):
+        folder = tmp_path_factory.mktemp("dumped")
+        assert loop.run(config(folder, **mesh)) == 0
+        assert not (folder / "run" / "checkpoints").exists()
+        folders.append(folder / "dump")
+    return folders
+
+
+def test_every_stage_has_a_numbered_text_with_what_a_node_costs(dumped):
+    folder = dump.rank_folder(dumped[0], 0)
+    texts = sorted(path.name for path in folder.glob("*.txt"))
+    assert [name[3:-4] for name in texts] == [
+        "traced", "partitioned", "sink_casts", "remat", "regather", "dead_code", "bucket", "overlap", "schedule",
+        "donation", "lowered",
+    ]  # fmt: skip
+    assert [int(name[:2]) for name in texts] == list(range(len(texts)))
+    lowered = (folder / texts[-1]).read_text()
+    product = re.search(r"= llama_fn.einsum.default\('btd,dnh->btnh'.*", lowered)[0]
+    # 2 x 16 tokens on a device, 32 wide, 2 heads of 8 of it.
+    assert "# forward microbatch/0/layers/0/attention model.py:" in product
+    assert f"| {2 * 16 * 2 * 8 * 4} B {2 * 2 * 16 * 32 * 2 * 8} FLOP P('data', None, 'model', None)" in product
+    assert "f32[2,16,32]" in lowered and "f32[4,16,32]" in (folder / texts[0]).read_text()
+
+
+def test_the_json_is_what_model_explorer_opens(dumped):
+    """Its schema: ids, namespaces by scope, edges between nodes that exist, overlays by node id."""
+    folder = dump.rank_folder(dumped[0], 0)
+    for stage in ("traced", "lowered"):
+        (path,) = folder.glob(f"*_{stage}.json")
+        (graph,) = json.loads(path.read_text())["graphs"]
+        ids = {node["id"] for node in graph["nodes"]}
+        assert all(edge["sourceNodeId"] in ids for node in graph["nodes"] for edge in node["incomingEdges"])
+        assert "backward/microbatch/0/layers/1/mlp" in {node["namespace"] for node in graph["nodes"]}
+        for overlay in ("bytes", "flops"):
+            content = json.loads(path.with_suffix(f".{overlay}.json").read_text())
+            results = content[graph["id"]]["results"]
+            assert results.keys() <= ids and all(result["value"] > 0 for result in results.values())
+
+
+def test_the_index_opens_every_file_and_says_what_counts(dumped):
+    folder = dump.rank_folder(dumped[2], 0)
+    page = (folder / dump.INDEX).read_text()
+    links = re.findall(r"href='([^']+)'", page)
+    assert {path.name for path in folder.iterdir()} == {*links, dump.INDEX}
+    assert "reduce_scatter" in page and "peak_bytes" in page and "llama_fn.einsum.default recomputed" in page
+    assert "http" not in page, "nothing from the network"
+
+
+def test_a_new_dump_takes_the_old_index_away_first(dumped, tmp_path):
+    (tmp_path / dump.INDEX).write_text("old")
+    (tmp_path / "99_old.txt").write_text("old")
+    (tmp_path / "mine.txt").write_text("kept")
+    cfg = config(tmp_path)
+    traced = rungs.train(cfg)
+    record = dump.Record(tmp_path)
+    record.watch(traced)
+    assert not (tmp_path / dump.INDEX).exists() and not (tmp_path / "99_old.txt").exists()
+    assert (tmp_path / "mine.txt").exists()
+
+
+def diff(*folders):
+    command = [sys.executable, "-m", "llama_fn.tools.graph_diff", *map(str, folders)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_difference_is_said_in_words(dumped, tmp_path):
+    same = diff(dumped[0], dumped[1])
+    assert same.returncode == 0 and same.stdout.strip() == "rank_0: no difference"
+    other = diff(dumped[0], dumped[2])
+    assert other.returncode == 1
+    assert "+2 llama_fn.attention.default recomputed in microbatch/*/layers/*/attention, backward" in other.stdout
+    assert re.search(
+        r"\+2 reduce_scatter over model of [\d,]+ bytes float32 in .*, asked for in model.py", other.stdout
+    )
+    assert re.search(r"FLOPs, backward: [\d,]+ -> [\d,]+ \(\+\d", other.stdout) and "peak now at" in other.stdout
+    none = diff(dumped[0], tmp_path)
+    assert none.returncode == 2 and "holds no summary.json" in none.stderr
+    cut_short = tmp_path / "rank_0"
+    cut_short.mkdir()
+    (cut_short / dump.SUMMARY).write_text("{}")
+    assert "cut short" in diff(dumped[0], tmp_path).stderr
