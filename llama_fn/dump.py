@@ -30,6 +30,7 @@ import torch
 from kernels.registry import tensor_bytes
 from llama_fn import compat, cost, dump_page, explorer, ir, stages
 from llama_fn.files import atomic
+from llama_fn.passes.fuse import report as fusion_report
 
 INDEX, SUMMARY, TRACED, LOWERED, BACKEND, CODE = "index.html", "summary.json", "traced", "lowered", "backend", "code"
 GE_GRAPH, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.txt", "ge_options.json"
@@ -118,6 +119,7 @@ def summary(lowered: stages.Lowered) -> dict[str, Any]:
         "title": lowered.title,
         "ops": [dict(zip(names, (*key, n, flops[key]), strict=True)) for key, n in ops.items()],
         "collectives": [asdict(row) for row in lowered.collectives()],
+        "fusion": fusion_report(lowered.graph_module.graph),
         "flops": lowered.cost_analysis().flops,
         "memory": asdict(lowered.memory_analysis()),
     }

@@ -59,7 +59,12 @@ def page(title: str, summary: Mapping[str, Any], files: Mapping[str, int]) -> st
             ([r[k] for k in ("count", "kind", "axis", "dtype", "bytes", "phase", "scope", "source")]
              for r in summary["collectives"]),
         ) if summary["collectives"] else "<p>none</p>",
+        *_fusion(summary["fusion"]),
         "<h2>Ops</h2>",
         table(("op", "count", "FLOPs"), ([op, *n] for op, n in sorted(by_op.items(), key=lambda item: -item[1][0]))),
     ]  # fmt: skip
     return document(title, "".join(parts))
+
+
+def _fusion(lines: Sequence[str]) -> list[str]:
+    return ["<h2>Fused, or why not</h2>", table(("where and why",), [[line] for line in lines])] if lines else []

@@ -183,11 +183,13 @@ class Traced(_Graph):
     def lower(
         self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False,
         remat: str | Remat = "none", watch: passes.Watch = lambda name, gm: None,
+        first: Collection[passes.Pass] = (),
     ) -> Lowered:  # fmt: skip
         """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
 
         `without` names passes of passes.OPTIONAL to leave out; `fuse` asks for passes/fuse.py; `remat` is what layers
-        compute again in the backward, or the policy alone; `watch` sees the graph after partitioning and each pass.
+        compute again in the backward, or the policy alone; `watch` sees the graph after partitioning and each pass;
+        `first` are passes of your own, run on the graph of one device before ours (docs/extending.md).
         UserError where a dimension is not divisible, or an annotation is missing or wrong.
         """
         for name in without:
@@ -197,7 +199,7 @@ class Traced(_Graph):
         start, signature = time.perf_counter(), self.signature
         parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
         left_out = {*without, *([] if fuse else ["fuse"])}
-        chosen = [each for each in passes.LOWERING if each.__name__ not in left_out]
+        chosen = [*first, *(each for each in passes.LOWERING if each.__name__ not in left_out)]
         remat = Remat(remat) if isinstance(remat, str) else remat
         watch("partitioned", parts.graph_module)
         gm = passes.run(chosen, parts.graph_module, passes.Context(mesh, signature.aliases, remat), watch)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 PAGES = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
 
@@ -19,3 +20,17 @@ def test_snippets_run(page, capsys):
     if page.name == "sharding.md":
         printed = capsys.readouterr().out
         assert "reduce_scatter  model" in printed and "pending sum over model" in printed
+    if page.name == "extending.md":
+        printed = capsys.readouterr().out
+        whole, halved = (int(number) for number in printed.split()[:2])
+        assert whole == 2 * halved > 0
+        assert "llama_fn.relu2_bwd.default" in printed and "f32[4,8,16]" in printed, "mlp is halved over model"
+        check_relu2(namespace)
+
+
+def check_relu2(namespace):
+    """Against the formula, in float64, and against torch's own gradient."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    y = namespace["relu2"](x)
+    torch.testing.assert_close(y, x.clamp(min=0) ** 2)
+    assert torch.autograd.gradcheck(namespace["relu2"], (x,), check_undefined_grad=False)
