@@ -3,15 +3,20 @@
     python -m llama_fn.tools.plan --flagfile=configs/llama_65b_96npu.flags
     python -m llama_fn.tools.plan --model.preset=llama_7b --mesh.axes=data:8 --hardware=h100 --json=plan.json
 
+    python -m llama_fn.tools.plan --flagfile=configs/llama_7b_8npu.flags --search=8
+
 Takes train.py's flags. Nothing is allocated and no process group is made. Exit status 0 where the predicted peak fits
-the device's memory, 1 where it does not, 2 for wrong input. How the numbers are made: llama_fn/plan.py.
+the device's memory, or where the search finds something that does, 1 where not, 2 for wrong input. How the numbers are
+made: llama_fn/plan.py.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -23,18 +28,35 @@ from llama_fn.tools import config_flags
 FLAGS = flags.FLAGS
 
 
+def _search(cfg: config.Config, devices: int, device: Any) -> typing.NoReturn:
+    """Print what fits and what does not; status 0 if anything fits, else 1."""
+    from rich.console import Console
+
+    from llama_fn import search
+
+    with Console(stderr=True).status("") as status:
+        tried = search.search(cfg, devices, device, status.update)
+    print(search.as_text(tried))
+    sys.exit(0 if any(each.plan for each in tried) else 1)
+
+
 def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
         cfg = config.validate(config_flags.build_config())
-        from llama_fn import hardware, plan, report, rungs
+        from llama_fn import hardware, plan, plan_page, report, rungs
 
+        if FLAGS.search:
+            _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
         found = plan.make(cfg, rungs.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
         print(report.as_text(found))
         if FLAGS.json:
             with atomic(Path(FLAGS.json)) as f:
                 json.dump(report.as_json(found), f, indent=1)
+        if FLAGS.page:
+            with atomic(Path(FLAGS.page)) as f:
+                f.write(plan_page.page(found))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -46,4 +68,6 @@ if __name__ == "__main__":
     flags.adopt_module_key_flags(config_flags)
     flags.DEFINE_string("hardware", "ascend_910b1", "device of llama_fn/hardware.py to plan for")
     flags.DEFINE_string("json", "", "file that gets everything as JSON as well")
+    flags.DEFINE_integer("search", 0, "number of devices: list the meshes, rules, microbatches and remat that fit", 0)
+    flags.DEFINE_string("page", "", "HTML file that gets everything with plots as well; needs matplotlib")
     app.run(main, flags_parser=config_flags.parse)

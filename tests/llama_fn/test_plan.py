@@ -125,6 +125,31 @@ def test_flops_are_those_that_torch_counts():
     assert counter.get_total_flops() == plan.make(CFG, Mesh(), NPU).hardware_flops + half
 
 
+def test_a_fused_head_costs_the_same_with_its_vocabulary_sharded():
+    fused = replace(CFG, model=replace(CFG.model, fused_head=True))
+    whole, halved = (plan.make(fused, mesh, NPU) for mesh in (Mesh(), Mesh.parse("model:2")))
+    assert whole.hardware_flops == 2 * halved.hardware_flops
+
+
+def test_the_search_finds_what_fits_and_says_why_not_the_rest(monkeypatch):
+    """On a device with room for the state of a device in four, but not for all of it."""
+    from llama_fn import search
+
+    cfg = replace(CFG, data=replace(CFG.data, microbatches=1), model=replace(CFG.model, num_heads=2, num_kv_heads=2))
+    whole = plan.make(cfg, Mesh(), NPU)
+    small = replace(NPU, hbm_bytes=whole.parameters_bytes * 2)
+    monkeypatch.setattr(search, "SEQUENCES", (1,))
+    tried = search.search(cfg, 4, small)
+    best = tried[0]
+    assert best.plan is not None and best.plan.peak_bytes <= small.hbm_bytes
+    speeds = [t.plan.tokens_per_second_per_device for t in tried if t.plan]
+    assert speeds == sorted(speeds, reverse=True)
+    reasons = {t.cfg.mesh.axes + " " + t.cfg.mesh.rules: t.why for t in tried if t.plan is None}
+    assert "the state alone takes" in reasons["data:4 dp"] and "model" in reasons["model:4 tp_sp"]
+    text = search.as_text(tried)
+    assert best.flags in text and "rejected" in text
+
+
 def test_activations_grow_with_the_layers_and_not_with_the_parameters():
     def saved(layers, mlp):
         model = replace(CFG.model, num_layers=layers, mlp_dim=mlp)
@@ -142,8 +167,9 @@ def run(*flags):
 
 
 def test_the_tool_prints_writes_and_judges(tmp_path):
-    file = tmp_path / "plan.json"
-    done = run("--mesh.axes=data:2,model:2", f"--json={file}")
+    file, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    done = run("--mesh.axes=data:2,model:2", f"--json={file}", f"--page={page}")
+    assert page.read_text().count("<img") == 3 and "http" not in page.read_text().replace("http://www.w3.org", "")
     assert done.returncode == 0, done.stderr
     assert "fits" in done.stdout and "total over model" in done.stdout and "bound" in done.stdout
     found = json.loads(file.read_text())

@@ -1,0 +1,65 @@
+# %% [markdown]
+# # Find a bug in a step's graph
+#
+# A variant of the model sends more than it should. The ladder, a dump, a difference in words, and the line that asked.
+
+# %%
+from pathlib import Path
+
+from llama_fn import config, dump, model, rungs, stages
+from llama_fn.tools.graph_diff import difference, load
+from sharding import Mesh, P, table
+
+cfg = config.Config(
+    model=config.ModelConfig(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, mlp_dim=128, vocab_size=256),
+    data=config.DataConfig(seq_len=32, global_batch_size=4),
+)
+mesh = Mesh.parse("data:2,model:2")
+
+
+def record(name: str) -> stages.Lowered:
+    """Trace and lower the step as the model is now, and dump every stage."""
+    traced = rungs.train(cfg)
+    writer = dump.Record(Path("work/notebook/dumps") / name)
+    lowered = traced.lower(mesh, "fsdp_tp", watch=writer.watch(traced))
+    writer.finish(lowered)
+    return lowered
+
+
+good = record("good")
+print(table.as_text(good.collectives()))
+
+# %% [markdown]
+# Somebody annotates what the blocks pass on as whole in the sequence, "to be safe".
+
+# %%
+sharded = model.RESIDUAL
+model.RESIDUAL = P("batch", "full_seq", "embed")
+try:
+    bad = record("bad")
+finally:
+    model.RESIDUAL = sharded
+
+# %% [markdown]
+# Training still works and the loss is the same: only the dump shows it.
+
+# %%
+folders = [load(Path("work/notebook/dumps") / name)["."] for name in ("good", "bad")]
+words = list(difference(*folders))
+print("\n".join(words))
+
+# %% [markdown]
+# Every reduce-scatter of a layer became an all-reduce, twice the bytes, and the lines that ask for them are named.
+
+# %%
+sums = [row for row in bad.collectives() if row.kind == "all_reduce" and row.axis == "model"]
+asked = {row.source for row in sums if row.scope.startswith("microbatch/*/layers")}
+print("asked for in", sorted(asked))
+assert any("all_reduce over model" in line for line in words) and all("model.py" in source for source in asked)
+
+# %% [markdown]
+# Fixed: the graph is the one from before, which a test can hold on to.
+
+# %%
+fixed = record("fixed")
+assert not list(difference(folders[0], load(Path("work/notebook/dumps/fixed"))["."]))
