@@ -2,7 +2,7 @@
 
 rank_0/index.html          opens the others; written last: where it is, the dump is complete
 rank_0/NN_NAME.txt         the graph after each stage: traced, partitioned, each pass, as the backend got it
-rank_0/NN_NAME.json        traced and lowered, for Google's model-explorer; overlays NN_NAME.bytes.json, .flops.json
+rank_0/NN_NAME.json        traced and lowered, for Google's model-explorer; overlays NN_NAME.time.json, ...
 rank_0/NN_code.txt         what the backend made of it, where it says
 rank_0/summary.json        ops by scope and phase, collectives, FLOPs, memory: what graph_diff compares
 rank_0/evaluation/         the same for the validation step
@@ -30,6 +30,7 @@ import torch
 from kernels.registry import tensor_bytes
 from llama_fn import compat, cost, dump_page, explorer, ir, stages
 from llama_fn.files import atomic
+from llama_fn.hardware import TABLE, Hardware
 from llama_fn.passes.fuse import report as fusion_report
 
 INDEX, SUMMARY, TRACED, LOWERED, BACKEND, CODE = "index.html", "summary.json", "traced", "lowered", "backend", "code"
@@ -56,8 +57,9 @@ def _write(path: Path, content: str) -> None:
 class Record:
     """Writes the stages of one step into a folder as they come; what an earlier dump left there goes first."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+    def __init__(self, folder: Path, hardware: Hardware | None = None) -> None:
+        """`hardware`: whose peaks the overlay of times takes, an Ascend 910B1's if it is not known."""
+        self.folder, self.count, self.hardware = folder, 0, hardware or TABLE["ascend_910b1"]
         for old in sorted(folder.glob("*"), key=lambda path: path.name != INDEX):  # the index first
             if old.name in (INDEX, SUMMARY) or _OURS.fullmatch(old.name):
                 old.unlink()
@@ -72,7 +74,7 @@ class Record:
         number = f"{self.count:02d}_{name}"
         self._next(name, ir.as_text(gm, name, note=_costs) + "\n")
         if name in (TRACED, LOWERED):
-            for ending, content in explorer.files(gm, number).items():
+            for ending, content in explorer.files(gm, number, self.hardware).items():
                 _write(self.folder / f"{number}{ending}.json", json.dumps(content))
 
     def _next(self, name: str, content: str) -> None:

@@ -50,7 +50,8 @@ def page(title: str, summary: Mapping[str, Any], files: Mapping[str, int]) -> st
     parts = [
         "<h2>Stages</h2>", table(("file", "bytes"), links),
         f"<p>In a browser, layers collapsed: <code>model-explorer {' '.join(map(escape, graphs))}</code>; the files "
-        "<code>.bytes.json</code> and <code>.flops.json</code> colour its nodes (Add per-node data).</p>",
+        "<code>.time.json</code> (µs at the device's peaks), <code>.bytes.json</code> and <code>.flops.json</code> "
+        "colour its nodes (Add per-node data).</p>",
         "<h2>Memory of one device, bytes</h2>", table(("what", "size"), memory.items()),
         "<h2>FLOPs of one device</h2>", table(("phase", "FLOPs"), flops.items()),
         "<h2>Collectives</h2>",

@@ -57,11 +57,13 @@ def test_the_json_is_what_model_explorer_opens(dumped):
     folder = dump.rank_folder(dumped[0], 0)
     for stage in ("traced", "lowered"):
         (path,) = folder.glob(f"*_{stage}.json")
-        (graph,) = json.loads(path.read_text())["graphs"]
+        content = json.loads(path.read_text())
+        (graph,) = content["graphs"]
+        assert content["label"] == graph["id"] == path.stem, "without a label it is an unsupported format"
         ids = {node["id"] for node in graph["nodes"]}
         assert all(edge["sourceNodeId"] in ids for node in graph["nodes"] for edge in node["incomingEdges"])
         assert "backward/microbatch/0/layers/1/mlp" in {node["namespace"] for node in graph["nodes"]}
-        for overlay in ("bytes", "flops"):
+        for overlay in ("time", "bytes", "flops"):
             content = json.loads(path.with_suffix(f".{overlay}.json").read_text())
             results = content[graph["id"]]["results"]
             assert results.keys() <= ids and all(result["value"] > 0 for result in results.values())

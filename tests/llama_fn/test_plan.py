@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llama_fn import plan
-from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
+from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, preset
 from llama_fn.hardware import TABLE
 from sharding import Mesh
 
@@ -65,11 +65,11 @@ def test_times_follow_from_the_hardware():
     assert sum(p.flops for p in a.places) == a.hardware_flops
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_the_peak_is_what_the_interpreter_measures(microbatches, random_batch, fresh_state):
+@pytest.mark.parametrize(("name", "microbatches"), [("llama_tiny", 1), ("llama_tiny", 2), ("llama_60m", 2)])
+def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_batch, fresh_state):
     from llama_fn import stages, train_step
 
-    cfg = replace(CFG, data=replace(CFG.data, microbatches=microbatches))
+    cfg = replace(CFG, model=preset(name), data=replace(CFG.data, microbatches=microbatches))
     found = plan.make(cfg, Mesh(), NPU)
     traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
         train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
