@@ -169,6 +169,8 @@ SAMPLES = {
     "split_rows": (rand(2, 13), "1,0", "4x6,2"),
     "cross_entropy_part_bwd": (rand(2, 5), rand(2, 5, 6), Y, rand(2, 5), torch.tensor(1)),
     "constrain": (rand(3, 4), "batch,-", "compute"),
+    "barrier": (rand(3, 4), rand(2)),
+    "checkpoint_name": (rand(3, 4), "gate"),
     "reshard_as": (rand(3, 4), rand(3, 4)),
 }  # fmt: skip
 
