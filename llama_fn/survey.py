@@ -29,7 +29,7 @@ from llama_fn.hardware import Hardware
 from sharding import table
 
 Survey = dict[tuple[Any, ...], float]
-ENDS = 3  # layers at either end that are told apart: what a reduction brings is taken apart two layers later
+ENDS = 4  # layers at either end that are told apart: a reduction over two axes is done three layers later
 LAYERS = 2 * ENDS
 MICROBATCHES = 3  # the first, the last, and one that stands for all between
 _MIDDLE = "microbatch/1/"

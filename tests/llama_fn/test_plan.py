@@ -83,17 +83,17 @@ def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_ba
 @pytest.mark.parametrize(
     ("mesh", "rules", "microbatches", "often", "more"),
     [
-        ("data:2,model:2", "fsdp_tp", 4, True, {"remat": "full", "regather": True}),
-        ("data:2", "fsdp", 1, False, {}),
+        ("data:2", "fsdp", 1, False, {"remat": "full", "regather": True}),
+        pytest.param("data:2,model:2", "fsdp_tp", 4, True, {"remat": "full", "regather": True}, marks=pytest.mark.slow),
         pytest.param("data:2", "fsdp", 4, False, {}, marks=pytest.mark.slow),
         pytest.param("data:4", "zero1", 4, False, {"remat": "dots"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbatches, often, more):
-    """Against the whole graph of 8 layers: its liveness, its FLOPs, its table of collectives."""
+    """Against the whole graph of 11 layers: its liveness, its FLOPs, its table of collectives."""
     from llama_fn import rungs
 
-    model = ModelConfig(num_layers=8, embed_dim=512, num_heads=4, num_kv_heads=4, mlp_dim=1024, vocab_size=64)
+    model = ModelConfig(num_layers=11, embed_dim=512, num_heads=4, num_kv_heads=4, mlp_dim=1024, vocab_size=64)
     cfg = Config(
         model=replace(model, compute_dtype="bf16"),
         data=DataConfig(seq_len=64, global_batch_size=4 * microbatches, microbatches=microbatches),
@@ -105,6 +105,28 @@ def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbat
     assert found.peak_bytes == memory.peak_bytes and max(m.bytes for m in found.timeline) == memory.peak_bytes
     assert found.hardware_flops == lowered.cost_analysis().total_flops
     assert sorted(t.row for t in found.transfers) == sorted(lowered.collectives())
+
+
+@pytest.mark.slow
+def test_every_number_of_a_survey_grows_by_the_same_from_layer_to_layer():
+    """What lives at each op included, in three microbatches. With fewer layers told apart at the ends it does not."""
+    from llama_fn import rungs
+    from llama_fn.survey import LAYERS, extrapolated, survey
+
+    mesh = Mesh.parse("data:2,model:2")
+
+    def of(layers):
+        model = ModelConfig(num_layers=layers, embed_dim=512, num_heads=4, mlp_dim=768, vocab_size=64)
+        cfg = Config(
+            model=replace(model, compute_dtype="bf16"),
+            data=DataConfig(seq_len=16, global_batch_size=12, microbatches=3),
+            mesh=MeshConfig(axes=str(mesh), remat="dots", regather=True),
+            optim=OptimConfig(reduce_per_microbatch=True),
+        )  # fmt: skip
+        return survey(rungs.lower(rungs.train(cfg), cfg, mesh), NPU, 3)
+
+    found, whole = extrapolated(of(LAYERS), of(LAYERS + 1), 2), of(LAYERS + 2)
+    assert found == pytest.approx({key: whole[key] for key in found}, rel=1e-12)
 
 
 def test_flops_are_those_that_torch_counts():

@@ -52,7 +52,7 @@ def test_numbers_stay_bitwise(policy, mesh, rules, traced, fresh_state, random_b
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("policy", ["full", "budget"])
+@pytest.mark.parametrize("policy", ["full", pytest.param("budget", marks=pytest.mark.slow)])
 def test_compiled_numbers_stay_bitwise(policy, traced, fresh_state, random_batch, compile_cache):
     cfg, step = traced()
     plain = step.lower().compile("inductor", cache=compile_cache)
@@ -139,11 +139,12 @@ def test_a_budget_is_kept_to_and_used(traced):
     base, most = kept("full")
     _, least = kept("none")
     flops = []
-    for budget in (1, 20_000, 60_000, 10**9):
+    for budget in (1, 6_000, 11_000, 17_000, 26_000, 40_000, 60_000, 10**9):
         size, found = kept(Remat("budget", budget_bytes=budget))
         assert size - base <= budget
         flops.append(found)
-    assert most == flops[0] >= flops[1] > flops[2] > flops[3] == least
+    assert flops == sorted(flops, reverse=True) and flops[0] == most and flops[-1] == least
+    assert len(set(flops)) > 4, "more room, less to recompute"
 
 
 def test_peak_memory_falls_and_is_predicted(traced, fresh_state, random_batch):
