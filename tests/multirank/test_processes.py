@@ -60,7 +60,11 @@ def alone(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("mesh", "rules", "backend"),
-    [("data:2", "fsdp", "inductor"), ("model:2", "tp_sp", "inductor"), ("data:2,model:2", "fsdp_tp", "eager")],
+    [
+        pytest.param("data:2", "fsdp", "inductor", marks=pytest.mark.slow),
+        ("model:2", "tp_sp", "inductor"),
+        ("data:2,model:2", "fsdp_tp", "eager"),
+    ],
 )
 def test_processes_give_the_numbers_of_one(mesh, rules, backend, corpus, alone, tmp_path, compile_cache):
     n = Mesh.parse(mesh).size
