@@ -43,6 +43,12 @@ class Factors:
         return _terms(self.rule.split("->")[1])
 
 
+def same_dims(x: torch.Tensor) -> Factors:
+    """The rule of an op whose result has the dimensions of its operand, any of them sharded."""
+    letters = " ".join("abcdefgh"[: x.dim()])
+    return Factors(f"{letters} -> {letters}")
+
+
 def _terms(side: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(term.split()) for term in side.split(","))
 

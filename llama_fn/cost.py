@@ -15,6 +15,7 @@ from kernels.registry import of_node, tensor_bytes
 from llama_fn import ir
 from llama_fn.compat import node_value
 from llama_fn.config import ModelConfig
+from sharding import table
 from sharding.collectives import wait
 
 VIEWS = (operator.getitem, barrier.op, torch.ops.aten.unbind.int, torch.ops.aten.view.default)
@@ -61,6 +62,13 @@ def flops_of(node: torch.fx.Node) -> int:
     """Floating-point operations of the matrix products inside one op."""
     record = of_node(node.target)
     return 0 if record is None else record.flops(*_values(node.args))
+
+
+def moved(node: torch.fx.Node) -> int:
+    """Bytes of HBM that an op reads and writes, each operand once; none for views and for what goes over links."""
+    if is_view(node) or table.kind_of(node):
+        return 0
+    return tensor_bytes([node_value(n) for n in ir.operands(node)]) + tensor_bytes(node_value(node))
 
 
 def cost_analysis(gm: torch.fx.GraphModule) -> Cost:

@@ -17,6 +17,7 @@ rank_0/ge/                 what CANN writes itself (DUMP_GE_GRAPH)
 from __future__ import annotations
 
 import json
+import logging
 import operator
 import re
 from collections import Counter
@@ -28,12 +29,16 @@ from typing import Any
 import torch
 
 from kernels.registry import tensor_bytes
+from kernels.scope import without_numbers
 from llama_fn import compat, cost, dump_page, explorer, ir, stages
+from llama_fn.dump_page import INDEX, SUMMARY
 from llama_fn.files import atomic
 from llama_fn.hardware import TABLE, Hardware
 from llama_fn.passes.fuse import report as fusion_report
+from llama_fn.passes.remat import RECOMPUTED
 
-INDEX, SUMMARY, TRACED, LOWERED, BACKEND, CODE = "index.html", "summary.json", "traced", "lowered", "backend", "code"
+log = logging.getLogger("llama_fn.dump")
+TRACED, LOWERED, BACKEND, CODE = "traced", "lowered", "backend", "code"
 GE_GRAPH, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.txt", "ge_options.json"
 GE_OWN, EVALUATION = "ge", "evaluation"
 _OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)")
@@ -93,6 +98,7 @@ class Record:
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
         sizes = {path.name: path.stat().st_size for path in files}
         _write(self.folder / INDEX, dump_page.page(lowered.title, found, sizes))
+        log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
 
 
 def _costs(node: torch.fx.Node) -> str:
@@ -112,8 +118,8 @@ def summary(lowered: stages.Lowered) -> dict[str, Any]:
     for node in ir.calls(lowered.graph_module.graph):
         if node.target is operator.getitem:
             continue
-        note = " recomputed" if compat.labels(node).get("note") == "recomputed" else ""
-        key = (re.sub(r"\b\d+\b", "*", ir.scope_of(node)), ir.phase_of(node), ir.target_text(node) + note)
+        note = f" {RECOMPUTED}" if compat.labels(node).get("note") == RECOMPUTED else ""
+        key = (without_numbers(ir.scope_of(node)), ir.phase_of(node), ir.target_text(node) + note)
         ops[key] += 1
         flops[key] += cost.flops_of(node)
     names = ("scope", "phase", "op", "count", "flops")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+INDEX, SUMMARY = "index.html", "summary.json"  # here, so that graph_diff need not import torch
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #1d2733 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em } code { background: #eef2f6; padding: 0 .3em }

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_fn import arrays, ascend, config, dump, plan, random, report, rungs, stages, train_step, tree
+from llama_fn import arrays, ascend, config, dump, passes, plan, random, report, rungs, stages, train_step, tree
 from llama_fn.backends.inductor import default_cache
 from llama_fn.checkpoint import Checkpointer
 from llama_fn.config import Config
@@ -105,8 +105,7 @@ def compile(
     options = backend_options(cfg, processes) if backend is None else {}
 
     def climb(traced: stages.Traced, folder: Path | None) -> stages.Compiled:
-        record = dump.Record(folder) if folder else None
-        lowered = rungs.lower(traced, cfg, mesh, record.watch(traced) if record else _unwatched)
+        record, lowered = _lowered(traced, cfg, mesh, folder)
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
@@ -117,7 +116,6 @@ def compile(
         compiled = lowered.compile(backend or cfg.run.backend, **options)
         if record:
             record.finish(lowered, compiled)
-            log.info("graphs of %s: %s", traced.name, record.folder / dump.INDEX)
         log.info("%s: %s in %.1f s", traced.name, "loaded" if compiled.from_cache else "compiled", compiled.seconds)
         return compiled
 
@@ -126,6 +124,14 @@ def compile(
     if not with_eval:
         return train, None
     return train, climb(rungs.evaluation(cfg), folder / dump.EVALUATION if folder else None)
+
+
+def _lowered(
+    traced: stages.Traced, cfg: Config, mesh: Mesh, folder: Path | None
+) -> tuple[dump.Record | None, stages.Lowered]:
+    """The lowered step, and the record of its stages in `folder`, to be finished once it is compiled."""
+    record = dump.Record(folder) if folder else None
+    return record, rungs.lower(traced, cfg, mesh, record.watch(traced) if record else passes.unwatched)
 
 
 def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:
@@ -140,13 +146,9 @@ def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:
     log.info("not compiled: that takes %d processes, each with its device", mesh.size)
     folder = dump_folder(cfg, None)
     if folder:
-        record, traced = dump.Record(folder), rungs.train(cfg)
-        record.finish(rungs.lower(traced, cfg, mesh, record.watch(traced)))
-        log.info("graphs of %s: %s", traced.name, record.folder / dump.INDEX)
-
-
-def _unwatched(name: str, gm: Any) -> None:
-    pass
+        record, lowered = _lowered(rungs.train(cfg), cfg, mesh, folder)
+        assert record is not None
+        record.finish(lowered)
 
 
 def restore_or_begin(cfg: Config, store: Store) -> tuple[int, Any, int]:

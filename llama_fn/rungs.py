@@ -27,9 +27,7 @@ def evaluation(cfg: Config) -> stages.Traced:
     return stages.jit(train_step.make_eval_step(cfg)).trace(state.params, batch)
 
 
-def lower(
-    traced: stages.Traced, cfg: Config, mesh: Mesh, watch: passes.Watch = lambda name, gm: None
-) -> stages.Lowered:
+def lower(traced: stages.Traced, cfg: Config, mesh: Mesh, watch: passes.Watch = passes.unwatched) -> stages.Lowered:
     """`traced` for one device of `mesh`, as cfg's mesh section says; UserError where it cannot be partitioned."""
     m = cfg.mesh
     names = tuple(name.strip() for name in m.remat_names.split(",") if name.strip())

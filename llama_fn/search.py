@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llama_fn import arrays, plan, train_step, tree
+from llama_fn import arrays, plan, rungs, train_step, tree
 from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from llama_fn.report import GB
-from sharding import Mesh
 from sharding.errors import ShardingError, local_shape
 from sharding.rules import PRESETS
 
@@ -88,7 +87,7 @@ def _until_one_fits(
             cfg = replace(base, mesh=mesh, optim=replace(base.optim, reduce_per_microbatch=often))
             progress(Tried(cfg, None).name)
             try:
-                made = plan.make(cfg, Mesh.parse(mesh.axes), hardware, traces)
+                made = plan.make(cfg, rungs.mesh(cfg), hardware, traces)
             except UserError as error:
                 yield Tried(cfg, None, str(error))
                 return
@@ -102,7 +101,7 @@ def _until_one_fits(
 
 def _why_not(cfg: Config, hardware: Hardware) -> Tried | None:
     """Without tracing: a dimension that does not divide, or a state that alone is too much."""
-    mesh, rules, size = Mesh.parse(cfg.mesh.axes), PRESETS[cfg.mesh.rules], 0
+    mesh, rules, size = rungs.mesh(cfg), PRESETS[cfg.mesh.rules], 0
     state = train_step.abstract_state(cfg)
     try:
         for path, info in zip(tree.paths(state, "state"), tree.leaves(state), strict=True):

@@ -182,7 +182,7 @@ class Traced(_Graph):
 
     def lower(
         self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False,
-        remat: str | Remat = "none", watch: passes.Watch = lambda name, gm: None,
+        remat: str | Remat = "none", watch: passes.Watch = passes.unwatched,
         first: Collection[passes.Pass] = (),
     ) -> Lowered:  # fmt: skip
         """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from kernels.registry import tensor_bytes
+from kernels.scope import without_numbers
 from llama_fn import cost, ir, stages
 from llama_fn.compat import node_value
 from llama_fn.hardware import Hardware
@@ -50,7 +51,7 @@ def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int) -> Su
         place = (without_numbers(scope), ir.phase_of(node))
         for name, number in (
             ("flops", cost.flops_of(node)),
-            ("moved", moved(node)),
+            ("moved", cost.moved(node)),
             ("seconds", seconds(node, hardware)),
         ):
             found[name, *place] += times * number
@@ -78,10 +79,6 @@ def _stacked(lowered: stages.Lowered) -> int:
 
 def _alike(node: torch.fx.Node, microbatches: int) -> bool:
     return microbatches > MICROBATCHES and ir.scope_of(node).startswith(_MIDDLE)
-
-
-def without_numbers(scope: str) -> str:
-    return re.sub(r"\b\d+\b", "*", scope)
 
 
 def place_of(node: torch.fx.Node, layers: int) -> tuple[str, str, int | None, str]:
@@ -161,16 +158,9 @@ def collectives(found: Mapping[tuple[Any, ...], float]) -> list[table.Collective
     return rows
 
 
-def moved(node: torch.fx.Node) -> int:
-    """Bytes of HBM that an op reads and writes, each operand once."""
-    if cost.is_view(node) or table.kind_of(node):
-        return 0
-    return tensor_bytes([node_value(n) for n in ir.operands(node)]) + tensor_bytes(node_value(node))
-
-
 def seconds(node: torch.fx.Node, hardware: Hardware) -> float:
     """The larger of an op's FLOPs over the peak and its bytes over the bandwidth of HBM."""
-    return max(cost.flops_of(node) / hardware.peak_flops_per_s, moved(node) / hardware.hbm_bytes_per_s)
+    return max(cost.flops_of(node) / hardware.peak_flops_per_s, cost.moved(node) / hardware.hbm_bytes_per_s)
 
 
 def _saved(graph: torch.fx.Graph) -> int:

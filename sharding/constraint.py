@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import torch
 
-from kernels.registry import Factors, kernel
+from kernels.registry import kernel, same_dims
 from sharding.spec import P
-
-
-def _same(x: torch.Tensor) -> Factors:
-    letters = " ".join("abcdefgh"[: x.dim()])
-    return Factors(f"{letters} -> {letters}")
-
 
 reshard_as_op = kernel(
     name="reshard_as",
     schema="(Tensor x, Tensor like) -> Tensor",
     reference=lambda x, like: x.clone(),
     abstract=lambda x, like: torch.empty_like(x),
-    factors=lambda x, like: _same(x),
+    factors=lambda x, like: same_dims(x),
 )
 
 constrain_op = kernel(
@@ -32,7 +26,7 @@ constrain_op = kernel(
     schema="(Tensor x, str spec, str table) -> Tensor",
     reference=lambda x, spec, table: x.clone(),
     abstract=lambda x, spec, table: torch.empty_like(x),
-    factors=lambda x, spec, table: _same(x),
+    factors=lambda x, spec, table: same_dims(x),
     vjp=lambda inputs, outputs, cts: (reshard_as_op(cts[0], inputs[0]), None, None),
 )
 

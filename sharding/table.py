@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kernels.registry import of_node
+from kernels.scope import without_numbers
 from sharding.collectives import communicates, sent_bytes
 from sharding.fused import UNFUSED, sent
 
@@ -55,7 +55,7 @@ def row_of(node: Any) -> Collective | None:
         axes, size = node.args[2], sent(name, [a.meta["val"] if hasattr(a, "meta") else a for a in node.args])
     labels = node.meta.get("custom", {})
     return Collective(
-        phase=labels.get("phase", ""), scope=re.sub(r"\b\d+\b", "*", labels.get("scope", "")), kind=kind, axis=axes,
+        phase=labels.get("phase", ""), scope=without_numbers(labels.get("scope", "")), kind=kind, axis=axes,
         dtype=str(x.dtype).removeprefix("torch."), bytes=size, source=labels.get("source", ""),
     )  # fmt: skip
 

@@ -13,7 +13,6 @@ What was fused, and for every other collective why not, is noted on its node and
 from __future__ import annotations
 
 import operator
-import re
 from collections import Counter
 from math import prod
 from typing import Any, cast
@@ -22,6 +21,7 @@ import torch
 
 from kernels.einsum import einsum, stored_layouts
 from kernels.registry import Kernel, of_node
+from kernels.scope import without_numbers
 from llama_fn import compat, ir
 from sharding.collectives import all_gather, communicates, reduce_scatter
 from sharding.fused import UNFUSED, all_gather_matmul, matmul_reduce_scatter
@@ -53,7 +53,7 @@ def report(graph: torch.fx.Graph) -> list[str]:
     """A line per kind of place and note, with how often it stands; layers are one place."""
     sending = [n for n in ir.calls(graph) if (r := of_node(n.target)) and (communicates(r) or r.name in UNFUSED)]
     places = Counter(
-        (re.sub(r"\b\d+\b", "*", ir.scope_of(n)), ir.phase_of(n), str(note))
+        (without_numbers(ir.scope_of(n)), ir.phase_of(n), str(note))
         for n in sending
         if (note := compat.labels(n).get(NOTE))
     )

@@ -69,8 +69,7 @@ def _price(node: torch.fx.Node) -> float:
     if name:
         x, _, n, *_ = node.args
         return float(FLOPS_PER_LINK_BYTE * sent_bytes(name, compat.node_value(x), n))  # type: ignore[arg-type]
-    moved = tensor_bytes([compat.node_value(x) for x in ir.operands(node)]) + tensor_bytes(compat.node_value(node))
-    return max(float(cost.flops_of(node)), float(FLOPS_PER_HBM_BYTE * moved))
+    return max(float(cost.flops_of(node)), float(FLOPS_PER_HBM_BYTE * cost.moved(node)))
 
 
 def _within(budget: int, regions: Sequence[Region]) -> set[torch.fx.Node]:

@@ -22,9 +22,8 @@ from typing import Any
 
 from absl import app
 
+from llama_fn.dump_page import INDEX, SUMMARY
 from llama_fn.errors import UserError
-
-SUMMARY, INDEX = "summary.json", "index.html"
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch._functorch.compile_utils import fx_graph_cse
 
 from kernels.registry import of_node
-from llama_fn import cost, ir, stages, train_step, tree
+from llama_fn import cost, ir, rungs, tree
 from llama_fn.errors import UserError
 from llama_fn.passes.remat import Remat, recomputed, regions
 from sharding import Mesh
@@ -28,8 +28,7 @@ POLICIES = {
 def traced(tiny_config, with_data):
     def trace(**data):
         cfg = with_data(tiny_config(num_layers=3), **{"microbatches": 2, **data})
-        step = stages.jit(train_step.make_train_step(cfg), donate=0)
-        return cfg, step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+        return cfg, rungs.train(cfg)
 
     return trace
 
