@@ -133,7 +133,9 @@ class RunConfig:
     )
     dump_dir: str = opt("", "folder for the graph after every stage, a summary and pages (docs/debugging.md)", False)
     dump_ranks: str = opt("0", "ranks that write to dump_dir, comma-separated, or all", False)
-    profile_steps: str = opt("", "FIRST:LAST iterations to profile into workdir/profile, for Perfetto", False)
+    profile_steps: str = opt(
+        "", "FIRST:LAST iterations to profile by scope into workdir/profile (docs/debugging.md)", False
+    )
     attention: Literal["auto", "reference", "blocked", "flash"] = opt(
         "auto", "form of the attention kernel in compiled code; auto: blocked on cpu, flash on cuda"
     )

@@ -15,6 +15,11 @@ def ge_text(proto: Any, shapes: Mapping[str, list[int]]) -> str:
     return "\n".join([f"ge graph {proto.name} {{", *(f"  {_line(op, shapes)}" for op in proto.op), "}"]) + "\n"
 
 
+def ge_scopes(proto: Any) -> dict[str, str]:
+    """ "phase scope" of each op by its name, which is how profilers of the device call it."""
+    return {op.name: op.attr[SCOPE].s.decode() for op in proto.op if SCOPE in op.attr}
+
+
 def _line(op: Any, shapes: Mapping[str, list[int]]) -> str:
     results = ", ".join(_described(desc, shapes) for desc in op.output_desc)
     operands = ", ".join(_operands(op))

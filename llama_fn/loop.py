@@ -79,7 +79,7 @@ def run(cfg: Config, flags_text: str = "", backend: prepare.Backend | None = Non
         display = Display(cfg.run.steps, start) if chief else None
         runtime.log_to_terminal(display.console if display else None, quiet=not chief)
         writer = metrics.Writer(cfg, workdir, start) if chief else None
-        profiler = Profiler(config.profiled(cfg), workdir, 0 if members is None else members.rank, cfg.run.device)
+        profiler = Profiler(cfg, 0 if members is None else members.rank, step, hardware)
         parts = Parts(
             step, evaluate, place, batches, validation, store, writer, display, stop, hardware, members, profiler
         )
@@ -123,11 +123,12 @@ def _train(cfg: Config, start: int, state: train_step.TrainState, parts: Parts) 
         state, values = parts.step(state, batch)
         iteration += 1
         write_pending()
-        parts.profiler.after(iteration)
         if iteration == start + 1 and (memory := runtime.memory_text(cfg.run.device)):
             log.info("after the first step: %s", memory)
         ended = time.perf_counter()
         pending, began = (iteration, values, ended - began), ended
+        if parts.profiler.after(iteration):  # which takes a while to write what it has
+            began = time.perf_counter()
         if iteration % cfg.run.checkpoint_every == 0 or iteration == cfg.run.steps:
             write_pending()
             pending, saved = None, iteration

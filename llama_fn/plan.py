@@ -120,7 +120,7 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
     arguments = {key[1]: round(size) for key, size in found.items() if key[0] == "argument"}
     infos = dict(zip(lowered[0].signature.in_paths, lowered[0].signature.in_infos, strict=True))
     temporary, peak_at = peak(found)
-    transfers = [Transfer(row, _seconds(row, mesh, hardware)) for row in collectives(found)]
+    transfers = _transfers(found, mesh, hardware)
     tokens = cfg.data.global_batch_size * cfg.data.seq_len
     return Plan(
         cfg, mesh, hardware,
@@ -154,6 +154,12 @@ def _lowered(cfg: Config, mesh: Mesh, traces: Traces) -> stages.Lowered:
     return rungs.lower(traces[key], cfg, mesh)
 
 
+def places_of(lowered: stages.Lowered, hardware: Hardware) -> list[Place]:
+    """What every scope of a whole step computes, moves and sends."""
+    found = survey(lowered, hardware, 1)
+    return _places(found, hardware, _transfers(found, lowered.mesh, hardware))
+
+
 def bandwidth(axes: str, mesh: Mesh, hardware: Hardware) -> float:
     """Bytes/s of the slowest link among devices that differ along `axes`, ranks filling machine after machine."""
     group = mesh.groups(axes_of(axes))[0]
@@ -161,8 +167,9 @@ def bandwidth(axes: str, mesh: Mesh, hardware: Hardware) -> float:
     return hardware.link_bytes_per_s if inside else hardware.network_bytes_per_s
 
 
-def _seconds(row: table.Collective, mesh: Mesh, hardware: Hardware) -> float:
-    return row.bytes * row.count / bandwidth(row.axis, mesh, hardware)
+def _transfers(found: Survey, mesh: Mesh, hardware: Hardware) -> list[Transfer]:
+    rows = collectives(found)
+    return [Transfer(row, row.bytes * row.count / bandwidth(row.axis, mesh, hardware)) for row in rows]
 
 
 def _places(found: Survey, hardware: Hardware, transfers: Sequence[Transfer]) -> list[Place]:

@@ -78,6 +78,7 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
     if cfg.run.backend == "inductor":
         cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else default_cache()
         options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": cache}
+        options |= {"profiled": True} if config.profiled(cfg) else {}
     if cfg.run.backend == "npu":
         options |= {"device": cfg.run.device}
     return options
@@ -123,6 +124,7 @@ def compile(
     train = climb(rungs.train(cfg), folder)
     if not with_eval:
         return train, None
+    options.pop("profiled", None)
     return train, climb(rungs.evaluation(cfg), folder / dump.EVALUATION if folder else None)
 
 

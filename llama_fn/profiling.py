@@ -1,37 +1,60 @@
 """A trace of chosen iterations for Perfetto (ui.perfetto.dev): torch.profiler on CPU and CUDA, torch_npu's on an NPU.
 
-Written as workdir/profile/rank_R_steps_A_B.json; on an NPU as the folder that torch_npu.profiler and MindStudio read.
+Written as workdir/profile/rank_R_steps_A_B.json, whose ranges carry our scopes (llama_fn/ranges.py); on an NPU as the
+folder that torch_npu.profiler and MindStudio read, the ranges in its scopes.json. With it goes rank_R_steps_A_B.txt,
+which compares every scope with what the planner predicts (llama_fn/profile_table.py).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llama_fn import config, profile_table, stages
+from llama_fn.config import Config
+from llama_fn.files import atomic
+from llama_fn.hardware import Hardware, named
+from llama_fn.ranges import RANGES, Timeline
+
 log = logging.getLogger("llama_fn.profiling")
 
 
 class Profiler:
-    """Starts before the first and stops after the last of `steps`; does nothing for an empty range."""
+    """Starts before the first and stops after the last iteration that --run.profile_steps names, if any. `step` is what
+    runs, `hardware` what predictions are made for; None: this CPU, measured."""
 
-    def __init__(self, steps: range, workdir: Path, rank: int, device: str) -> None:
-        self.steps, self.kind = steps, device.split(":")[0]
+    def __init__(self, cfg: Config, rank: int, step: stages.Compiled, hardware: Hardware | None) -> None:
+        self.cfg, self.step, self.hardware = cfg, step, hardware
+        self.steps, self.kind = config.profiled(cfg), cfg.run.device.split(":")[0]
         self.running: Any = None
-        name = f"rank_{rank}_steps_{steps.start}_{steps.stop - 1}"
-        self.target = workdir / "profile" / (name if self.kind == "npu" else f"{name}.json")
+        self.ran = 0
+        name = f"rank_{rank}_steps_{self.steps.start}_{self.steps.stop - 1}"
+        self.table = Path(cfg.run.workdir) / "profile" / f"{name}.txt"
+        self.target = self.table.with_suffix("" if self.kind == "npu" else ".json")
 
     def before(self, iteration: int) -> None:
-        if iteration in self.steps and self.running is None:
+        if iteration not in self.steps:
+            return
+        if self.running is None:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.running = self._profile()
             self.running.start()
+        RANGES.on = True
 
-    def after(self, iteration: int) -> None:
-        if self.running is not None and iteration + 1 not in self.steps:
-            self.close()
+    def after(self, iteration: int) -> bool:
+        """Whether the trace was ended and written."""
+        RANGES.on = False
+        if self.running is None:
+            return False
+        self.ran += 1
+        if iteration + 1 in self.steps:
+            return False
+        self.close()
+        return True
 
     def close(self) -> None:
         """End a trace that is under way, whole or cut short by the end of the run."""
@@ -46,6 +69,31 @@ class Profiler:
             running.export_chrome_trace(str(aside))
             aside.replace(self.target)
         log.info("profile of iterations %d to %d: %s", self.steps.start, self.steps.stop - 1, self.target)
+        self._compare()
+
+    def _compare(self) -> None:
+        """Write the table of measured and predicted milliseconds, and show its head."""
+        if not self.ran:
+            return
+        if self.kind == "npu":
+            kernels = profile_table.kernel_details(self.target, self.step.executable.scopes)
+            if not kernels:
+                log.warning("%s holds no kernel_details.csv: nothing to compare with the prediction", self.target)
+                return
+            with atomic(self.target / "scopes.json") as f:
+                json.dump(profile_table.as_trace(kernels), f)
+            measured = profile_table.of_kernels(kernels, self.ran)
+        else:
+            events = json.loads(self.target.read_text())["traceEvents"]
+            measured = profile_table.of_trace(events, self.ran)
+        lowered = self.step.lowered
+        simulated = lowered.mesh.size if self.step.backend == "interpret" else 1  # devices that take turns
+        measured = {key: seconds / simulated for key, seconds in measured.items()}
+        hardware = self.hardware or named("cpu", self.cfg.model.compute_dtype)
+        text = profile_table.as_text(profile_table.rows(measured, lowered, hardware), hardware)
+        with atomic(self.table) as f:
+            f.write(text)
+        log.info("%s\n... all of it: %s", "\n".join(text.splitlines()[:12]), self.table)
 
     def _profile(self) -> Any:
         if self.kind == "npu":
@@ -54,6 +102,9 @@ class Profiler:
             activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU]
             handler = profiler.tensorboard_trace_handler(str(self.target))
             return profiler.profile(activities=activities, on_trace_ready=handler)
+        if self.kind == "cpu" and self.step.executable.local:
+            log.info("several processes on CPUs: the trace has our ranges alone, torch's profiler breaks over gloo")
+            return Timeline()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.kind == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ class Executable:
     """`run(inputs) -> results` that take no donated buffer; donated inputs hold their new values afterwards.
 
     `text` is the graph that will run, readable, `code` what the backend made of it, where it says; `measured()` gives
-    the memory of the last call where the backend counts it.
+    the memory of the last call where the backend counts it; `scopes` names the range (llama_fn/ranges.py) of each op by
+    the name that a profiler of the device gives it, where no range surrounds it.
     """
 
     run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -65,6 +66,7 @@ class Executable:
     local: bool = False  # arguments and results are this process's parts
     measured: Callable[[], cost.Memory | None] = lambda: None
     code: str = ""
+    scopes: Mapping[str, str] = field(default_factory=dict)
 
 
 def get(name: str) -> Callable[..., Executable]:

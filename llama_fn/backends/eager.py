@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from llama_fn import ir
@@ -9,6 +11,15 @@ from llama_fn.backends import Executable, Program, communication, forms
 from llama_fn.passes import copy_graph
 from llama_fn.passes.expand import expand
 from llama_fn.processes import Processes
+from llama_fn.ranges import RANGES, name_of
+
+
+class _Named(torch.fx.Interpreter):
+    """Runs a graph node by node for a profiler, which is told the scopes."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        RANGES.to(name_of(n) if n.op == "call_function" else "")
+        return super().run_node(n)
 
 
 def compile(program: Program, processes: Processes | None = None) -> Executable:
@@ -19,6 +30,6 @@ def compile(program: Program, processes: Processes | None = None) -> Executable:
 
     @torch.no_grad()
     def run(inputs):
-        return gm(*inputs)
+        return _Named(gm).run(*inputs) if RANGES.on else gm(*inputs)
 
     return Executable(run, ir.as_text(gm, "eager"), local=processes is not None)

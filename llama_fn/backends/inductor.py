@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kernels.registry import of_node
-from llama_fn import compat, ir, passes
+from llama_fn import compat, ir, passes, ranges
 from llama_fn.backends import Executable, Program, communication, forms
 from llama_fn.passes.expand import expand
 from llama_fn.passes.outline import outline
@@ -41,8 +41,10 @@ def compile(
     cache: Path | None = None,
     outlined: bool = True,
     processes: Processes | None = None,
+    profiled: bool = False,
 ) -> Executable:
-    """`attention`: form of that kernel, auto picks by device; `cache`: folder of compiled code, None keeps nothing."""
+    """`attention`: form of that kernel, auto picks by device; `cache`: folder of compiled code, None keeps nothing;
+    `profiled`: the code names its scopes to a profiler, and a CUDA graph, which could not, is not made of it."""
     collectives = communication(program, "inductor", processes)
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(program.graph_module), attention)
@@ -57,13 +59,20 @@ def compile(
     inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
     if cache is not None:
         compat.keep_compiled_code(_private(cache) / _machine())
+    patches, naming = _PATCHES[kind], None
+    if profiled:
+        patches, naming = {}, compat.ranges_in_code(ranges.shared_name, text)
+        if _PATCHES[kind]:
+            log.warning("profiling: the step runs without CUDA graph, so that its kernels carry scopes")
     compiled, from_cache, code = compat.inductor_compile(
-        gm, inputs, _PATCHES[kind], ir.written(gm.graph), units=compat.physical_cores(), cached=cache is not None
+        gm, inputs, patches, ir.written(gm.graph), compat.physical_cores(), cache is not None, naming
     )
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return compiled(*flat)
+        results = compiled(*flat)
+        ranges.RANGES.to("")
+        return results
 
     return Executable(run, text, from_cache, local=processes is not None, code=code)
 

@@ -16,6 +16,7 @@ import torch
 from kernels.registry import of_node, tensor_bytes
 from llama_fn import cost, ir
 from llama_fn.backends import Executable, Program
+from llama_fn.ranges import RANGES, name_of
 from sharding.simulate import COLLECTIVES, FUSED, join, part
 
 
@@ -62,6 +63,8 @@ class Interpreter:
         storages = _Storages(inputs[0])
         peak, peak_at = 0, ""
         for node in ir.calls(self.graph):
+            if RANGES.on:
+                RANGES.to(name_of(node))
             for r, result in zip(ranks, self._evaluate(node, values), strict=True):
                 values[r][node] = result
             storages.add(values[0][node])
@@ -71,6 +74,7 @@ class Interpreter:
                 storages.drop(values[0][dead])
                 for mine in values:
                     del mine[dead]
+        RANGES.to("")
         results = [[mine[r] for r in ir.results(self.graph)] for mine in values]
         base = tensor_bytes(list(inputs[0]))
         self.memory = cost.Memory(base, tensor_bytes(results[0]), peak, base + peak, peak_at)

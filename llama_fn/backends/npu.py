@@ -19,7 +19,7 @@ from kernels.registry import KERNELS
 from llama_fn import compat, ir, passes
 from llama_fn.backends import Executable, Program, communication, forms
 from llama_fn.errors import UserError
-from llama_fn.ge_text import ge_text
+from llama_fn.ge_text import ge_scopes, ge_text
 from llama_fn.passes.constants import constants
 from llama_fn.passes.expand import expand
 from llama_fn.passes.place import place
@@ -45,7 +45,7 @@ def compile(
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return converted.run(*flat)
 
-    return Executable(run, text, local=processes is not None)
+    return Executable(run, text, local=processes is not None, scopes=ge_scopes(converted.proto))
 
 
 def convert(program: Program, device: str, processes: Processes | None) -> compat.GeGraph:

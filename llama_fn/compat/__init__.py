@@ -6,6 +6,7 @@ it this year.
 
 from llama_fn.compat.distributed import Group, collective_forms, group_name
 from llama_fn.compat.inductor import inductor_compile, inductor_decompositions, keep_compiled_code
+from llama_fn.compat.inductor_ranges import ranges_in_code
 from llama_fn.compat.native import (
     cpu_model,
     flash_attention,
@@ -57,5 +58,6 @@ __all__ = [
     "node_value",
     "onednn_product",
     "physical_cores",
+    "ranges_in_code",
     "without_converter",
 ]

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +36,7 @@ def inductor_compile(
     static: Sequence[int],
     units: int,
     cached: bool,
+    ranges: AbstractContextManager[None] | None = None,
 ) -> tuple[Callable[..., Any], bool, str]:
     """A callable of the flat inputs, whether it came from inductor's cache on disk, and the code that it runs.
 
@@ -42,7 +44,7 @@ def inductor_compile(
     copies into inputs at its end. So the graph goes to inductor's inner compiler as it is. AOTAutograd and the passes
     after it, which find nothing to do in such a graph and take time that grows with the number of layers, are left
     out. `static` are the inputs that keep their memory from call to call, as CUDA graphs want of any that are written.
-    C++ kernels are built as `units` files at once.
+    C++ kernels are built as `units` files at once. `ranges` is ranges_in_code(...) for code that is to be profiled.
     """
     from torch._dynamo.utils import counters
     from torch._inductor import compile_fx, config
@@ -51,7 +53,13 @@ def inductor_compile(
     counts = counters["inductor"]
     hits, skipped = counts["fxgraph_cache_hit"], counts["fxgraph_cache_bypass"]
     settings = config.patch({"fx_graph_cache": cached, **patches})
-    with torch.no_grad(), settings, _no_detours(inputs[0].fake_mode), _CppKernels.together(units):
+    with (
+        torch.no_grad(),
+        settings,
+        _no_detours(inputs[0].fake_mode),
+        _CppKernels.together(units),
+        ranges or nullcontext(),
+    ):
         compiled = compile_fx.compile_fx_inner(gm, list(inputs), static_input_idxs=tuple(static), is_inference=True)
     if counts["fxgraph_cache_bypass"] > skipped:
         log.warning("inductor does not keep this graph on disk; every start compiles it again")

@@ -1,37 +1,191 @@
-"""--run.profile_steps leaves one whole trace of exactly the iterations asked for."""
+"""--run.profile_steps: a whole trace of exactly the iterations asked for, its ranges our scopes on every backend, and a
+table that gives every scope the time that was spent in it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
+import pytest
 import torch
 
+from kernels.scope import without_numbers
+from llama_fn import config, cost, ir, plan, profile_table, ranges, rungs, tree
+from llama_fn.hardware import TABLE
 from llama_fn.profiling import Profiler
+from sharding import Mesh
+
+HARDWARE = TABLE["a100"]
 
 
-def run(profiler, steps):
-    for i in range(1, steps + 1):
-        profiler.before(i)
-        with torch.profiler.record_function(f"step {i}"):
-            torch.ones(4).sum()
-        profiler.after(i)
-    profiler.close()
+@pytest.fixture
+def tiny_run(tiny_config, tmp_path):
+    def make(steps="2:3"):
+        cfg = tiny_config(num_layers=3)
+        run = replace(cfg.run, profile_steps=steps, workdir=str(tmp_path))
+        return config.validate(replace(cfg, run=run))
+
+    return make
 
 
-def names(path):
-    return {e["name"] for e in json.loads(path.read_text())["traceEvents"] if e.get("name", "").startswith("step ")}
+@pytest.fixture
+def profile(fresh_state, random_batch):
+    """Runs a step under its profiler: the events of the trace, the text of the table, and the last state."""
+
+    def go(cfg, step, steps, rank=0):
+        profiler, state = Profiler(cfg, rank, step, HARDWARE), fresh_state(cfg)
+        for i in range(1, steps + 1):
+            profiler.before(i)
+            with torch.profiler.record_function(f"step {i}"):
+                state, metrics = step(state, random_batch(cfg, i))
+            profiler.after(i)
+        profiler.close()
+        if not profiler.table.exists():
+            return [], "", state
+        return json.loads(profiler.target.read_text())["traceEvents"], profiler.table.read_text(), [state, metrics]
+
+    return go
 
 
-def test_the_trace_holds_the_steps_asked_for(tmp_path):
-    run(Profiler(range(2, 4), tmp_path, 0, "cpu"), 5)
-    assert names(tmp_path / "profile" / "rank_0_steps_2_3.json") == {"step 2", "step 3"}
+def steps_in(events):
+    return {e["name"] for e in events if e.get("name", "").startswith("step ")}
 
 
-def test_a_run_that_ends_early_keeps_what_it_has(tmp_path):
-    run(Profiler(range(2, 9), tmp_path, 1, "cpu"), 3)
-    assert names(tmp_path / "profile" / "rank_1_steps_2_8.json") == {"step 2", "step 3"}
+def test_the_trace_holds_the_steps_asked_for(tiny_run, profile):
+    cfg = tiny_run("2:3")
+    events, table, _ = profile(cfg, rungs.train(cfg).lower().compile("eager"), 5)
+    assert steps_in(events) == {"step 2", "step 3"}
+    assert HARDWARE.name in table
 
 
-def test_nothing_is_written_unless_asked_for(tmp_path):
-    run(Profiler(range(0), tmp_path, 0, "cpu"), 3)
-    assert not (tmp_path / "profile").exists()
+def test_a_run_that_ends_early_keeps_what_it_has(tiny_run, profile):
+    cfg = tiny_run("2:9")
+    events, _, _ = profile(cfg, rungs.train(cfg).lower().compile("eager"), 3, rank=1)
+    assert steps_in(events) == {"step 2", "step 3"}
+
+
+def test_nothing_is_written_unless_asked_for(tiny_run, profile):
+    cfg = tiny_run("")
+    assert profile(cfg, rungs.train(cfg).lower().compile("eager"), 3)[0] == []
+
+
+def working_scopes(lowered):
+    """Scopes that hold matrix products, which no compiler does away with or puts elsewhere."""
+    products = [n for n in ir.calls(lowered.graph_module.graph) if cost.flops_of(n)]
+    return {(without_numbers(ir.scope_of(n)), ir.phase_of(n)) for n in products}
+
+
+@pytest.mark.parametrize(("backend", "mesh"), [("eager", ""), ("interpret", "data:2,model:2")])
+def test_ranges_carry_scopes_node_by_node(backend, mesh, tiny_run, profile):
+    cfg = tiny_run()
+    lowered = rungs.train(cfg).lower(Mesh.parse(mesh), "fsdp_tp")
+    events, _, _ = profile(cfg, lowered.compile(backend), 3)
+    nodes = ir.calls(lowered.graph_module.graph)
+    assert set(profile_table.of_trace(events, 2)) == {(without_numbers(ir.scope_of(n)), ir.phase_of(n)) for n in nodes}
+
+
+def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, profile, compile_cache):
+    cfg = tiny_run()
+    lowered = rungs.train(cfg).lower()
+    plain = lowered.compile("inductor", cache=compile_cache)
+    named = [lowered.compile("inductor", cache=compile_cache, profiled=True) for _ in range(2)]
+    assert "_ranges" not in plain.executable.code
+    assert [step.from_cache for step in named] == [False, True], "code with ranges is kept apart from code without"
+    untitled, _, expected = profile(cfg, plain, 3)
+    assert not [e for e in untitled if ranges.shares_of(e.get("name", ""))]
+    for step in named:
+        events, _, after = profile(cfg, step, 3)
+        layers = sorted(
+            (e["ts"], e["dur"], e["name"]) for e in events if "layers/" in e["name"] and "*" not in e["name"]
+        )
+        step_of_layers = [f"forward microbatch/0/layers/{i}" for i in range(3)]
+        step_of_layers += [f"backward microbatch/0/layers/{i}" for i in reversed(range(3))]
+        assert [name for *_, name in layers] == 2 * step_of_layers
+        assert all(ts + us <= after for (ts, us, _), (after, *_) in pairwise(layers)), "one after the other"
+        assert set(profile_table.of_trace(events, 2)) >= working_scopes(lowered)
+        pairs = zip(tree.leaves(after), tree.leaves(expected), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_scopes_that_differ_are_not_taken_from_the_cache(tiny_run, compile_cache):
+    lowered = rungs.train(tiny_run()).lower()
+    lowered.compile("inductor", cache=compile_cache, profiled=True)
+    for node in ir.calls(lowered.graph_module.graph):
+        where = dict(node.meta["custom"])
+        node.meta["custom"] = where | {"scope": where["scope"].replace("mlp", "feed_forward")}
+    renamed = lowered.compile("inductor", cache=compile_cache, profiled=True)
+    assert "layers/*/feed_forward" in renamed.executable.code
+    assert "layers/*/mlp" not in renamed.executable.code
+
+
+def event(name, ts, dur, cat="user_annotation", tid=1, **args):
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+
+A, B, C = "forward a", "backward b", "forward layers/3"
+NESTED = [event(C, 0, 100), event(A, 10, 30), event(f"{A} 75%, {B} 25%", 50, 40), event("step 1", 0, 500)]
+
+
+def test_a_range_counts_without_those_inside_and_is_shared_as_it_says():
+    found = profile_table.of_trace(NESTED, steps=2)
+    us = {key: round(seconds * 2e6, 6) for key, seconds in found.items()}
+    assert us == {("layers/*", "forward"): 30, ("a", "forward"): 60, ("b", "backward"): 10}
+
+
+def test_a_timeline_keeps_ranges_without_torchs_profiler():
+    timeline, mine = ranges.Timeline(), ranges.Ranges()
+    timeline.start()
+    mine.timer, mine.on = ranges.RANGES.timer, True
+    timeline.stop()
+    mine.enter(C)
+    mine.to(A)
+    mine.to(A)
+    mine.to(B)
+    mine.leave()
+    assert [e["name"] for e in timeline.events] == [A, B, C], "as they ended"
+    (a, b, c), found = timeline.events, profile_table.of_trace(timeline.events, steps=1)
+    assert c["ts"] <= a["ts"] and a["ts"] + a["dur"] <= b["ts"] and b["ts"] + b["dur"] <= c["ts"] + c["dur"]
+    assert sum(found.values()) == pytest.approx(c["dur"] / 1e6)
+    assert ranges.RANGES.timer is torch.profiler.record_function
+
+
+def test_kernels_of_a_gpu_count_for_the_range_that_launched_them():
+    launches = [event("cudaLaunchKernel", ts, 1, "cuda_runtime", tid, correlation=i)
+                for i, (ts, tid) in enumerate([(5, 1), (15, 1), (45, 1), (55, 1), (200, 1), (15, 2)])]  # fmt: skip
+    kernels = [event("k", 1000 + i, 100, "kernel", 7, correlation=i) for i in range(6)]
+    found = profile_table.of_trace([*NESTED, *launches, *kernels], steps=1)
+    us = {key: round(seconds * 1e6, 6) for key, seconds in found.items()}
+    assert us == {
+        ("layers/*", "forward"): 200, ("a", "forward"): 175, ("b", "backward"): 25, profile_table.ELSEWHERE: 200,
+    }  # fmt: skip
+
+
+def test_kernels_of_an_npu_count_by_the_names_of_ge_ops(tmp_path):
+    folder = tmp_path / "host_1_ascend_pt" / "ASCEND_PROFILER_OUTPUT"
+    folder.mkdir(parents=True)
+    lines = [
+        "Name,Type,Accelerator Core,Start Time(us),Duration(us)",
+        "MatMul_1,MatMulV2,AI_CORE,1700.5,20",
+        "MatMul_2,MatMulV2,AI_CORE,1730.5,10",
+        "Add_fused,Add,AI_VECTOR_CORE,1750,7",
+        "Mul,Mul,AI_VECTOR_CORE,1760,5",
+    ]
+    (folder / "kernel_details.csv").write_text("\n".join(lines) + "\n")
+    kernels = profile_table.kernel_details(tmp_path, {"MatMul_1": A, "MatMul_2": A, "Mul": B})
+    us = {key: round(seconds * 1e6, 6) for key, seconds in profile_table.of_kernels(kernels, steps=1).items()}
+    assert us == {("a", "forward"): 30, ("b", "backward"): 5, profile_table.ELSEWHERE: 7}
+    trace = profile_table.as_trace(kernels)["traceEvents"]
+    assert [(e["name"], e["ts"], e["dur"]) for e in trace] == [(A, 1700.5, 40), (B, 1760, 5)]
+
+
+def test_the_table_sets_every_scope_beside_its_prediction(tiny_run):
+    lowered = rungs.train(tiny_run()).lower()
+    places = plan.places_of(lowered, HARDWARE)
+    found = profile_table.rows({("new", "forward"): 1.0}, lowered, HARDWARE)
+    assert (found[0].scope, found[0].measured_ms, found[0].predicted_ms) == ("new", 1000.0, 0.0)
+    assert sum(r.predicted_ms for r in found) == pytest.approx(sum(1e3 * max(p.math_s, p.memory_s) for p in places))
+    assert {(r.scope, r.phase) for r in found[1:]} == {(p.scope, p.phase) for p in places if p.memory_s}
+    text = profile_table.as_text(found, HARDWARE)
+    assert "1000.000      0.000" in text and text.splitlines()[-1].endswith("all")

@@ -8,6 +8,7 @@ A job: {"out": folder, "config": {dotted name: value}, "ranks": [0]}. Writes wha
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from llama_fn import rungs
 from llama_fn.backends.npu import compile
 from llama_fn.dump import rank_folder
 from llama_fn.processes import Processes
+from llama_fn.ranges import shares_of
 from sharding import Mesh
 
 
@@ -40,7 +42,10 @@ def lower(job: dict[str, Any]) -> None:
     lowered = rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg))
     for rank in job["ranks"]:
         folder = rank_folder(Path(job["out"]), rank)
-        lowered.compile(compile, device="npu:0", processes=member(lowered.mesh, rank), dump_to=folder)
+        compiled = lowered.compile(compile, device="npu:0", processes=member(lowered.mesh, rank), dump_to=folder)
+        scopes = compiled.executable.scopes
+        unnamed = [name for name in re.findall(r"%(MatMul\S*): ", compiled.as_text()) if not shares_of(scopes[name])]
+        assert not unnamed, f"a profile could not say which scope these are: {unnamed}"
 
 
 def main() -> None:
