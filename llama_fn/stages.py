@@ -201,8 +201,9 @@ class Traced(_Graph):
         left_out = {*without, *([] if fuse else ["fuse"])}
         chosen = [*first, *(each for each in passes.LOWERING if each.__name__ not in left_out)]
         remat = Remat(remat) if isinstance(remat, str) else remat
-        watch("partitioned", parts.graph_module)
-        gm = passes.run(chosen, parts.graph_module, passes.Context(mesh, signature.aliases, remat), watch)
+        gm = compat.graph_module(self.graph_module, parts.graph)
+        watch("partitioned", gm)
+        gm = passes.run(chosen, gm, passes.Context(mesh, signature.aliases, remat), watch)
         taken = {o for _, o in signature.aliases}
         outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
         return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)

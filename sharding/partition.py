@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Partitioned:
-    graph_module: torch.fx.GraphModule
+    graph: torch.fx.Graph
     inputs: tuple[P, ...]
     outputs: tuple[P, ...]
 
@@ -67,7 +67,7 @@ class _Partitioner:
                 self.new[node], self.layouts[node] = self._call(node)
                 self.new[node].meta["sharding"] = _spec_text(self.layouts[node])
         given = tuple(self.layouts[n] for n in self.source.graph.nodes if n.op == "placeholder")
-        return Partitioned(torch.fx.GraphModule(self.source, self.graph), given, outputs)
+        return Partitioned(self.graph, given, outputs)
 
     def _placeholder(self, node: torch.fx.Node, axes: tuple[str | None, ...], table: str) -> None:
         value = node.meta["val"]

@@ -29,6 +29,7 @@ from llama_fn.compat.tracing import (
     INVOKE_SUBGRAPH,
     FakeTensors,
     check_torch_version,
+    graph_module,
     labels,
     node_value,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_backward",
     "ge_convert",
+    "graph_module",
     "group_name",
     "has_onednn",
     "inductor_compile",

@@ -9,10 +9,17 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 TORCH = "2.13.0"
 INVOKE_SUBGRAPH = invoke_subgraph
+
+
+def graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """`graph` with what it names of `root`. Python code is written for it when it is first called or compiled, and not,
+    as torch.fx.GraphModule does, for every graph that a pass makes."""
+    return _LazyGraphModule(root, graph)
 
 
 def check_torch_version() -> None:
@@ -52,7 +59,8 @@ class FakeTensors:
 
         Runs autograd in the calling thread, so that scopes opened in a backward are seen whatever the device.
         """
-        with self.mode, torch.autograd.set_multithreading_enabled(False), fx_traceback.preserve_node_meta():
+        lazily = _use_lazy_graph_module(True)
+        with self.mode, torch.autograd.set_multithreading_enabled(False), fx_traceback.preserve_node_meta(), lazily:
             return make_fx(fn, decomposition_table=decompositions, tracing_mode="real")(*inputs)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:

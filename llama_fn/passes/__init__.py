@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama_fn import compat
 from llama_fn.passes.bucket import bucket
 from llama_fn.passes.dead_code import dead_code
 from llama_fn.passes.donation import donation
@@ -50,8 +51,7 @@ def unwatched(name: str, gm: torch.fx.GraphModule) -> None:
 def run(
     passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context, watch: Watch = unwatched
 ) -> torch.fx.GraphModule:
-    """A new graph module after `passes`; the given one is not changed."""
-    gm = copy_graph(gm)
+    """The graph after `passes`, which may change the given one; `watch` sees it after each."""
     for each in passes:
         before = len(gm.graph.nodes)
         gm = each(gm, ctx)
@@ -69,4 +69,4 @@ def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for node in gm.graph.nodes:
         values[node] = graph.node_copy(node, values.__getitem__)
         values[node].meta = copy.copy(node.meta)
-    return torch.fx.GraphModule(gm, graph)
+    return compat.graph_module(gm, graph)

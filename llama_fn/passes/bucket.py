@@ -50,7 +50,7 @@ def bucket(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     for node in gm.graph.nodes:
         if node not in of_member:
             emit(node)
-    return torch.fx.GraphModule(gm, graph)
+    return compat.graph_module(gm, graph)
 
 
 @dataclass

@@ -39,7 +39,7 @@ def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     for node in gm.graph.nodes:
         if node not in values:
             values[node] = copy(node)
-    return torch.fx.GraphModule(gm, graph)
+    return compat.graph_module(gm, graph)
 
 
 def _constant(graph: torch.fx.Graph) -> dict[torch.fx.Node, None]:

@@ -97,7 +97,7 @@ def _subgraph(region: Region) -> torch.fx.GraphModule:
     for node in region.nodes:
         values[node] = graph.node_copy(node, values.__getitem__)
     graph.output([values[n] for n in region.outputs])
-    return torch.fx.GraphModule({}, graph)
+    return compat.graph_module(torch.nn.Module(), graph)
 
 
 def _call(gm: torch.fx.GraphModule, name: str, region: Region) -> dict[torch.fx.Node, torch.fx.Node]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from kernels.registry import of_node
-from llama_fn import ir
+from llama_fn import compat, ir
 from sharding.collectives import communicates, wait
 
 _LAYER = re.compile(r"^(?:microbatch/(\d+)/)?layers/(\d+)(?:/|$)")
@@ -39,7 +39,7 @@ def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     for node in order:
         values[node] = graph.node_copy(node, values.__getitem__)
         values[node].meta = node.meta
-    return torch.fx.GraphModule(gm, graph)
+    return compat.graph_module(gm, graph)
 
 
 def _numbers(match: re.Match[str]) -> tuple[int | None, int]:
