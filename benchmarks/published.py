@@ -6,20 +6,34 @@ layouts are ours, as near to theirs as ours come. docs/plan.md explains the diff
 
 from __future__ import annotations
 
-from llama_fn import config, plan
-from llama_fn.hardware import TABLE
+from dataclasses import replace
+
+from llama_fn import config, cost, plan
+from llama_fn.hardware import TABLE, Hardware
 from sharding import Mesh
 
-# who, preset, devices' mesh, rules, hardware, sequences per device and microbatch, microbatches, length, published
-ASCEND = "AscendSpeed"
+OTHERS = {  # devices that we do not run on, and a peak that we do not use
+    "tpu_v5p": Hardware("tpu_v5p", 459e12, 95e9, 2.765e12, 600e9, 6.25e9, "Google Cloud's page of TPU v5p", 8960),
+    "tpu_v5e": Hardware("tpu_v5e", 197e12, 16e9, 0.859e12, 200e9, 3.125e9, "Google Cloud's page of TPU v5e", 256),
+    "h100_fp8": replace(TABLE["h100"], name="h100_fp8", peak_flops_per_s=1979e12),  # the same data sheet, dense FP8
+}
+
+# who, preset, devices' mesh, rules, hardware, sequences per device and microbatch, microbatches, length, remat, and
+# tokens/s per device as published; a number below 1 is the MFU
+ASCEND, MEGATRON = "AscendSpeed", "Megatron (NeMo)"
 ROWS = [
     (ASCEND, "llama_7b", "data:8", "fsdp", "ascend_910b1", 2, 4, 2048, "dots", 3763),
     (ASCEND, "llama_13b", "data:8", "fsdp", "ascend_910b1", 2, 4, 2048, "dots", 1894),
-    (ASCEND, "llama_33b", "data:8,model:4", "fsdp_tp", "ascend_910b1", 2, 16, 2048, "dots", 621),
-    (ASCEND, "llama_65b", "data:4,model:8", "fsdp_tp", "ascend_910b1", 2, 32, 2048, "dots", 348),
+    (ASCEND, "llama_33b", "data:8,model:4", "fsdp_tp", "ascend_910b1", 4, 8, 2048, "dots", 621),
+    (ASCEND, "llama_65b", "data:4,model:8", "fsdp_tp", "ascend_910b1", 4, 16, 2048, "dots", 348),
     ("torchtitan", "llama3_8b", "data:64", "fsdp", "a100", 1, 1, 8192, "dots", 2973),
     ("torchtitan", "llama_13b", "data:64", "fsdp", "a100", 2, 1, 4096, "none", 2162),
     ("torchtitan", "llama2_70b", "data:64", "fsdp", "a100", 2, 1, 4096, "full", 353),
+    ("MaxText", "llama2_70b", "data:64", "fsdp", "tpu_v5p", 4, 1, 4096, "full", 0.65),
+    ("MaxText", "llama2_70b", "data:256", "fsdp", "tpu_v5e", 1, 1, 4096, "full", 0.57),
+    (MEGATRON, "llama_7b", "data:8", "fsdp", "h100_fp8", 1, 16, 4096, "none", 16934),
+    (MEGATRON, "llama3_8b", "data:8", "fsdp", "h100_fp8", 1, 16, 8192, "dots", 12273),
+    (MEGATRON, "llama2_70b", "data:16,model:4", "fsdp_tp", "h100_fp8", 2, 4, 4096, "dots", 1728),
 ]
 
 
@@ -37,12 +51,15 @@ def main() -> None:
                 "optim.reduce_per_microbatch": microbatches > 1,
             },
         )  # fmt: skip
-        p = plan.make(cfg, mesh, TABLE[hardware])
+        device = {**TABLE, **OTHERS}[hardware]
+        p = plan.make(cfg, mesh, device)
+        if published < 1:
+            published *= device.peak_flops_per_s / cost.model_flops_per_token(cfg.model, length)
         tokens = size * length / mesh.size
         speeds = [tokens / seconds for seconds in (p.compute_s, p.comms_s, p.step_time_s, p.step_time_alone_s)]
         shown = " | ".join(f"{speed:,.0f}" for speed in speeds)
         what = f"| {who} | {preset} | {axes} | {hardware} | {remat} | {p.peak_bytes / 1e9:.0f} |"
-        print(f"{what} {shown} | {published:,} | {published / speeds[2]:.2f} |", flush=True)
+        print(f"{what} {shown} | {published:,.0f} | {published / speeds[2]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

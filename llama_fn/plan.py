@@ -17,7 +17,7 @@ from llama_fn import arrays, cost, rungs, stages, train_step
 from llama_fn.config import Config
 from llama_fn.hardware import Hardware
 from llama_fn.survey import (
-    LAYERS,
+    ENDS,
     MICROBATCHES,
     Moment,
     Survey,
@@ -106,17 +106,18 @@ class Plan:
         return self.model_flops / self.step_time_s / self.hardware.peak_flops_per_s
 
 
-def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = None) -> Plan:
+def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = None, ends: int = ENDS) -> Plan:
     """Trace and lower cfg's step for `mesh`, with fewer layers and microbatches where these repeat (survey.py);
-    UserError where it cannot be partitioned. `traces` keeps what was traced, for plans that share it."""
+    UserError where it cannot be partitioned. `traces` keeps what was traced, for plans that share it; fewer `ends` make
+    smaller graphs, and the peak of some plans inexact."""
     began = time.perf_counter()
     traces = {} if traces is None else traces
     layers, microbatches = cfg.model.num_layers, cfg.data.microbatches
-    repeats = layers > LAYERS + 1 and cfg.mesh.remat != "budget"  # which keeps values in some layers only
-    sizes = (LAYERS, LAYERS + 1) if repeats else (layers,)
+    repeats = layers > 2 * ends + 1 and cfg.mesh.remat != "budget"  # which keeps values in some layers only
+    sizes = (2 * ends, 2 * ends + 1) if repeats else (layers,)
     lowered = [_lowered(_small(cfg, n, min(microbatches, MICROBATCHES)), mesh, traces) for n in sizes]
-    surveys = [survey(each, hardware, microbatches) for each in lowered]
-    found = extrapolated(surveys[0], surveys[1], layers - LAYERS) if repeats else surveys[0]
+    surveys = [survey(each, hardware, microbatches, ends) for each in lowered]
+    found = extrapolated(surveys[0], surveys[1], layers - 2 * ends) if repeats else surveys[0]
     arguments = {key[1]: round(size) for key, size in found.items() if key[0] == "argument"}
     infos = dict(zip(lowered[0].signature.in_paths, lowered[0].signature.in_infos, strict=True))
     temporary, peak_at = peak(found)
@@ -131,7 +132,7 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
         gradients_bytes=sum(size for path, size in arguments.items() if infos[path].table == "moments") // 2,
         activations_bytes=round(found[("saved",)]),
         peak_bytes=sum(arguments.values()) + round(temporary), peak_at=peak_at,
-        timeline=timeline(found, sum(arguments.values()), layers),
+        timeline=timeline(found, sum(arguments.values()), layers, ends),
         model_flops=cost.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens / mesh.size,
         hardware_flops=round(total(found, "flops")),
         compute_s=total(found, "seconds"),

@@ -7,10 +7,13 @@ recomputes more than the one before; and gradients are reduced once a step unles
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Literal
 
-from llama_fn import arrays, plan, rungs, train_step, tree
+from llama_fn import arrays, plan, rungs, survey, train_step, tree
+from llama_fn.compat import physical_cores
 from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
@@ -19,6 +22,7 @@ from sharding.errors import ShardingError, local_shape
 from sharding.rules import PRESETS
 
 SEQUENCES = (1, 2, 4)  # of a microbatch on a device
+ENDS = 3  # layers at either end that are told apart: enough for meshes of two axes, and smaller than survey.ENDS
 POLICIES: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
@@ -31,11 +35,19 @@ class Tried:
     why: str = ""
 
     @property
+    def where(self) -> str:
+        return f"{self.cfg.mesh.axes or 'one device'} {self.cfg.mesh.rules}"
+
+    @property
     def name(self) -> str:
+        return f"{self.where}, {self.how}"
+
+    @property
+    def how(self) -> str:
         m, d, o = self.cfg.mesh, self.cfg.data, self.cfg.optim
         often = ", reduced per microbatch" if o.reduce_per_microbatch else ""
         again = ", weights gathered again" if m.regather else ""
-        return f"{m.axes or 'one device'} {m.rules}, {d.microbatches} microbatches{often}, remat {m.remat}{again}"
+        return f"{d.microbatches} microbatches{often}, remat {m.remat}{again}"
 
     @property
     def flags(self) -> str:
@@ -50,57 +62,106 @@ class Tried:
 def search(
     cfg: Config, devices: int, hardware: Hardware, progress: Callable[[str], None] = lambda name: None
 ) -> list[Tried]:
-    """Candidates that fit, the most tokens/s first, then the others. `progress` hears what is tried."""
-    found, traces = [], plan.Traces()
-    for base in _bases(cfg, devices):
-        tried = [_why_not(base, hardware)]
-        if tried[0] is None:
-            tried = list(_until_one_fits(base, hardware, traces, progress))
-        found += [each for each in tried if each is not None]
-    return sorted(found, key=lambda t: -t.plan.tokens_per_second_per_device if t.plan else 1.0)
+    """Candidates that fit, the most tokens/s first, then the others. `progress` hears what has been tried.
+
+    Meshes are planned in as many processes as there are cores.
+    """
+    families = list(_families(cfg, devices))
+    workers = min(len(families), physical_cores())
+    found: list[Tried] = []
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        work = [pool.submit(_try, family, hardware) for family in families]
+        for i, done in enumerate(as_completed(work), 1):
+            found += done.result()
+            progress(f"{i} of {len(work)} meshes and rules tried, the last {found[-1].where}")
+    order = {family[0].mesh: i for i, family in enumerate(families)}
+    found.sort(key=lambda t: order[replace(t.cfg.mesh, remat=cfg.mesh.remat, regather=cfg.mesh.regather)])
+    return _verified(sorted(found, key=lambda t: -t.plan.tokens_per_second_per_device if t.plan else 1.0), hardware)
 
 
-def _bases(cfg: Config, devices: int) -> Iterator[Config]:
-    """Meshes, rules and microbatches."""
+def _families(cfg: Config, devices: int) -> Iterator[list[Config]]:
+    """Meshes with rules, each with its microbatches, the smallest first. Sequences are cut, over `context`, only where
+    there are fewer than devices to take them."""
+    batch = cfg.data.global_batch_size
     for model in (n for n in range(1, devices + 1) if devices % n == 0):
-        data = devices // model
-        axes = ",".join(f"{name}:{size}" for name, size in (("data", data), ("model", model)) if size > 1)
-        names = ("fsdp", "zero1", "dp") if model == 1 else ("fsdp_tp", "tp_sp") if data > 1 else ("tp_sp",)
-        for rules in names if devices > 1 else ("dp",):
-            for sequences in SEQUENCES:
-                size = data * sequences
-                if cfg.data.global_batch_size % size == 0:
-                    yield replace(
-                        cfg, mesh=replace(cfg.mesh, axes=axes, rules=rules),
-                        data=replace(cfg.data, microbatches=cfg.data.global_batch_size // size),
-                    )  # fmt: skip
+        rest = devices // model
+        data = max(n for n in range(1, rest + 1) if rest % n == 0 and batch % n == 0)
+        sizes = [data * n for n in SEQUENCES if batch % (data * n) == 0]
+        for rules in _rules(data, model, context=rest // data):
+            extents = (("data", data), ("context", rest // data), ("model", model))
+            axes = ",".join(f"{name}:{size}" for name, size in extents if size > 1)
+            mesh = replace(cfg.mesh, axes=axes, rules=rules)
+            yield [replace(cfg, mesh=mesh, data=replace(cfg.data, microbatches=batch // size)) for size in sizes]
 
 
-def _until_one_fits(
-    base: Config, hardware: Hardware, traces: plan.Traces, progress: Callable[[str], None]
-) -> Iterator[Tried]:
-    last = None
+def _rules(data: int, model: int, context: int) -> tuple[str, ...]:
+    if context > 1:
+        return ("fsdp_tp_ulysses",)
+    if model == 1:
+        return ("fsdp", "zero1", "dp") if data > 1 else ("dp",)
+    return ("fsdp_tp", "tp_sp") if data > 1 else ("tp_sp",)
+
+
+_TRACES = plan.Traces()  # of this process
+
+
+def _try(family: Sequence[Config], hardware: Hardware) -> list[Tried]:
+    """The first option that fits each size of microbatch, or why none does. What is too much for one size is too much
+    for a larger one, and where the most frugal option is too much for the smallest, nothing fits."""
+    reason = _why_not(family[0], hardware)
+    if reason:
+        return [Tried(family[0], None, reason)]
+    found: list[Tried] = []
+    first = 0
+    for base in family:
+        options = list(_options(base))
+        tried = _plan(options[min(first, len(options) - 1)], hardware)
+        if tried.plan is None and not found:
+            frugal = _plan(options[-1], hardware)
+            if frugal.plan is None:
+                return [frugal]
+        while tried.plan is None and first + 1 < len(options):
+            first += 1
+            tried = _plan(options[first], hardware)
+        found.append(tried)
+        if tried.plan is None:
+            break
+    return found
+
+
+def _options(base: Config) -> Iterator[Config]:
+    """From the fastest to the most frugal: when to reduce gradients, and what to keep for the backward."""
     shards = base.mesh.rules.startswith("fsdp")
     for often in (False, True) if base.data.microbatches > 1 and base.mesh.rules != "dp" else (False,):
         for policy in POLICIES:
             mesh = replace(base.mesh, remat=policy, regather=shards and policy != "none")
-            cfg = replace(base, mesh=mesh, optim=replace(base.optim, reduce_per_microbatch=often))
-            progress(Tried(cfg, None).name)
-            try:
-                made = plan.make(cfg, rungs.mesh(cfg), hardware, traces)
-            except UserError as error:
-                yield Tried(cfg, None, str(error))
-                return
-            if made.fits:
-                yield Tried(cfg, made)
-                return
-            last = Tried(cfg, None, f"peak {made.peak_bytes / GB:.1f} GB of {hardware.hbm_bytes / GB:.0f}")
-    if last is not None:
-        yield last
+            yield replace(base, mesh=mesh, optim=replace(base.optim, reduce_per_microbatch=often))
 
 
-def _why_not(cfg: Config, hardware: Hardware) -> Tried | None:
-    """Without tracing: a dimension that does not divide, or a state that alone is too much."""
+def _plan(cfg: Config, hardware: Hardware, ends: int = ENDS) -> Tried:
+    try:
+        made = plan.make(cfg, rungs.mesh(cfg), hardware, _TRACES, ends)
+    except UserError as error:
+        return Tried(cfg, None, str(error))
+    if made.fits:
+        return Tried(cfg, made)
+    tried = Tried(cfg, None)
+    return replace(tried, why=f"peak {made.peak_bytes / GB:.1f} GB of {hardware.hbm_bytes / GB:.0f} with {tried.how}")
+
+
+def _verified(found: list[Tried], hardware: Hardware) -> list[Tried]:
+    """The best planned again as the planner does by itself; the next one if it does not fit after all."""
+    for i, tried in enumerate(found):
+        if tried.plan is None:
+            break
+        found[i] = _plan(tried.cfg, hardware, survey.ENDS)
+        if found[i].plan is not None:
+            break
+    return sorted(found, key=lambda t: t.plan is None)
+
+
+def _why_not(cfg: Config, hardware: Hardware) -> str:
+    """Without tracing, "" if nothing: a dimension that does not divide, or a state that alone is too much."""
     mesh, rules, size = rungs.mesh(cfg), PRESETS[cfg.mesh.rules], 0
     state = train_step.abstract_state(cfg)
     try:
@@ -109,10 +170,9 @@ def _why_not(cfg: Config, hardware: Hardware) -> Tried | None:
             local = local_shape(info.shape, layout, mesh, path, True)
             size += arrays.total_bytes(replace(info, shape=local))
     except (ShardingError, ValueError) as error:
-        return Tried(cfg, None, str(error))
-    if size > hardware.hbm_bytes:
-        return Tried(cfg, None, f"the state alone takes {size / GB:.1f} GB of {hardware.hbm_bytes / GB:.0f}")
-    return None
+        return str(error)
+    limit = hardware.hbm_bytes
+    return f"the state alone takes {size / GB:.1f} GB of {limit / GB:.0f}" if size > limit else ""
 
 
 def as_text(tried: Sequence[Tried], best: int = 10) -> str:
@@ -123,5 +183,5 @@ def as_text(tried: Sequence[Tried], best: int = 10) -> str:
         p = t.plan
         lines.append(f"{p.tokens_per_second_per_device:9.1f} {p.mfu:6.3f} {p.peak_bytes / GB:8.1f}  {t.name}")
     lines += [f"... and {len(fits) - best} more that fit"] if len(fits) > best else []
-    lines += ["", "rejected", *(f"  {t.name}: {t.why}" for t in tried if not t.plan)]
+    lines += ["", "rejected", *(f"  {t.where}: {t.why}" for t in tried if not t.plan)]
     return "\n".join([*lines, "", f"best: {fits[0].flags}" if fits else "none fits"])

@@ -31,14 +31,14 @@ from sharding import table
 
 Survey = dict[tuple[Any, ...], float]
 ENDS = 4  # layers at either end that are told apart: a reduction over two axes is done three layers later
-LAYERS = 2 * ENDS
 MICROBATCHES = 3  # the first, the last, and one that stands for all between
 _MIDDLE = "microbatch/1/"
 _LAYER = re.compile(r"(?:^|/)layers/(-?\d+)(?=/|$)")
 
 
-def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int) -> Survey:
-    """`microbatches`: how many the step has; from MICROBATCHES on, `lowered` is of as many."""
+def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int, ends: int = ENDS) -> Survey:
+    """`microbatches`: how many the step has; from MICROBATCHES on, `lowered` is of as many. `ends` layers at either end
+    are told apart."""
     graph = lowered.graph_module.graph
     found: Survey = defaultdict(float)
     layers = lowered.signature.in_infos[_stacked(lowered)].shape[0]
@@ -66,7 +66,7 @@ def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int) -> Su
     for node, live in zip(ir.calls(graph), cost.live_bytes(lowered.graph_module), strict=True):
         if cost.is_view(node):
             continue
-        at = place_of(node, layers)
+        at = place_of(node, layers, ends)
         found["live", *at, ordinals[at]] = live
         ordinals[at] += 1
     return dict(found)
@@ -81,19 +81,19 @@ def _alike(node: torch.fx.Node, microbatches: int) -> bool:
     return microbatches > MICROBATCHES and ir.scope_of(node).startswith(_MIDDLE)
 
 
-def place_of(node: torch.fx.Node, layers: int) -> tuple[str, str, int | None, str]:
+def place_of(node: torch.fx.Node, layers: int, ends: int) -> tuple[str, str, int | None, str]:
     """Phase, scope, layer counted from the nearer end (the last is -1; None in the middle or outside), and target."""
     scope, layer = ir.scope_of(node), None
     match = _LAYER.search(scope)
     if match:
         index = int(match[1])
-        layer = index if index < ENDS else index - layers if index >= layers - ENDS else None
+        layer = index if index < ends else index - layers if index >= layers - ends else None
         scope = f"{scope[: match.start(1)]}{'*' if layer is None else layer}{scope[match.end(1) :]}"
     return ir.phase_of(node), scope, layer, str(node.target)
 
 
 def extrapolated(small: Survey, larger: Survey, steps: int) -> Survey:
-    """`larger` has one layer more than `small`, which has LAYERS; the result has `steps` more than `small`."""
+    """`larger` has one layer more than `small`, which has 2 x ends; the result has `steps` more than `small`."""
     odd = [key for key in small.keys() ^ larger.keys() if key in small or key[0] != "live" or "/*" not in key[2]]
     assert not odd, f"not of one structure: {odd[:3]}"
     return {key: number + steps * (larger[key] - number) for key, number in small.items()}
@@ -121,7 +121,7 @@ class Moment:
     bytes: int
 
 
-def timeline(found: Survey, base: int, layers: int) -> list[Moment]:
+def timeline(found: Survey, base: int, layers: int, ends: int) -> list[Moment]:
     """The step's parts in their order, `base` bytes being there all the time; layers between the ends in a straight
     line from the one before to the one after, as what they keep grows by the same from each to the next."""
     parts: dict[tuple[str, str], float] = {}
@@ -132,8 +132,8 @@ def timeline(found: Survey, base: int, layers: int) -> list[Moment]:
     moments: list[Moment] = []
     for (phase, part), live in parts.items():
         before = moments[-1] if moments else None
-        missing = layers - LAYERS if f"layers/{ENDS - 1}" in part and phase == "backward" else 0
-        missing = layers - LAYERS if f"layers/{-ENDS}" in part and phase == "forward" else missing
+        missing = layers - 2 * ends if f"layers/{ends - 1}" in part and phase == "backward" else 0
+        missing = layers - 2 * ends if f"layers/{-ends}" in part and phase == "forward" else missing
         for i in range(1, missing + 1) if before else ():
             height = before.bytes + (base + live - before.bytes) * i / (missing + 1)  # type: ignore[union-attr]
             moments.append(Moment(phase, _LAYER.sub("/layers/*", part), round(height)))

@@ -19,7 +19,7 @@ RECIPES = sorted(p.name for p in (ROOT / "configs").glob("*.flags"))
 PAPER = {
     "llama_7b_8npu.flags": ["--flagfile=configs/hyper/paper_7b.flags"],
     "llama_65b_8layers_8npu.flags": ["--flagfile=configs/hyper/paper_65b.flags"],
-    "llama_65b_32npu.flags": ["--flagfile=configs/hyper/paper_65b.flags", "--data.microbatches=512"],
+    "llama_65b_32npu.flags": ["--flagfile=configs/hyper/paper_65b.flags", "--data.microbatches=128"],
     "llama_65b_96npu.flags": [
         "--flagfile=configs/hyper/paper_65b.flags", "--data.global_batch_size=2112", "--data.microbatches=44"
     ],

@@ -111,7 +111,7 @@ def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbat
 def test_every_number_of_a_survey_grows_by_the_same_from_layer_to_layer():
     """What lives at each op included, in three microbatches. With fewer layers told apart at the ends it does not."""
     from llama_fn import rungs
-    from llama_fn.survey import LAYERS, extrapolated, survey
+    from llama_fn.survey import ENDS, extrapolated, survey
 
     mesh = Mesh.parse("data:2,model:2")
 
@@ -125,7 +125,7 @@ def test_every_number_of_a_survey_grows_by_the_same_from_layer_to_layer():
         )  # fmt: skip
         return survey(rungs.lower(rungs.train(cfg), cfg, mesh), NPU, 3)
 
-    found, whole = extrapolated(of(LAYERS), of(LAYERS + 1), 2), of(LAYERS + 2)
+    found, whole = extrapolated(of(2 * ENDS), of(2 * ENDS + 1), 2), of(2 * ENDS + 2)
     assert found == pytest.approx({key: whole[key] for key in found}, rel=1e-12)
 
 
@@ -170,6 +170,37 @@ def test_the_search_finds_what_fits_and_says_why_not_the_rest(monkeypatch):
     assert "the state alone takes" in reasons["data:4 dp"] and "model" in reasons["model:4 tp_sp"]
     text = search.as_text(tried)
     assert best.flags in text and "rejected" in text
+
+
+def test_the_search_leaves_out_only_what_cannot_fit(monkeypatch):
+    """Against every option of every size planned, on devices with more and more room beside the state."""
+    from llama_fn import search
+
+    model, traces = replace(CFG.model, num_layers=1), {}
+    cfg = replace(CFG, model=model, data=replace(CFG.data, seq_len=512, global_batch_size=8, microbatches=1))
+    family = next(f for f in search._families(cfg, 2) if f[0].mesh.rules == "zero1")
+    options = {base.data.microbatches: list(search._options(base)) for base in family}
+    planned = {o: plan.make(o, Mesh.parse("data:2"), NPU, traces) for each in options.values() for o in each}
+    monkeypatch.setattr(search.plan, "make", lambda cfg, mesh, hardware, *_: replace(planned[cfg], hardware=hardware))
+    outcomes = set()
+    for limit in sorted({p.peak_bytes for p in planned.values()}):
+        small = replace(NPU, hbm_bytes=limit)
+        tried = {t.cfg.data.microbatches: t.plan for t in search._try(family, small)}
+        for size, each in options.items():
+            first = next((o for o in each if planned[o].peak_bytes <= limit), None)
+            taken = tried.get(size)
+            assert (taken and taken.cfg) == first
+            outcomes.add(first and each.index(first))
+    assert len(outcomes) > 3, "several options were the first to fit"
+
+
+def test_the_search_cuts_sequences_where_they_are_too_few():
+    from llama_fn import search
+
+    cfg = replace(CFG, data=replace(CFG.data, global_batch_size=2, microbatches=1))
+    meshes = [(f[0].mesh.axes, f[0].mesh.rules) for f in search._families(cfg, 4)]
+    assert ("data:2,context:2", "fsdp_tp_ulysses") in meshes and ("data:2,model:2", "fsdp_tp") in meshes
+    assert not [axes for axes, _ in meshes if "data:4" in axes]
 
 
 def test_activations_grow_with_the_layers_and_not_with_the_parameters():
