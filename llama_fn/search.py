@@ -6,14 +6,14 @@ recomputes more than the one before; and gradients are reduced once a step unles
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Literal
 
 from llama_fn import arrays, plan, rungs, survey, train_step, tree
-from llama_fn.compat import physical_cores
 from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
@@ -60,20 +60,27 @@ class Tried:
 
 
 def search(
-    cfg: Config, devices: int, hardware: Hardware, progress: Callable[[str], None] = lambda name: None
+    cfg: Config,
+    devices: int,
+    hardware: Hardware,
+    progress: Callable[[str], None] = lambda name: None,
+    processes: int = 1,
 ) -> list[Tried]:
     """Candidates that fit, the most tokens/s first, then the others. `progress` hears what has been tried.
 
-    Meshes are planned in as many processes as there are cores.
+    Meshes are planned by so many processes; with more than one, the caller's module is imported by each.
     """
     families = list(_families(cfg, devices))
-    workers = min(len(families), physical_cores())
     found: list[Tried] = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        work = [pool.submit(_try, family, hardware) for family in families]
-        for i, done in enumerate(as_completed(work), 1):
-            found += done.result()
-            progress(f"{i} of {len(work)} meshes and rules tried, the last {found[-1].where}")
+    with ExitStack() as stack:
+        work: Iterable[list[Tried]] = (_try(family, hardware) for family in families)
+        if processes > 1:
+            # Not forked from here: who calls may have threads, and JAX or OpenMP in them.
+            pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=get_context("forkserver")))
+            work = (done.result() for done in as_completed(pool.submit(_try, each, hardware) for each in families))
+        for i, tried in enumerate(work, 1):
+            found += tried
+            progress(f"{i} of {len(families)} meshes and rules tried, the last {found[-1].where}")
     order = {family[0].mesh: i for i, family in enumerate(families)}
     found.sort(key=lambda t: order[replace(t.cfg.mesh, remat=cfg.mesh.remat, regather=cfg.mesh.regather)])
     return _verified(sorted(found, key=lambda t: -t.plan.tokens_per_second_per_device if t.plan else 1.0), hardware)

@@ -32,10 +32,10 @@ def _search(cfg: config.Config, devices: int, device: Any) -> typing.NoReturn:
     """Print what fits and what does not; status 0 if anything fits, else 1."""
     from rich.console import Console
 
-    from llama_fn import search
+    from llama_fn import compat, search
 
     with Console(stderr=True).status("") as status:
-        tried = search.search(cfg, devices, device, status.update)
+        tried = search.search(cfg, devices, device, status.update, compat.physical_cores())
     print(search.as_text(tried))
     sys.exit(0 if any(each.plan for each in tried) else 1)
 

@@ -161,7 +161,9 @@ def test_the_search_finds_what_fits_and_says_why_not_the_rest(monkeypatch):
     whole = plan.make(cfg, Mesh(), NPU)
     small = replace(NPU, hbm_bytes=whole.parameters_bytes * 2)
     monkeypatch.setattr(search, "SEQUENCES", (1,))
-    tried = search.search(cfg, 4, small)
+    heard: list[str] = []
+    tried = search.search(cfg, 4, small, heard.append)
+    assert len(heard) == 6 and heard[-1].startswith("6 of 6")
     best = tried[0]
     assert best.plan is not None and best.plan.peak_bytes <= small.hbm_bytes
     speeds = [t.plan.tokens_per_second_per_device for t in tried if t.plan]
@@ -232,8 +234,6 @@ def test_the_tool_prints_writes_and_judges(tmp_path):
     )  # fmt: skip
     assert all(isinstance(found[key], (int, float)) for key in keys)
     assert {"kind", "axis", "dtype", "bytes", "count", "phase", "scope"} <= set(found["collectives"][0])
-    big = run("--model.preset=llama_7b", "--model.num_layers=8")
-    assert big.returncode == 0 and "DOES NOT FIT" not in big.stdout
     bigger = run("--model.preset=llama_7b")
     assert bigger.returncode == 1 and "DOES NOT FIT" in bigger.stdout
     assert "Did you mean ascend_910b2?" in run("--hardware=ascend_910b22").stderr

@@ -85,11 +85,11 @@ def test_ranges_carry_scopes_node_by_node(backend, mesh, tiny_run, profile):
     assert set(profile_table.of_trace(events, 2)) == {(without_numbers(ir.scope_of(n)), ir.phase_of(n)) for n in nodes}
 
 
-def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, profile, compile_cache):
+def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, profile, tmp_path):
     cfg = tiny_run()
     lowered = rungs.train(cfg).lower()
-    plain = lowered.compile("inductor", cache=compile_cache)
-    named = [lowered.compile("inductor", cache=compile_cache, profiled=True) for _ in range(2)]
+    plain = lowered.compile("inductor", cache=tmp_path)
+    named = [lowered.compile("inductor", cache=tmp_path, profiled=True) for _ in range(2)]
     assert "_ranges" not in plain.executable.code
     assert [step.from_cache for step in named] == [False, True], "code with ranges is kept apart from code without"
     untitled, _, expected = profile(cfg, plain, 3)
@@ -109,13 +109,13 @@ def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, pr
 
 
 @pytest.mark.slow
-def test_scopes_that_differ_are_not_taken_from_the_cache(tiny_run, compile_cache):
+def test_scopes_that_differ_are_not_taken_from_the_cache(tiny_run, tmp_path):
     lowered = rungs.train(tiny_run()).lower()
-    lowered.compile("inductor", cache=compile_cache, profiled=True)
+    lowered.compile("inductor", cache=tmp_path, profiled=True)
     for node in ir.calls(lowered.graph_module.graph):
         where = dict(node.meta["custom"])
         node.meta["custom"] = where | {"scope": where["scope"].replace("mlp", "feed_forward")}
-    renamed = lowered.compile("inductor", cache=compile_cache, profiled=True)
+    renamed = lowered.compile("inductor", cache=tmp_path, profiled=True)
     assert "layers/*/feed_forward" in renamed.executable.code
     assert "layers/*/mlp" not in renamed.executable.code
 

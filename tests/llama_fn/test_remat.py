@@ -53,7 +53,7 @@ def test_numbers_stay_bitwise(policy, mesh, rules, traced, fresh_state, random_b
 
 @pytest.mark.parametrize("policy", ["full", pytest.param("budget", marks=pytest.mark.slow)])
 def test_compiled_numbers_stay_bitwise(policy, traced, fresh_state, random_batch, compile_cache):
-    cfg, step = traced()
+    cfg, step = traced(microbatches=1)
     plain = step.lower().compile("inductor", cache=compile_cache)
     again = step.lower(remat=POLICIES[policy]).compile("inductor", cache=compile_cache)
     pairs = zip(*(run(s, cfg, fresh_state, random_batch) for s in (plain, again)), strict=True)
@@ -65,23 +65,30 @@ def products(text):
     return len(re.findall(r"llama_fn\.einsum|onednn_product\.default\(|extern_kernels\.b?mm\(", text))
 
 
-@pytest.mark.parametrize("backend", ["eager", "interpret", "inductor"])
-def test_ops_are_recomputed_in_the_final_graph(backend, traced):
-    """inductor: in the code that it generates, with every layer inline, and with one subgraph for all."""
+@pytest.mark.parametrize(
+    ("backend", "outlined"),
+    [
+        ("eager", False),
+        ("interpret", False),
+        ("inductor", True),
+        pytest.param("inductor", False, marks=pytest.mark.slow),
+    ],
+)
+def test_ops_are_recomputed_in_the_final_graph(backend, outlined, traced, compile_cache):
+    """inductor: in the code that it generates, with one subgraph for all layers, and with every layer inline."""
     compiles = backend == "inductor"
+    options = {"outlined": outlined, "cache": compile_cache} if compiles else {}
     cfg, step = traced(microbatches=1 if compiles else 2)
     layers = cfg.data.microbatches * cfg.model.num_layers
     attention = 2 if compiles else 0  # products inside, as a formula
     wanted = {"full": 6 + attention, "dots": 0, "names": 4}
-    for outlined in (True, False) if compiles else (False,):
-        counts = {}
-        for policy in ("none", "full") if compiles else ("none", *wanted):
-            lowered = step.lower(remat=POLICIES.get(policy, policy))
-            compiled = lowered.compile(backend, **({"outlined": outlined} if compiles else {}))
-            counts[policy] = products(compiled.executable.code or compiled.as_text())
-        calls = 1 if outlined else layers
-        for policy in counts.keys() - {"none"}:
-            assert counts[policy] - counts["none"] == calls * wanted[policy]
+    counts = {}
+    for policy in ("none", "full") if compiles else ("none", *wanted):
+        compiled = step.lower(remat=POLICIES.get(policy, policy)).compile(backend, **options)
+        counts[policy] = products(compiled.executable.code or compiled.as_text())
+    calls = 1 if outlined else layers
+    for policy in counts.keys() - {"none"}:
+        assert counts[policy] - counts["none"] == calls * wanted[policy]
 
 
 def test_each_policy_recomputes_what_it_says(traced):

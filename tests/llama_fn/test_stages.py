@@ -36,10 +36,10 @@ def test_traced_equals_eager_bitwise(backend, dtype, tiny_config, random_batch, 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_batch, fresh_state, compile_cache):
+def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_batch, fresh_state, tmp_path):
     cfg = tiny_config(compute_dtype=dtype, num_layers=3)
     lowered = traced_step(cfg).lower()
-    eager, fast = lowered.compile("eager"), lowered.compile("inductor", cache=compile_cache)
+    eager, fast = lowered.compile("eager"), lowered.compile("inductor", cache=tmp_path)
     a, b = fresh_state(cfg), fresh_state(cfg)
     tolerance = 1e-5 if dtype == "fp32" else 2e-2
     for i in range(2):
@@ -47,7 +47,7 @@ def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_batch, fr
         b, got = fast(b, random_batch(cfg, i))
         for name in want:
             assert got[name].item() == pytest.approx(want[name].item(), rel=tolerance), name
-    again = lowered.compile("inductor", cache=compile_cache)
+    again = lowered.compile("inductor", cache=tmp_path)
     assert not fast.from_cache and again.from_cache
     c = fresh_state(cfg)
     for i in range(2):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import standin
+from filelock import FileLock
 from jobs import JOBS
 
 
@@ -25,10 +26,14 @@ def torch_npu_environment():
 
 @pytest.fixture(scope="session")
 def lowered(tmp_path_factory, torch_npu_environment):
-    """Job name -> folder with a dump per rank."""
-    folder = tmp_path_factory.mktemp("ge")
-    jobs = [{**job, "out": str(folder / name)} for name, job in JOBS.items()]
-    _work(jobs, torch_npu_environment, folder)
+    """Job name -> folder with a dump per rank; made once, also where several processes run tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ge"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            _work([{**job, "out": str(folder / name)} for name, job in JOBS.items()], torch_npu_environment, folder)
+            (folder / "done").touch()
     return {name: folder / name for name in JOBS}
 
 
