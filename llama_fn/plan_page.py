@@ -91,9 +91,9 @@ def _memory(axes: Any, found: Plan) -> None:
 
 def _roofline(axes: Any, found: Plan) -> None:
     """The scopes that take longest, by what bounds them."""
-    longest = sorted(found.places, key=lambda p: -max(p.math_s, p.memory_s, p.comms_s))[:12][::-1]
+    longest = sorted(found.places, key=lambda p: -p.seconds)[:12][::-1]
     names = [f"{p.scope}, {p.phase}" for p in longest]
-    times = [max(p.math_s, p.memory_s, p.comms_s) for p in longest]
+    times = [p.seconds for p in longest]
     axes.barh(names, times, color=[BOUNDS[p.bound] for p in longest])
     axes.tick_params(axis="y", labelsize=7)
     axes.set(xlabel="s at the device's peaks", xlim=(0, None))

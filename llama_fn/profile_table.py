@@ -16,7 +16,7 @@ from typing import Any
 
 from llama_fn import plan, stages
 from llama_fn.hardware import Hardware
-from llama_fn.ranges import Key, shares_of
+from llama_fn.ranges import Key, range_event, shares_of
 
 Event = Mapping[str, Any]
 Kernel = tuple[str, float, float]  # range, begin and duration in microseconds
@@ -41,7 +41,7 @@ def rows(measured: Mapping[Key, float], lowered: stages.Lowered, hardware: Hardw
     found = []
     for key in dict.fromkeys([*measured, *places]):
         place = places.get(key)
-        predicted = max(place.math_s, place.memory_s, place.comms_s) if place else 0.0
+        predicted = place.seconds if place else 0.0
         if measured.get(key, 0.0) or predicted:
             bound = place.bound if place and predicted else ""
             found.append(Row(*key, measured.get(key, 0.0) * 1e3, predicted * 1e3, bound))
@@ -93,9 +93,7 @@ def as_trace(kernels: Iterable[Kernel]) -> dict[str, Any]:
         if events and events[-1]["name"] == name:
             events[-1]["dur"] = begin + us - events[-1]["ts"]
         else:
-            events.append(
-                {"ph": "X", "cat": "user_annotation", "name": name, "ts": begin, "dur": us, "pid": 0, "tid": 0}
-            )
+            events.append(range_event(name, begin, us))
     return {"traceEvents": [event for event in events if event["name"]]}
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -87,14 +86,16 @@ class Timeline:
             yield
         finally:
             us = (time.perf_counter_ns() - begun) / 1e3
-            where = {"pid": os.getpid(), "tid": threading.get_native_id()}
-            self.events.append(
-                {"ph": "X", "cat": "user_annotation", "name": name, "ts": begun / 1e3, "dur": us, **where}
-            )
+            self.events.append(range_event(name, begun / 1e3, us))
 
     def export_chrome_trace(self, path: str) -> None:
         with open(path, "w") as f:
             json.dump({"traceEvents": self.events}, f)
+
+
+def range_event(name: str, begin: float, us: float) -> dict[str, Any]:
+    """A range as Chrome's traces have it, times in microseconds."""
+    return {"ph": "X", "cat": "user_annotation", "name": name, "ts": begin, "dur": us, "pid": os.getpid(), "tid": 0}
 
 
 def name_of(node: torch.fx.Node) -> str:

@@ -76,7 +76,7 @@ def as_text(found: Plan) -> str:
 def _roofline(found: Plan) -> list[str]:
     """The scopes that take longest, with what bounds them."""
     head = f"{'ms compute':>11} {'ms memory':>11} {'ms sending':>11}  {'bound':13}  {'phase':9}  scope"
-    longest = sorted(found.places, key=lambda p: -max(p.math_s, p.memory_s, p.comms_s))[:15]
+    longest = sorted(found.places, key=lambda p: -p.seconds)[:15]
     return [head] + [
         f"{p.math_s * 1e3:11.2f} {p.memory_s * 1e3:11.2f} {p.comms_s * 1e3:11.2f}  {p.bound:13}  {p.phase:9}  {p.scope}"
         for p in longest

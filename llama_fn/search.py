@@ -6,10 +6,11 @@ recomputes more than the one before; and gradients are reduced once a step unles
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import repeat
 from multiprocessing import get_context
 from typing import Literal
 
@@ -72,17 +73,13 @@ def search(
     """
     families = list(_families(cfg, devices))
     found: list[Tried] = []
-    with ExitStack() as stack:
-        work: Iterable[list[Tried]] = (_try(family, hardware) for family in families)
-        if processes > 1:
-            # Not forked from here: who calls may have threads, and JAX or OpenMP in them.
-            pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=get_context("forkserver")))
-            work = (done.result() for done in as_completed(pool.submit(_try, each, hardware) for each in families))
+    # Not forked from here: who calls may have threads, and JAX or OpenMP in them.
+    several = ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) if processes > 1 else nullcontext()
+    with several as pool:
+        work = (pool.map if pool else map)(_try, families, repeat(hardware))
         for i, tried in enumerate(work, 1):
             found += tried
             progress(f"{i} of {len(families)} meshes and rules tried, the last {found[-1].where}")
-    order = {family[0].mesh: i for i, family in enumerate(families)}
-    found.sort(key=lambda t: order[replace(t.cfg.mesh, remat=cfg.mesh.remat, regather=cfg.mesh.regather)])
     return _verified(sorted(found, key=lambda t: -t.plan.tokens_per_second_per_device if t.plan else 1.0), hardware)
 
 

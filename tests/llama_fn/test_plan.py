@@ -234,6 +234,8 @@ def test_the_tool_prints_writes_and_judges(tmp_path):
     )  # fmt: skip
     assert all(isinstance(found[key], (int, float)) for key in keys)
     assert {"kind", "axis", "dtype", "bytes", "count", "phase", "scope"} <= set(found["collectives"][0])
+    big = run("--model.preset=llama_7b", "--model.num_layers=8")
+    assert big.returncode == 0 and "DOES NOT FIT" not in big.stdout
     bigger = run("--model.preset=llama_7b")
     assert bigger.returncode == 1 and "DOES NOT FIT" in bigger.stdout
     assert "Did you mean ascend_910b2?" in run("--hardware=ascend_910b22").stderr

@@ -52,22 +52,25 @@ def steps_in(events):
     return {e["name"] for e in events if e.get("name", "").startswith("step ")}
 
 
-def test_the_trace_holds_the_steps_asked_for(tiny_run, profile):
+def test_the_trace_holds_the_steps_asked_for(tiny_run, profile, tmp_path):
     cfg = tiny_run("2:3")
     events, table, _ = profile(cfg, rungs.train(cfg).lower().compile("eager"), 5)
     assert steps_in(events) == {"step 2", "step 3"}
     assert HARDWARE.name in table
+    assert (tmp_path / "profile" / "rank_0_steps_2_3.json").exists()
 
 
-def test_a_run_that_ends_early_keeps_what_it_has(tiny_run, profile):
+def test_a_run_that_ends_early_keeps_what_it_has(tiny_run, profile, tmp_path):
     cfg = tiny_run("2:9")
     events, _, _ = profile(cfg, rungs.train(cfg).lower().compile("eager"), 3, rank=1)
     assert steps_in(events) == {"step 2", "step 3"}
+    assert (tmp_path / "profile" / "rank_1_steps_2_9.json").exists()
 
 
-def test_nothing_is_written_unless_asked_for(tiny_run, profile):
+def test_nothing_is_written_unless_asked_for(tiny_run, profile, tmp_path):
     cfg = tiny_run("")
     assert profile(cfg, rungs.train(cfg).lower().compile("eager"), 3)[0] == []
+    assert not (tmp_path / "profile").exists()
 
 
 def working_scopes(lowered):

@@ -71,7 +71,7 @@ def products(text):
         ("eager", False),
         ("interpret", False),
         ("inductor", True),
-        pytest.param("inductor", False, marks=pytest.mark.slow),
+        ("inductor", False),
     ],
 )
 def test_ops_are_recomputed_in_the_final_graph(backend, outlined, traced, compile_cache):

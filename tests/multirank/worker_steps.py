@@ -1,9 +1,9 @@
 """Run under torchrun: steps of llama_tiny with inductor on every mesh of WORLD_SIZE devices against one device.
 
-    torchrun --nproc_per_node=2 tests/multirank/worker_steps.py CACHE [RULES[@MESH[@KV_HEADS[@DTYPE]]] ...]
+    torchrun --nproc_per_node=2 tests/multirank/worker_steps.py CACHE [RULES[@MESH[@KV_HEADS]] ...]
 
 RULES is a preset, all of them if none is given, on every mesh of its axes unless one is named, with 4 (MHA) and 2 kv
-heads and in both dtypes unless one is named. Prints a line per case; any rank that finds a difference raises.
+heads unless one is named. Prints a line per case; any rank that finds a difference raises.
 """
 
 from __future__ import annotations
@@ -112,11 +112,10 @@ def main() -> None:
     members = processes.start(Mesh((("data", world),)), "cpu", 600)
     assert members is not None
     for choice in chosen:
-        rules, *rest = choice.split("@")
-        only_mesh, only_kv, only_dtype = [*rest, "", "", ""][:3]
+        rules, _, rest = choice.partition("@")
+        only_mesh, _, only_kv = rest.partition("@")
         for text in [only_mesh] if only_mesh else meshes(rules, world):
-            dtypes = [only_dtype] if only_dtype else list(TOLERANCE)
-            for dtype, kv_heads in product(dtypes, [int(only_kv)] if only_kv else [4, 2]):
+            for dtype, kv_heads in product(TOLERANCE, [int(only_kv)] if only_kv else [4, 2]):
                 here = replace(members, mesh=Mesh.parse(text), _groups={})
                 check(config(dtype, kv_heads), rules, here, cache)
     members.barrier()
