@@ -45,7 +45,8 @@ def current() -> Place:
 
 
 @contextmanager
-def _at(place: Place) -> Iterator[None]:
+def at(place: Place) -> Iterator[None]:
+    """Put the ops inside at `place`, wherever this is called."""
     token = _PLACE.set(place)
     try:
         where = {"scope": place.path, "phase": place.phase, "source": place.source, "region": place.region}
@@ -59,7 +60,7 @@ def _at(place: Place) -> Iterator[None]:
 def named_scope(name: str) -> Iterator[None]:
     """Open the scope `name` under the current one; ops traced inside carry the joined path."""
     here = current()
-    with _at(replace(here, path=f"{here.path}/{name}" if here.path else name)):
+    with at(replace(here, path=f"{here.path}/{name}" if here.path else name)):
         yield
 
 
@@ -68,21 +69,21 @@ def remat_region() -> Iterator[None]:
     """Values computed inside may be computed again in the backward instead of being kept: what a remat policy chooses
     among. The region is named by the scope it is opened in."""
     here = current()
-    with _at(replace(here, region=here.path)):
+    with at(replace(here, region=here.path)):
         yield
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """Mark everything inside as one phase of the step: forward, backward or optimizer."""
-    with _at(replace(current(), phase=name)):
+    with at(replace(current(), phase=name)):
         yield
 
 
 @contextmanager
 def backward_of(place: Place) -> Iterator[None]:
     """Reopen the scope of a forward op for the ops of its backward."""
-    with _at(replace(place, phase="backward")):
+    with at(replace(place, phase="backward")):
         yield
 
 
@@ -96,7 +97,7 @@ def source_line() -> Iterator[None]:
     if here.phase == "backward" and here.source:
         yield
         return
-    with _at(replace(here, source=_caller())):
+    with at(replace(here, source=_caller())):
         yield
 
 

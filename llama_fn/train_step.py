@@ -6,19 +6,17 @@ batch: tokens, targets int64 [M, B, T] and loss_mask float32 [M, B, T] (M microb
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import kernels as k
 from kernels.rms_norm import wide
-from kernels.scope import source_line
 from llama_fn import model, optim, tree
 from llama_fn.arrays import DTYPES, ArrayInfo, Init
 from llama_fn.config import Config
-from llama_fn.transforms import accumulate, by_leaf, named_scope, phase, value_and_grad
+from llama_fn.transforms import accumulate, named_scope, phase, repeated, value_and_grad
 from sharding import P, constrain
 
 MAX_LOSS_SCALE = 2.0**32
@@ -102,29 +100,23 @@ def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, model.Params]]:
     dtype = {"fp32": torch.float32, "compute": None}[cfg.optim.reduce_dtype]
     dtype = None if cfg.model.compute_dtype == "fp64" else dtype
 
-    def of_parts(
-        params: model.Params, parts: Sequence[Batch], cotangent: Any, at: int | None = None
-    ) -> tuple[Any, Any]:
-        def place() -> Any:
-            return nullcontext() if at is None else named_scope(f"microbatch/{at}")
+    def gathered(params: model.Params) -> model.Params:
+        return model.gather(params, cfg=cfg.model)
 
-        with place():
-            weights = model.gather(params, cfg=cfg.model)
-        loss, grads = accumulate(grad_fn, weights, parts, first=at or 0, cotangent=cotangent)
-        with place(), phase("backward"):
-            return loss, model.reduce(grads, cfg=cfg.model, dtype=dtype)
+    def reduced(grads: model.Params) -> model.Params:
+        with phase("backward"):
+            return model.reduce(grads, cfg=cfg.model, dtype=dtype)
 
-    def gradients(params: model.Params, batch: Batch, cotangent: torch.Tensor) -> tuple[Any, Any]:
+    def alone(params: model.Params, part: Batch, cotangent: torch.Tensor) -> tuple[torch.Tensor, model.Params]:
+        loss, grads = grad_fn(gathered(params), part, cotangent=cotangent)
+        return loss, reduced(grads)
+
+    def gradients(params: model.Params, batch: Batch, cotangent: torch.Tensor) -> tuple[torch.Tensor, model.Params]:
         parts = _microbatches(batch)
-        if not cfg.optim.reduce_per_microbatch:
-            return of_parts(params, parts, cotangent)
-        total = of_parts(params, parts[:1], cotangent, 0)
-        for at, part in enumerate(parts[1:], 1):
-            one = of_parts(params, [part], cotangent, at)
-            # At once, so that no microbatch's gradients wait for the last one's.
-            with phase("backward"), named_scope(f"microbatch/{at}/accumulate"), source_line():
-                total = (total[0] + one[0], by_leaf(torch.add, total[1], one[1]))
-        return total
+        if cfg.optim.reduce_per_microbatch:
+            return accumulate(alone, params, parts, cotangent=cotangent)
+        loss, grads = accumulate(grad_fn, gathered(params), parts, cotangent=cotangent)
+        return loss, reduced(grads)
 
     return gradients
 
@@ -196,9 +188,11 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
 def make_eval_step(cfg: Config) -> Callable[[model.Params, Batch], torch.Tensor]:
     """(params, batch) -> mean nats per unmasked token, a float32 scalar."""
 
+    loss_sum = repeated(lambda weights, part: _loss_sum(weights, part, cfg))
+
     def step(params: model.Params, batch: Batch) -> torch.Tensor:
         weights = model.gather(_cast(params, cfg), cfg=cfg.model)
-        total = [_loss_sum(weights, part, cfg) for part in _microbatches(batch)]
+        total = [loss_sum(weights, part) for part in _microbatches(batch)]
         with named_scope("loss"):
             return constrain(functools.reduce(torch.add, total), P()) / _tokens(batch)
 

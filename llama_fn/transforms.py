@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from kernels.repeat import repeated
 from kernels.rms_norm import wide
 from kernels.scope import named_scope, phase, remat_region, source_line
 from llama_fn import tree
 
-__all__ = ["accumulate", "by_leaf", "named_scope", "phase", "remat", "value_and_grad"]
+__all__ = ["accumulate", "by_leaf", "named_scope", "phase", "remat", "repeated", "value_and_grad"]
 
 
 def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
@@ -34,15 +35,16 @@ def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return transformed
 
 
-def accumulate(
-    fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[Any], first: int = 0, **kwargs: Any
-) -> tuple[Any, Any]:
-    """Sum of `fn(params, part) -> (value, grads)` over microbatches, numbered from `first`; grads of several are summed
-    in float32 or wider."""
+def accumulate(fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[Any], **kwargs: Any) -> tuple[Any, Any]:
+    """Sum of `fn(params, part) -> (value, grads)` over microbatches; grads of several are summed in float32 or wider.
+
+    `fn` must close over no tensor: it is traced once for all parts.
+    """
+    once = repeated(fn)
     total: tuple[Any, Any] | None = None
-    for i, part in enumerate(parts, first):
+    for i, part in enumerate(parts):
         with named_scope(f"microbatch/{i}"):
-            value, grads = fn(params, part, **kwargs)
+            value, grads = once(params, part, **kwargs)
         with phase("backward"), named_scope(f"microbatch/{i}/accumulate"), source_line():
             if len(parts) > 1:
                 grads = by_leaf(wide, grads)

@@ -12,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kernels.repeat import called_by
+from llama_fn.compat.repeat import Repeats, with_repeats
+
 TORCH = "2.13.0"
 INVOKE_SUBGRAPH = invoke_subgraph
 
@@ -59,9 +62,14 @@ class FakeTensors:
 
         Runs autograd in the calling thread, so that scopes opened in a backward are seen whatever the device.
         """
-        lazily = _use_lazy_graph_module(True)
-        with self.mode, torch.autograd.set_multithreading_enabled(False), fx_traceback.preserve_node_meta(), lazily:
-            return make_fx(fn, decomposition_table=decompositions, tracing_mode="real")(*inputs)
+        with (
+            self.mode,
+            torch.autograd.set_multithreading_enabled(False),
+            fx_traceback.preserve_node_meta(),
+            _use_lazy_graph_module(True),
+            called_by(Repeats().call),
+        ):
+            return with_repeats(make_fx(fn, decompositions, tracing_mode="real")(*inputs))
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
         with self.mode:
