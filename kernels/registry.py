@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ def differentiable(name: str, op: Callable[..., Any], vjp: Callable[..., Sequenc
     return type(f"{name}_function", (torch.autograd.Function,), members)
 
 
+@lru_cache(maxsize=1024)
 def of_node(target: Any) -> Kernel | None:
     """The kernel that an FX node's target calls, or None for an op that is not ours."""
     name = getattr(target, "__module__", "") if isinstance(target, str) else str(target)

@@ -19,7 +19,7 @@ def files(gm: torch.fx.GraphModule, name: str, hardware: Hardware) -> dict[str, 
     """File ending -> content: the graph, and what to lay over it: µs at the peaks of `hardware`, bytes, FLOPs."""
     calls = ir.calls(gm.graph)
     nodes = [_node(node) for node in gm.graph.nodes]
-    times = {n.name: survey.seconds(n, hardware) * 1e6 for n in calls}
+    times = {n.name: survey.seconds(cost.flops_of(n), cost.moved(n), hardware) * 1e6 for n in calls}
     overlays: dict[str, dict[str, float]] = {
         ".time": {name: us for name, us in times.items() if us},
         ".bytes": {n.name: size for n in calls if not cost.is_view(n) and (size := tensor_bytes(compat.node_value(n)))},

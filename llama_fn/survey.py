@@ -49,11 +49,8 @@ def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int, ends:
     for node in ir.calls(graph):
         scope, times = ir.scope_of(node), microbatches - 2 if _alike(node, microbatches) else 1
         place = (without_numbers(scope), ir.phase_of(node))
-        for name, number in (
-            ("flops", cost.flops_of(node)),
-            ("moved", cost.moved(node)),
-            ("seconds", seconds(node, hardware)),
-        ):
+        flops, moved = cost.flops_of(node), cost.moved(node)
+        for name, number in (("flops", flops), ("moved", moved), ("seconds", seconds(flops, moved, hardware))):
             found[name, *place] += times * number
         row = table.row_of(node)
         if row is not None:
@@ -158,9 +155,9 @@ def collectives(found: Mapping[tuple[Any, ...], float]) -> list[table.Collective
     return rows
 
 
-def seconds(node: torch.fx.Node, hardware: Hardware) -> float:
+def seconds(flops: float, moved: float, hardware: Hardware) -> float:
     """The larger of an op's FLOPs over the peak and its bytes over the bandwidth of HBM."""
-    return max(cost.flops_of(node) / hardware.peak_flops_per_s, cost.moved(node) / hardware.hbm_bytes_per_s)
+    return max(flops / hardware.peak_flops_per_s, moved / hardware.hbm_bytes_per_s)
 
 
 def _saved(graph: torch.fx.Graph) -> int:

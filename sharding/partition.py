@@ -27,6 +27,7 @@ from sharding.errors import ShardingError, local_shape, where
 from sharding.mesh import Mesh
 from sharding.rules import Rules
 from sharding.spec import P
+from sharding.values import Values
 
 aten = torch.ops.aten
 
@@ -51,9 +52,8 @@ class _Partitioner:
         self.graph = torch.fx.Graph()
         self.new: dict[torch.fx.Node, torch.fx.Node] = {}
         self.layouts: dict[torch.fx.Node, Any] = {}  # P, or a list of them for several results
-        self.mode = next(iter(gm.graph.nodes)).meta["val"].fake_mode
+        self.values = Values.of(next(iter(gm.graph.nodes)).meta["val"])
         self.at: Any = None  # the traced node that is being carried over
-        self.known: dict[str, Any] = {}  # results by op and kinds of operands: layers repeat
 
     def run(self, inputs: Sequence[tuple[tuple[str | None, ...], str]]) -> Partitioned:
         places = iter(inputs)
@@ -200,24 +200,9 @@ class _Partitioner:
         if self.mesh.size == 1:
             value = self.at.meta["val"]  # shapes are the global ones
         else:
-            value = self._value(target, args, kwargs)
+            value = self.values.result(target, args, kwargs)
         new.meta = {"val": value, "custom": dict(self.at.meta.get("custom", {}))}
         return new
-
-    def _value(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """What the op makes of operands in one device's shapes."""
-        key = f"{target}{torch.fx.node.map_arg((args, kwargs), _kind)}"
-        if key not in self.known:
-            values, named = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-            with self.mode:
-                self.known[key] = target(*values, **named)
-        return self.known[key]
-
-
-def _kind(node: torch.fx.Node) -> str:
-    value = node.meta["val"]
-    several = value if isinstance(value, (tuple, list)) else [value]
-    return " ".join(f"{x.dtype}{tuple(x.shape)}{x.stride()}" for x in several)
 
 
 def _spec_text(layout: Any) -> str:

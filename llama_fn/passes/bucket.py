@@ -21,6 +21,7 @@ from kernels.registry import tensor_bytes
 from kernels.rows import join_rows, shapes_text, split_rows
 from llama_fn import compat, ir
 from sharding.collectives import all_gather, all_reduce, reduce_scatter
+from sharding.values import Values
 
 SMALL = 256 * 1024  # at some 10 GB/s about what starting a collective costs, tens of microseconds
 BUCKETED = (all_gather.op, all_reduce.op, reduce_scatter.op)
@@ -30,27 +31,9 @@ def bucket(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     if ctx.mesh.size == 1:
         return gm
     of_member = {m: b for b in _buckets(gm.graph) if len(b.members) > 1 for m in b.members}
-    graph = torch.fx.Graph()
-    values: dict[torch.fx.Node, torch.fx.Node] = {}
-
-    def emit(node: torch.fx.Node) -> None:
-        if node in values:
-            return
-        if node in of_member:
-            found = of_member[node]
-            for member in found.members:
-                emit(_sent(member))
-            values.update(_Together(graph, found, values).results())
-            return
-        for operand in ir.operands(node):
-            emit(operand)
-        values[node] = graph.node_copy(node, values.__getitem__)
-        values[node].meta = node.meta
-
-    for node in gm.graph.nodes:
-        if node not in of_member:
-            emit(node)
-    return compat.graph_module(gm, graph)
+    if of_member:
+        _Placing(gm.graph, of_member).run()
+    return gm
 
 
 @dataclass
@@ -110,14 +93,53 @@ def _key(node: torch.fx.Node) -> tuple[Any, ...] | None:
     return node.target, node.args[1], node.args[2], kind, value.dtype, ir.phase_of(node), scope
 
 
-class _Together:
-    """Emits one bucket."""
+class _Placing:
+    """Puts buckets into a graph and its other nodes in an order in which operands come first."""
 
-    def __init__(self, graph: torch.fx.Graph, found: _Bucket, values: dict[torch.fx.Node, torch.fx.Node]) -> None:
+    def __init__(self, graph: torch.fx.Graph, of_member: dict[torch.fx.Node, _Bucket]) -> None:
+        self.graph, self.of_member = graph, of_member
+        self.done: set[torch.fx.Node] = set()
+        self.last: torch.fx.Node | None = None
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node not in self.of_member:
+                self._place(node)
+
+    def _place(self, node: torch.fx.Node) -> None:
+        if node in self.done:
+            return
+        if node in self.of_member:
+            self._put_together(self.of_member[node])
+            return
+        for operand in ir.operands(node):
+            self._place(operand)
+        if self.last is not None and self.last.next is not node:
+            self.last.append(node)
+        self.last = node
+        self.done.add(node)
+
+    def _put_together(self, found: _Bucket) -> None:
+        for member in found.members:
+            self._place(_sent(member))
+        assert self.last is not None
+        together = _Together(self.graph, found, self.last)
+        for member, result in together.results().items():
+            member.replace_all_uses_with(result)
+            self.graph.erase_node(member)
+        self.done.update(found.members, together.made)
+        self.last = together.made[-1]
+
+
+class _Together:
+    """Emits one bucket after the node `last`."""
+
+    def __init__(self, graph: torch.fx.Graph, found: _Bucket, last: torch.fx.Node) -> None:
         self.graph, self.members = graph, found.members
-        self.sent = [values[_sent(member)] for member in self.members]
+        self.made = [last]
+        self.sent = [_sent(member) for member in self.members]
         self.target, self.axes, self.n, self.kind, *_, self.scope = found.key
-        self.world = compat.FakeTensors.of(compat.node_value(self.sent[0]))
+        self.values = Values.of(compat.node_value(self.sent[0]))
 
     def results(self) -> dict[torch.fx.Node, torch.fx.Node]:
         scattered = self.target is reduce_scatter.op
@@ -129,8 +151,10 @@ class _Together:
         return {member: self._emit(operator.getitem, parts, i) for i, member in enumerate(self.members)}
 
     def _emit(self, target: Callable[..., Any], *args: Any) -> torch.fx.Node:
-        node = self.graph.call_function(target, args)
-        node.meta["val"] = self.world.run(target, *torch.fx.node.map_arg(args, compat.node_value))
+        with self.graph.inserting_after(self.made[-1]):
+            node = self.graph.call_function(target, args)
+        self.made.append(node)
+        node.meta["val"] = self.values.result(target, args)
         scopes = {ir.scope_of(member) for member in self.members}
         sources = dict.fromkeys(str(compat.labels(member).get("source", "")) for member in self.members)
         node.meta["custom"] = {

@@ -25,6 +25,7 @@ from kernels.scope import without_numbers
 from llama_fn import compat, ir
 from sharding.collectives import all_gather, communicates, reduce_scatter
 from sharding.fused import UNFUSED, all_gather_matmul, matmul_reduce_scatter
+from sharding.values import Values
 
 # What AllGatherMatmul and MatmulReduceScatter take on Ascend 910B (CANN manual, aclnnAllGatherMatmul).
 DTYPES = (torch.float16, torch.bfloat16)
@@ -136,11 +137,11 @@ class _Emit:
 
     def __init__(self, graph: torch.fx.Graph, place: torch.fx.Node, like: torch.fx.Node) -> None:
         self.graph, self.place, self.labels = graph, place, dict(compat.labels(like))
-        self.world = compat.FakeTensors.of(compat.node_value(like))
+        self.made = Values.of(compat.node_value(like))
 
     def __call__(self, target: Any, *args: Any) -> torch.fx.Node:
         with self.graph.inserting_before(self.place):
             node = self.graph.call_function(target, args)
-        node.meta["val"] = self.world.run(target, *torch.fx.node.map_arg(args, compat.node_value))
+        node.meta["val"] = self.made.result(target, args)
         node.meta["custom"] = self.labels
         return node

@@ -15,6 +15,7 @@ import torch
 from kernels.registry import of_node
 from llama_fn import compat, ir
 from sharding.collectives import STARTS, put_together, wait
+from sharding.values import Values
 
 
 def overlap(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
@@ -24,11 +25,10 @@ def overlap(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
             continue
         op: Any = STARTS[record.name].op
         x, n = node.args[0], node.args[2]
-        world = compat.FakeTensors.of(compat.node_value(node))
         with gm.graph.inserting_before(node):
             start = gm.graph.call_function(op, node.args)
             done = gm.graph.call_function(wait.op, (start, x, n, put_together(record.name, node.args)))
-        start.meta["val"] = world.run(op, *torch.fx.node.map_arg(node.args, compat.node_value))
+        start.meta["val"] = Values.of(compat.node_value(node)).result(op, node.args)
         done.meta["val"] = compat.node_value(node)
         ir.label(start, node)
         ir.label(done, node)

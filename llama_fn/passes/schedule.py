@@ -15,6 +15,7 @@ what only its neighbours need, which then fills the time until it is done. No va
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from kernels.registry import of_node
-from llama_fn import compat, ir
+from llama_fn import ir
 from sharding.collectives import communicates, wait
 
 _LAYER = re.compile(r"^(?:microbatch/(\d+)/)?layers/(\d+)(?:/|$)")
@@ -33,13 +34,13 @@ _REDUCE = re.compile(r"^(?:microbatch/\d+/)?reduce(?:/|$)")
 def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     if ctx.mesh.size == 1:
         return gm
-    order = list(_Order(gm.graph))
-    graph = torch.fx.Graph()
-    values: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in order:
-        values[node] = graph.node_copy(node, values.__getitem__)
-        values[node].meta = node.meta
-    return compat.graph_module(gm, graph)
+    first, *rest = list(_Order(gm.graph))
+    assert first is next(iter(gm.graph.nodes))  # an input
+    for node in rest:
+        if first.next is not node:
+            first.append(node)
+        first = node
+    return gm
 
 
 def _numbers(match: re.Match[str]) -> tuple[int | None, int]:
@@ -72,7 +73,9 @@ class _Order:
             match = _GATHER.match(ir.scope_of(node))
             if match:
                 self.gathers.setdefault((ir.phase_of(node), *_numbers(match)), []).append(node)
-        self.reductions = [node for node in self.nodes if _is_reduction(node)]
+        self.reductions = {node: i for i, node in enumerate(n for n in self.nodes if _is_reduction(n))}
+        self.missing = {node: len(node.all_input_nodes) for node in self.reductions}
+        self.ready: list[tuple[int, torch.fx.Node]] = []  # a heap of reductions whose operands are all there
         self.started: list[torch.fx.Node] = []  # reductions that stood at the boundary before
 
     def __iter__(self) -> Iterator[torch.fx.Node]:
@@ -113,17 +116,12 @@ class _Order:
     def _reduce(self) -> Iterator[torch.fx.Node]:
         """Wait for the reductions started one layer before, whose operands can then be freed, and start new ones."""
         yield from self._all(self.started)
-        self.started, left = [], []
-        for node in self.reductions:
-            if node in self.done:
-                continue
-            ready = all(operand in self.done for operand in node.all_input_nodes)
-            if ready and node.target is not wait.op:
+        self.started = []
+        while self.ready:
+            _, node = heapq.heappop(self.ready)
+            if node not in self.done:
                 yield from self._with_operands(node)
                 self.started += [user for user in node.users if user.target is wait.op]
-            else:
-                left.append(node)
-        self.reductions = left
 
     def _all(self, nodes: Any) -> Iterator[torch.fx.Node]:
         for node in nodes:
@@ -136,3 +134,8 @@ class _Order:
             yield from self._with_operands(operand)
         self.done.add(node)
         yield node
+        for user in node.users:
+            if user in self.missing:
+                self.missing[user] -= 1
+                if not self.missing[user] and user.target is not wait.op:
+                    heapq.heappush(self.ready, (self.reductions[user], user))
