@@ -154,10 +154,13 @@ def _small(cfg: Config, layers: int, microbatches: int) -> Config:
 
 
 def _lowered(cfg: Config, mesh: Mesh, traces: Traces) -> stages.Lowered:
-    key = (cfg.model, cfg.data, cfg.optim)
+    key = (cfg.model, replace(cfg.data, global_batch_size=0), cfg.optim)
+    sized = (*key, cfg.data.global_batch_size)
     if key not in traces:
-        traces[key] = rungs.train(cfg)
-    return rungs.lower(traces[key], cfg, mesh)
+        traces[key] = traces[sized] = rungs.train(cfg)
+    if sized not in traces:
+        traces[sized] = traces[key].resized(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    return rungs.lower(traces[sized], cfg, mesh)
 
 
 def places_of(lowered: stages.Lowered, hardware: Hardware) -> list[Place]:

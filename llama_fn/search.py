@@ -7,12 +7,12 @@ recomputes more than the one before; and gradients are reduced once a step unles
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from itertools import repeat
 from multiprocessing import get_context
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from llama_fn import arrays, plan, rungs, survey, train_step, tree
 from llama_fn.config import Config
@@ -72,15 +72,28 @@ def search(
     Meshes are planned by so many processes; with more than one, the caller's module is imported by each.
     """
     families = list(_families(cfg, devices))
-    found: list[Tried] = []
+    found: dict[int, list[Tried]] = {}
+    for i, tried in _each(families, hardware, processes):
+        found[i] = tried
+        progress(f"{len(found)} of {len(families)} meshes and rules tried, the last {tried[-1].where}")
+    everything = [tried for _, each in sorted(found.items()) for tried in each]
+    return _verified(
+        sorted(everything, key=lambda t: -t.plan.tokens_per_second_per_device if t.plan else 1.0), hardware
+    )
+
+
+def _each(
+    families: Sequence[Sequence[Config]], hardware: Hardware, processes: int
+) -> Iterator[tuple[int, list[Tried]]]:
+    """What every family gives, with its number, the first that is done first."""
+    if processes == 1:
+        yield from ((i, _try(family, hardware)) for i, family in enumerate(families))
+        return
     # Not forked from here: who calls may have threads, and JAX or OpenMP in them.
-    several = ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) if processes > 1 else nullcontext()
-    with several as pool:
-        work = (pool.map if pool else map)(_try, families, repeat(hardware))
-        for i, tried in enumerate(work, 1):
-            found += tried
-            progress(f"{i} of {len(families)} meshes and rules tried, the last {found[-1].where}")
-    return _verified(sorted(found, key=lambda t: -t.plan.tokens_per_second_per_device if t.plan else 1.0), hardware)
+    with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+        numbers = {pool.submit(_try, family, hardware): i for i, family in enumerate(families)}
+        for done in as_completed(numbers):
+            yield numbers[done], done.result()
 
 
 def _families(cfg: Config, devices: int) -> Iterator[list[Config]]:
@@ -112,9 +125,6 @@ _TRACES = plan.Traces()  # of this process
 def _try(family: Sequence[Config], hardware: Hardware) -> list[Tried]:
     """The first option that fits each size of microbatch, or why none does. What is too much for one size is too much
     for a larger one, and where the most frugal option is too much for the smallest, nothing fits."""
-    reason = _why_not(family[0], hardware)
-    if reason:
-        return [Tried(family[0], None, reason)]
     found: list[Tried] = []
     first = 0
     for base in family:
@@ -143,6 +153,9 @@ def _options(base: Config) -> Iterator[Config]:
 
 
 def _plan(cfg: Config, hardware: Hardware, ends: int = ENDS) -> Tried:
+    reason = _why_not(cfg, hardware)
+    if reason:
+        return Tried(cfg, None, reason)
     try:
         made = plan.make(cfg, rungs.mesh(cfg), hardware, _TRACES, ends)
     except UserError as error:
@@ -165,18 +178,27 @@ def _verified(found: list[Tried], hardware: Hardware) -> list[Tried]:
 
 
 def _why_not(cfg: Config, hardware: Hardware) -> str:
-    """Without tracing, "" if nothing: a dimension that does not divide, or a state that alone is too much."""
-    mesh, rules, size = rungs.mesh(cfg), PRESETS[cfg.mesh.rules], 0
-    state = train_step.abstract_state(cfg)
+    """Without tracing, "" if nothing: a dimension that does not divide, or what lives through the step is too much."""
+    state, what, limit = train_step.abstract_state(cfg), "the state", hardware.hbm_bytes
     try:
-        for path, info in zip(tree.paths(state, "state"), tree.leaves(state), strict=True):
-            layout = rules.layout(info.axes or (None,) * len(info.shape), info.table, mesh)
-            local = local_shape(info.shape, layout, mesh, path, True)
-            size += arrays.total_bytes(replace(info, shape=local))
+        size = _local_bytes(cfg, state)
+        if size <= limit and cfg.data.microbatches > 1 and not cfg.optim.reduce_per_microbatch:
+            # They add up in float32 or wider, laid out as the weights that the layers read.
+            sums = tree.map(lambda p: replace(p, dtype=torch.float32, table="compute"), state.params)
+            size, what = size + _local_bytes(cfg, sums), "the state and the microbatches' sum of gradients"
     except (ShardingError, ValueError) as error:
         return str(error)
-    limit = hardware.hbm_bytes
-    return f"the state alone takes {size / GB:.1f} GB of {limit / GB:.0f}" if size > limit else ""
+    takes = "takes" if what == "the state" else "take"
+    return f"{what} alone {takes} {size / GB:.1f} GB of {limit / GB:.0f}" if size > limit else ""
+
+
+def _local_bytes(cfg: Config, infos: Any) -> int:
+    """Of one device's part of a tree."""
+    mesh, rules, size = rungs.mesh(cfg), PRESETS[cfg.mesh.rules], 0
+    for path, info in zip(tree.paths(infos, "state"), tree.leaves(infos), strict=True):
+        layout = rules.layout(info.axes or (None,) * len(info.shape), info.table, mesh)
+        size += arrays.total_bytes(replace(info, shape=local_shape(info.shape, layout, mesh, path, True)))
+    return size
 
 
 def as_text(tried: Sequence[Tried], best: int = 10) -> str:

@@ -27,6 +27,7 @@ from llama_fn.errors import UserError, nearest
 from llama_fn.passes.fuse import report as fusion_report
 from llama_fn.passes.partition import partition
 from llama_fn.passes.remat import Remat
+from llama_fn.resize import resized, without_extent
 from sharding import P, table
 from sharding.mesh import Mesh
 from sharding.rules import PRESETS, Rules
@@ -179,6 +180,28 @@ class Traced(_Graph):
     @property
     def aliases(self) -> Sequence[tuple[int, int]]:
         return self.signature.aliases
+
+    def resized(self, *args: Any) -> Traced:
+        """The trace for another batch size, for a tenth of the time that tracing takes.
+
+        ValueError where more than the extent of `batch` axes differs from what was traced, or where an op does not take
+        it.
+        """
+        start = time.perf_counter()
+        leaves, spec = tree.flatten(tuple(args))
+        infos = tuple(abstract(x) for x in leaves)
+        if spec != self.signature.in_spec:
+            raise ValueError(f"{self.name} was traced for arguments of another structure")
+        for path, was, info in zip(self.signature.in_paths, self.signature.in_infos, infos, strict=True):
+            if without_extent(was, "batch") != without_extent(info, "batch"):
+                raise ValueError(
+                    f"{path} differs in more than the batch size: {self.name} was traced for {describe(was)}, given is "
+                    f"{describe(info)}. Trace for it instead"
+                )
+        signature = replace(self.signature, in_infos=infos)
+        gm = resized(self.graph_module, infos)
+        _check_donation(signature, gm)
+        return Traced(self.name, gm, signature, time.perf_counter() - start)
 
     def lower(
         self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False,

@@ -13,8 +13,10 @@ made: llama_fn/plan.py.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import typing
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ from llama_fn.files import atomic
 from llama_fn.tools import config_flags
 
 FLAGS = flags.FLAGS
+
+
+def _start_imports() -> None:
+    """Begin what the search's processes take seconds for, once for all of them and while this one does the same."""
+    multiprocessing.set_forkserver_preload(["llama_fn.search"])
+    forkserver.ensure_running()
 
 
 def _search(cfg: config.Config, devices: int, device: Any) -> typing.NoReturn:
@@ -45,6 +53,8 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
         cfg = config.validate(config_flags.build_config())
+        if FLAGS.search:
+            _start_imports()
         from llama_fn import hardware, plan, plan_page, report, rungs
 
         if FLAGS.search:

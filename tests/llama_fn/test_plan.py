@@ -196,6 +196,25 @@ def test_the_search_leaves_out_only_what_cannot_fit(monkeypatch):
     assert len(outcomes) > 3, "several options were the first to fit"
 
 
+@pytest.mark.parametrize("rules", ["dp", "zero1", "fsdp", "tp_sp", "fsdp_tp"])
+def test_what_the_search_rejects_untraced_is_too_much(rules):
+    """On a device that just holds the planned peak nothing is rejected; on one that holds less than the state and the
+    sum of the gradients, which tracing finds too, each is named."""
+    from llama_fn import search
+
+    axes = {"tp_sp": "model:4", "fsdp_tp": "data:2,model:2"}.get(rules, "data:4")
+    often = (False, True) if rules != "dp" else (False,)
+    for each in often:
+        cfg = replace(CFG, data=replace(CFG.data, global_batch_size=8), mesh=MeshConfig(axes=axes, rules=rules))
+        cfg = replace(cfg, optim=replace(cfg.optim, reduce_per_microbatch=each))
+        found = plan.make(cfg, Mesh.parse(axes), NPU)
+        state = found.parameters_bytes + found.optimizer_bytes
+        assert search._why_not(cfg, replace(NPU, hbm_bytes=found.peak_bytes)) == ""
+        assert "the state alone takes" in search._why_not(cfg, replace(NPU, hbm_bytes=state * 0.99))
+        sums = search._why_not(cfg, replace(NPU, hbm_bytes=state * 1.01))
+        assert ("sum of gradients alone take" in sums) == (not each)
+
+
 def test_the_search_cuts_sequences_where_they_are_too_few():
     from llama_fn import search
 
