@@ -31,7 +31,9 @@ def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
 
 
 def output_node(graph: torch.fx.Graph) -> torch.fx.Node:
-    return next(iter(reversed(graph.nodes)))
+    last = next(iter(reversed(graph.nodes)))
+    assert last.op == "output", f"a pass left {last} behind the output"
+    return last
 
 
 def results(graph: torch.fx.Graph) -> list[Any]:

@@ -109,7 +109,8 @@ def _fuse_gather(graph: torch.fx.Graph, node: torch.fx.Node, order: dict[torch.f
     for i, old in enumerate((first, node)):
         shape = list(compat.node_value(old).shape)
         old.replace_all_uses_with(new(aten.view.default, new(operator.getitem, both, i), shape))
-        graph.erase_node(old)
+    graph.erase_node(first)  # only now: new nodes stand before it
+    graph.erase_node(node)
     return ""
 
 
