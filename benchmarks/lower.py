@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_fn import arrays, ir, stages, train_step
 from llama_fn.config import PRESETS as MODELS
-from llama_fn.config import Config, DataConfig, preset
+from llama_fn.config import Config, DataConfig, OptimConfig, preset
 from llama_fn.errors import UserError
 from sharding import Mesh, table
 from sharding.rules import PRESETS
@@ -32,11 +32,14 @@ def main() -> None:
     parser.add_argument("--rules", default="fsdp_tp", choices=PRESETS)
     parser.add_argument("--seq_len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--reduce_per_microbatch", action="store_true")
     args = parser.parse_args()
     mesh = Mesh.parse(args.mesh)
     cfg = Config(
         model=replace(preset(args.preset), compute_dtype="bf16"),
-        data=DataConfig(seq_len=args.seq_len, global_batch_size=args.batch),
+        data=DataConfig(seq_len=args.seq_len, global_batch_size=args.batch, microbatches=args.microbatches),
+        optim=OptimConfig(reduce_per_microbatch=args.reduce_per_microbatch),
     )
     start = time.perf_counter()
     state = train_step.abstract_state(cfg)
@@ -44,7 +47,9 @@ def main() -> None:
     between = time.perf_counter()
     lowered = traced.lower(mesh, args.rules)
     end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    often = ", reduced per microbatch" if args.reduce_per_microbatch else ""
     print(f"{args.preset}, {cfg.model.num_layers} layers, mesh {mesh}, rules {args.rules}, bf16")
+    print(f"{args.microbatches} microbatches{often}; {len(lowered.graph_module.graph.nodes):,} nodes")
     print(
         f"trace {between - start:.1f} s, lower {end - between:.1f} s, {end - start:.1f} s in all; peak {peak:.2f} GiB"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from llama_fn import arrays, cost, rungs, stages, train_step
 from llama_fn.config import Config
+from llama_fn.garbage import uncollected
 from llama_fn.hardware import Hardware
 from llama_fn.survey import (
     ENDS,
@@ -111,6 +112,7 @@ class Plan:
         return self.model_flops / self.step_time_s / self.hardware.peak_flops_per_s
 
 
+@uncollected()
 def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = None, ends: int = ENDS) -> Plan:
     """Trace and lower cfg's step for `mesh`, with fewer layers and microbatches where these repeat (survey.py);
     UserError where it cannot be partitioned. `traces` keeps what was traced, for plans that share it; fewer `ends` make

@@ -24,6 +24,7 @@ import torch
 from llama_fn import backends, compat, cost, ir, passes, tree
 from llama_fn.arrays import ArrayInfo, abstract, describe
 from llama_fn.errors import UserError, nearest
+from llama_fn.garbage import uncollected
 from llama_fn.passes.fuse import report as fusion_report
 from llama_fn.passes.partition import partition
 from llama_fn.passes.remat import Remat
@@ -181,6 +182,7 @@ class Traced(_Graph):
     def aliases(self) -> Sequence[tuple[int, int]]:
         return self.signature.aliases
 
+    @uncollected()
     def resized(self, *args: Any) -> Traced:
         """The trace for another batch size, for a tenth of the time that tracing takes.
 
@@ -203,6 +205,7 @@ class Traced(_Graph):
         _check_donation(signature, gm)
         return Traced(self.name, gm, signature, time.perf_counter() - start)
 
+    @uncollected()
     def lower(
         self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False,
         remat: str | Remat = "none", watch: passes.Watch = passes.unwatched,
@@ -321,6 +324,7 @@ class Compiled:
         return self.executable.measured()
 
 
+@uncollected()
 def _trace(fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...]) -> Traced:
     start = time.perf_counter()
     names = tuple(list(inspect.signature(fn).parameters)[: len(args)])

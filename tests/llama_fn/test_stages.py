@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -161,6 +163,19 @@ def test_a_step_is_traced_once(tiny_config):
     assert step.trace_count == 1
     with pytest.raises(ValueError, match="already traced"):
         step.trace(*args)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_waits_for_a_trace(fails):
+    found = []
+
+    def step(x):
+        found.append(gc.isenabled())
+        return [x + 1][1 if fails else 0]
+
+    with pytest.raises(IndexError) if fails else nullcontext():
+        stages.jit(step).trace(torch.zeros(2))
+    assert found == [False] and gc.isenabled()
 
 
 def test_jit_called_directly_climbs_the_ladder(tiny_config):
