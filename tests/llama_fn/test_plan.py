@@ -196,10 +196,13 @@ def test_the_search_leaves_out_only_what_cannot_fit(monkeypatch):
     assert len(outcomes) > 3, "several options were the first to fit"
 
 
+COUNTERS = 100  # bytes that the scalars of a state take at most
+
+
 @pytest.mark.parametrize("rules", ["dp", "zero1", "fsdp", "tp_sp", "fsdp_tp"])
 def test_what_the_search_rejects_untraced_is_too_much(rules):
-    """On a device that just holds the planned peak nothing is rejected; on one that holds less than the state and the
-    sum of the gradients, which tracing finds too, each is named."""
+    """On a device that just holds the planned peak nothing is rejected; on one with a byte less than the state and the
+    float32 sum of the gradients, each is named."""
     from llama_fn import search
 
     axes = {"tp_sp": "model:4", "fsdp_tp": "data:2,model:2"}.get(rules, "data:4")
@@ -211,8 +214,12 @@ def test_what_the_search_rejects_untraced_is_too_much(rules):
         state = found.parameters_bytes + found.optimizer_bytes
         assert search._why_not(cfg, replace(NPU, hbm_bytes=found.peak_bytes)) == ""
         assert "the state alone takes" in search._why_not(cfg, replace(NPU, hbm_bytes=state * 0.99))
-        sums = search._why_not(cfg, replace(NPU, hbm_bytes=state * 1.01))
-        assert ("sum of gradients alone take" in sums) == (not each)
+        # Tensor parallelism shards every matrix and no norm.
+        norms = (2 * cfg.model.num_layers + 1) * cfg.model.embed_dim
+        held = (found.parameters - norms) // dict(Mesh.parse(axes).axes).get("model", 1) + norms
+        for limit, enough in ((state + 4 * held - 1, each), (state + 4 * held + COUNTERS, True)):
+            why = search._why_not(cfg, replace(NPU, hbm_bytes=limit))
+            assert ("sum of gradients alone take" in why) == (not enough)
 
 
 def test_the_search_cuts_sequences_where_they_are_too_few():
