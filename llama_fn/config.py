@@ -137,7 +137,7 @@ class RunConfig:
         "", "FIRST:LAST iterations to profile by scope into workdir/profile (docs/debugging.md)", False
     )
     attention: Literal["auto", "reference", "blocked", "flash"] = opt(
-        "auto", "form of the attention kernel in compiled code; auto: blocked on cpu, flash on cuda"
+        "auto", "form of the attention kernel in compiled code; auto: flash on cuda in bf16 and fp16, else blocked"
     )
     log_every: int = opt(1, "iterations between log lines", False)
     checkpoint_every: int = opt(100, "iterations between checkpoints", False)

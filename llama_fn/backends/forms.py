@@ -71,8 +71,19 @@ def finder(collectives: Mapping[str, Callable[..., Any]]) -> Callable[[str, str]
 
 
 def choose(device: str, dtype: torch.dtype, attention: str) -> dict[str, str]:
-    """The form per kernel family: `attention` as asked for or, with auto, the fastest known on the device."""
-    chosen = {"attention": {"cpu": "blocked", "cuda": "flash"}[device] if attention == "auto" else attention}
+    """The form per kernel family: `attention` as asked for or, with auto, the fastest known on the device.
+
+    UserError where the device has no such form for the dtype.
+    """
+    takes_flash = device == "cpu" or dtype in (torch.float16, torch.bfloat16)
+    if attention == "flash" and not takes_flash:
+        raise UserError(
+            f"--run.attention=flash: torch's FlashAttention on {device} takes bf16 and fp16, and the step computes in "
+            f"{str(dtype).removeprefix('torch.')}. Use --run.attention=blocked or --model.compute_dtype=bf16"
+        )
+    if attention == "auto":
+        attention = "flash" if device == "cuda" and takes_flash else "blocked"
+    chosen = {"attention": attention}
     if device == "cpu" and dtype == torch.float32 and compat.has_onednn():
         chosen["einsum"] = "onednn"
     return chosen

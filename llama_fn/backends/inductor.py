@@ -49,12 +49,11 @@ def compile(
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(program.graph_module), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
-    gm = passes.copy_graph(program.graph_module)
-    ctx = passes.Context(Mesh(), [])
+    gm = place(passes.copy_graph(program.graph_module), device)
     if outlined:
-        gm = outline(gm, ctx)
+        gm = outline(gm, passes.Context(Mesh(), []))
     chosen |= dict.fromkeys(collectives, "functional") | {"barrier": "reference"}
-    gm = expand(place(gm, device), chosen, forms.finder(collectives), compat.inductor_decompositions())
+    gm = expand(gm, chosen, forms.finder(collectives), compat.inductor_decompositions())
     text = ir.as_text(gm, "inductor")
     inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
     if cache is not None:
@@ -72,7 +71,8 @@ def compile(
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         results = compiled(*flat)
         ranges.RANGES.to("")
-        return results
+        # A CUDA graph writes its results to the same memory in every run, and is not replayed while one is still held.
+        return [result.clone() for result in results] if patches.get("triton.cudagraphs") else results
 
     return Executable(run, text, from_cache, local=processes is not None, code=code)
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "wheels"))
+
+import fetched
+from fetched import Unavailable
 
 VERSION = "2.13.0"
 ANSWERS = Path(__file__).with_name("cann_answers.c")
@@ -36,23 +39,12 @@ NEEDS_A_DEVICE = (
 )  # fmt: skip
 
 
-class Unavailable(RuntimeError):
-    """Why there is no stand-in here."""
-
-
-def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama_fn_npu"
-
-
 def prepare() -> tuple[Path, Path]:
     """The folders of torch_npu, unpacked, and of the stand-in's libraries; Unavailable with the reason for none."""
-    folder = cache() / f"torch_npu-{VERSION}-{platform.machine()}-cp{sys.version_info.major}{sys.version_info.minor}"
+    folder = fetched.folder("llama_fn_npu", "torch_npu", VERSION)
     tag = hashlib.sha256(ANSWERS.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
-    site, libraries = folder / "site", folder / f"lib-{tag}"
-    if not site.exists():
-        _finished(site, _fetch)
-    if not libraries.exists():
-        _finished(libraries, lambda made: _build(site, made))
+    site = fetched.finished(folder / "site", lambda made: fetched.wheel("torch_npu", VERSION, made))
+    libraries = fetched.finished(folder / f"lib-{tag}", lambda made: _build(site, made))
     return site, libraries
 
 
@@ -64,27 +56,6 @@ def environment() -> dict[str, str]:
         **os.environ, "PYTHONPATH": os.pathsep.join(path), "LD_LIBRARY_PATH": str(libraries),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     }  # fmt: skip
-
-
-def _finished(target: Path, make) -> None:
-    """`make(folder)`, then named `target` at once: what is there is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name))
-    try:
-        make(made)
-        made.rename(target)
-    except OSError:
-        if not target.exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _fetch(folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    done = subprocess.run([*command, f"torch_npu=={VERSION}"], capture_output=True, text=True)
-    if done.returncode:
-        raise Unavailable(f"torch_npu {VERSION} cannot be fetched for this platform:\n{done.stderr[-2000:]}")
 
 
 def _symbols(library: Path, kind: str) -> set[str]:

@@ -40,5 +40,6 @@ def test_a_machine_without_a_c_compiler_is_told_so(tmp_path, monkeypatch):
 
 def test_a_wheel_that_cannot_be_fetched_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(standin, "VERSION", "0.0.0.never")
-    with pytest.raises(standin.Unavailable, match="cannot be fetched"):
-        standin._fetch(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(standin.Unavailable, match=r"torch_npu 0\.0\.0\.never cannot be fetched"):
+        standin.prepare()

@@ -1,0 +1,63 @@
+"""Compiles a step for CUDA in a process that pretends to have an H100, and says what came of it.
+
+python tests/cuda/compile_worker.py '{"dtype": "bf16", "microbatches": 2}' OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import h100
+import torch
+
+from llama_fn import rungs
+from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
+
+
+def config_of(job: dict[str, Any]) -> Config:
+    size = {"num_layers": 3, "embed_dim": 128, "mlp_dim": 192, "seq_len": 32} | job
+    shape = {name: size[name] for name in ("num_layers", "embed_dim", "mlp_dim")}
+    model = ModelConfig(num_heads=4, num_kv_heads=2, vocab_size=128, compute_dtype=job["dtype"], **shape)
+    data = DataConfig(seq_len=size["seq_len"], global_batch_size=4, microbatches=job["microbatches"])
+    return Config(model, data=data, run=RunConfig(steps=4))
+
+
+def made(job: dict[str, Any]) -> dict[str, Any]:
+    """What the step's compilation came to: its operators, its CUDA graphs, and whose memory its results are in."""
+    built: list[str] = []
+    h100.pretend(built)
+    from torch._dynamo.utils import counters
+    from torch._inductor import compile_fx
+
+    cfg = config_of(job)
+    graphs: list[dict[str, Any]] = []
+    memory: list[torch.Tensor] = []
+
+    def replayed(model: Any, static_input_idxs: Any = (), mutated_input_idxs: Any = (), **_: Any) -> Any:
+        """A CUDA graph whose results are in the same memory after every run."""
+        moving = {*mutated_input_idxs} - {*static_input_idxs}
+        graphs.append({"written": len(mutated_input_idxs), "elsewhere": len(moving)})
+        return lambda inputs: memory
+
+    lowered = rungs.train(cfg).lower()
+    memory += [torch.zeros(shape) for shape in lowered._output_shapes()]
+    with mock.patch.object(compile_fx, "cudagraphify", replayed):
+        step = lowered.compile("inductor", device="cuda", cache=None)
+    results = list(step.executable.run([torch.zeros(i.shape, dtype=i.dtype) for i in lowered.signature.in_infos]))
+    code = step.executable.code
+    overwritten = {result.data_ptr() for result in results} & {each.data_ptr() for each in memory}
+    return {
+        "operators": sorted(set(re.findall(r"(?:torch\.ops|extern_kernels)\.([\w.]+)\(", code))),
+        "kernels": len(built), "graphs": graphs, "not_graphed": counters["inductor"]["cudagraph_skips"],
+        "devices": sorted(set(re.findall(r"empty_strided_(\w+)\(", code))),
+        "overwritten_results": len(overwritten),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(made(json.loads(sys.argv[1])), indent=1))

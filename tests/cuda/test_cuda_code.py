@@ -1,0 +1,83 @@
+"""A step for CUDA without a GPU: one CUDA graph of the device's own operators, every kernel compiled to machine code,
+and what the code computes when it is interpreted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h100
+import pytest
+import torch
+from fetched import Unavailable
+
+from llama_fn.backends import forms
+from llama_fn.errors import UserError
+
+FLASH = {f"aten._scaled_dot_product_flash_attention{part}.default" for part in ("", "_backward")}
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Runs a worker of this folder in a process of its own, and gives what it found."""
+    try:
+        environment = h100.environment(tmp_path)
+    except Unavailable as reason:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"{reason}; runs on Linux where g++ and the triton wheel can be had")
+
+    def go(worker, job):
+        out = tmp_path / "found.json"
+        command = [sys.executable, str(Path(__file__).with_name(worker)), json.dumps(job), str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert not done.returncode, done.stderr[-4000:]
+        return json.loads(out.read_text())
+
+    return go
+
+
+def check(found, attention):
+    """One CUDA graph, which writes only where its inputs stay, whose results are copied out of it before the next run,
+    and nothing of which is the CPU's."""
+    (graph,) = found["graphs"]
+    assert graph["written"] > 30 and graph["elsewhere"] == 0
+    assert found["not_graphed"] == 0 and found["overwritten_results"] == 0
+    assert found["devices"] == ["cuda"] and found["kernels"] > 20
+    assert set(found["operators"]) == {"mm", "llama_fn.embedding_bwd.default", *attention}
+
+
+def test_a_step_in_bf16_is_one_cuda_graph_with_flash_attention(work):
+    check(work("compile_worker.py", {"dtype": "bf16", "microbatches": 1}), FLASH)
+
+
+@pytest.mark.slow
+def test_a_step_in_fp16_with_microbatches_is_one_cuda_graph(work):
+    check(work("compile_worker.py", {"dtype": "fp16", "microbatches": 3}), FLASH)
+
+
+@pytest.mark.slow
+def test_a_step_in_fp32_is_one_cuda_graph_with_blocked_attention(work):
+    check(work("compile_worker.py", {"dtype": "fp32", "microbatches": 1}), {"bmm"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "microbatches", "steps", "tolerance"), [("fp16", 2, 2, 5e-3), ("fp32", 1, 1, 2e-6)], ids=["fp16", "fp32"]
+)
+def test_the_code_computes_what_the_eager_step_does_and_names_its_scopes(dtype, microbatches, steps, tolerance, work):
+    found = work("run_worker.py", {"dtype": dtype, "microbatches": microbatches, "steps": steps})
+    assert len(found["distances"]) > 30
+    assert {path: d for path, d in found["distances"].items() if d > tolerance} == {}
+    for name, (value, expected) in found["metrics"].items():
+        assert value == pytest.approx(expected, rel=tolerance), name
+    assert len(found["products"]) > 4
+    assert [scope for scope in found["products"] if scope not in found["ranges"]] == []
+
+
+def test_flash_attention_is_refused_where_cuda_has_none():
+    with pytest.raises(UserError, match="FlashAttention on cuda takes bf16 and fp16"):
+        forms.choose("cuda", torch.float32, "flash")
+    assert forms.choose("cuda", torch.float32, "auto") == {"attention": "blocked"}
