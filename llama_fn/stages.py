@@ -283,7 +283,9 @@ class Lowered(_Graph):
         """An executable; `options` are the backend's keyword arguments (see llama_fn/backends/). A backend is a name or
         a function of the same form as theirs."""
         start = time.perf_counter()
-        program = backends.Program(self.graph_module, self.mesh, self.inputs, self.outputs, self._output_shapes())
+        weights = tuple(i for i, x in enumerate(self.signature.in_infos) if x.axes and "batch" not in x.axes)
+        shapes = self._output_shapes()
+        program = backends.Program(self.graph_module, self.mesh, self.inputs, self.outputs, shapes, weights)
         make = backends.get(backend) if isinstance(backend, str) else backend
         executable = make(program, **options)
         name = backend if isinstance(backend, str) else backend.__name__

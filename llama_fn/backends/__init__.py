@@ -21,13 +21,17 @@ BACKENDS = ("eager", "inductor", "interpret", "npu")
 
 @dataclass(frozen=True)
 class Program:
-    """What a backend compiles: the graph of one device, the mesh, and how arguments and results are sharded over it."""
+    """What a backend compiles: the graph of one device, the mesh, and how arguments and results are sharded over it.
+
+    `weights` are the inputs that stay in the same memory from call to call: parameters and moments.
+    """
 
     graph_module: torch.fx.GraphModule
     mesh: Mesh
     inputs: tuple[P, ...]
     outputs: tuple[P, ...]
     output_shapes: tuple[tuple[int, ...], ...]  # global
+    weights: tuple[int, ...] = ()
 
 
 def communication(program: Program, backend: str, processes: Processes | None) -> Mapping[str, Callable[..., Any]]:

@@ -58,13 +58,14 @@ def compile(
     inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
     if cache is not None:
         compat.keep_compiled_code(_private(cache) / _machine())
+    staying = sorted({*ir.written(gm.graph), *program.weights})
     patches, naming = _PATCHES[kind], None
     if profiled:
         patches, naming = {}, compat.ranges_in_code(ranges.shared_name, text)
         if _PATCHES[kind]:
             log.warning("profiling: the step runs without CUDA graph, so that its kernels carry scopes")
     compiled, from_cache, code = compat.inductor_compile(
-        gm, inputs, patches, ir.written(gm.graph), compat.physical_cores(), cache is not None, naming
+        gm, inputs, patches, staying, compat.physical_cores(), cache is not None, naming
     )
 
     @torch.no_grad()

@@ -43,7 +43,8 @@ def inductor_compile(
     `gm` must already be what inductor lowers: functional aten without what inductor_decompositions() lists, but for
     copies into inputs at its end. So the graph goes to inductor's inner compiler as it is. AOTAutograd and the passes
     after it, which find nothing to do in such a graph and take time that grows with the number of layers, are left
-    out. `static` are the inputs that keep their memory from call to call, as CUDA graphs want of any that are written.
+    out. `static` are the inputs that keep their memory from call to call, as CUDA graphs want of any that are written;
+    the others are copied into memory of the CUDA graph's own.
     C++ kernels are built as `units` files at once. `ranges` is ranges_in_code(...) for code that is to be profiled.
     """
     from torch._dynamo.utils import counters
