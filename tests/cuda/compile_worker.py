@@ -14,9 +14,13 @@ from unittest import mock
 
 import h100
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama_fn import rungs
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
+from llama_fn.processes import Processes
+from sharding import Mesh
 
 
 def config_of(job: dict[str, Any]) -> Config:
@@ -25,6 +29,14 @@ def config_of(job: dict[str, Any]) -> Config:
     model = ModelConfig(num_heads=4, num_kv_heads=2, vocab_size=128, compute_dtype=job["dtype"], **shape)
     data = DataConfig(seq_len=size["seq_len"], global_batch_size=4, microbatches=job["microbatches"])
     return Config(model, data=data, run=RunConfig(steps=4))
+
+
+def member(mesh: Mesh) -> Processes | None:
+    """The first process of a mesh whose others do not exist: its groups have members and names, and carry nothing."""
+    if mesh.size == 1:
+        return None
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.size)
+    return Processes(mesh, 0, watch=None, backend="fake")  # type: ignore[arg-type]
 
 
 def made(job: dict[str, Any]) -> dict[str, Any]:
@@ -49,11 +61,12 @@ def made(job: dict[str, Any]) -> dict[str, Any]:
 
         return replay
 
-    lowered = (rungs.evaluation if job.get("evaluation") else rungs.train)(cfg).lower()
+    mesh = Mesh.parse(job.get("mesh", ""))
+    lowered = (rungs.evaluation if job.get("evaluation") else rungs.train)(cfg).lower(mesh, "fsdp_tp")
     memory += [torch.zeros(shape) for shape in lowered._output_shapes()]
     with mock.patch.object(compile_fx, "cudagraphify", replayed):
-        step = lowered.compile("inductor", device="cuda", cache=None)
-    results = list(step.executable.run([torch.zeros(i.shape, dtype=i.dtype) for i in lowered.signature.in_infos]))
+        step = lowered.compile("inductor", device="cuda", cache=None, processes=member(mesh))
+    results = list(step.executable.run([torch.zeros(i.shape, dtype=i.dtype) for i in lowered.local_signature.in_infos]))
     code = step.executable.code
     overwritten = {result.data_ptr() for result in results} & {each.data_ptr() for each in memory}
     return {

@@ -70,6 +70,14 @@ def test_a_step_in_fp32_is_one_cuda_graph_with_blocked_attention(work):
     check(work("compile_worker.py", {"dtype": "fp32", "microbatches": 1}), {"bmm", EMBEDDING})
 
 
+@pytest.mark.slow
+def test_a_device_of_four_has_its_collectives_in_the_cuda_graph(work):
+    found = work("compile_worker.py", {"dtype": "bf16", "microbatches": 2, "mesh": "data:2,model:2"})
+    sent = {op for op in found["operators"] if op.startswith("_c10d_functional.")}
+    assert {f"_c10d_functional.{op}.default" for op in ("all_gather_into_tensor", "reduce_scatter_tensor")} < sent
+    check(found, {*sent, FLASH, BACKWARD, "llama_fn.embedding_part_bwd.default"})
+
+
 @pytest.mark.parametrize(
     ("dtype", "microbatches", "steps", "tolerance"), [("fp16", 2, 2, 5e-3), ("fp32", 1, 1, 2e-6)], ids=["fp16", "fp32"]
 )
