@@ -11,7 +11,6 @@ it cannot. A rung keeps what is above it: `compiled.lowered.traced`.
 
 from __future__ import annotations
 
-import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -22,60 +21,18 @@ from typing import Any
 import torch
 
 from llama_fn import backends, compat, cost, ir, passes, tree
-from llama_fn.arrays import ArrayInfo, abstract, describe
+from llama_fn.arrays import abstract, describe
 from llama_fn.errors import UserError, nearest
 from llama_fn.garbage import uncollected
 from llama_fn.passes.fuse import report as fusion_report
 from llama_fn.passes.partition import partition
 from llama_fn.passes.remat import Remat
 from llama_fn.resize import resized, without_extent
+from llama_fn.signature import Signature
+from llama_fn.tracing import trace
 from sharding import P, table
 from sharding.mesh import Mesh
 from sharding.rules import PRESETS, Rules
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Trees that go in and come out, leaf by leaf; `donated` are the arguments whose buffers the caller gives up."""
-
-    in_spec: Any
-    in_paths: tuple[str, ...]
-    in_infos: tuple[ArrayInfo, ...]
-    out_spec: Any
-    out_paths: tuple[str, ...]
-    donated: tuple[int, ...]
-    argument_names: tuple[str, ...]
-
-    @cached_property
-    def donations(self) -> list[tuple[int, str]]:
-        """(input leaf, path of the result that takes its buffer): the k-th donated argument is the k-th result."""
-        return [
-            (i, f"out[{position}]{path[len(name) :]}")
-            for position, name in enumerate(self.argument_names[argument] for argument in self.donated)
-            for i, path in enumerate(self.in_paths)
-            if path == name or path.startswith((name + ".", name + "["))
-        ]
-
-    @cached_property
-    def aliases(self) -> list[tuple[int, int]]:
-        """(input leaf, output leaf) pairs that share one buffer."""
-        by_path = {path: i for i, path in enumerate(self.out_paths)}
-        return [(i, by_path[path]) for i, path in self.donations]
-
-    def check(self, args: Sequence[Any], what: str) -> list[Any]:
-        """The flat leaves of args; ValueError naming every path whose leaf is missing, extra, or of another type."""
-        leaves, spec = tree.flatten(tuple(args))
-        if spec == self.in_spec and all(_matches(x, i) for x, i in zip(leaves, self.in_infos, strict=True)):
-            return leaves
-        given = dict(zip(_argument_paths(args, self.argument_names), leaves, strict=True))
-        expected = dict(zip(self.in_paths, self.in_infos, strict=True))
-        lines = [
-            f"  {path}: expected {describe(expected[path]) if path in expected else 'nothing'}, "
-            f"given {describe(given[path]) if path in given else 'nothing'}"
-            for path in [*expected, *(p for p in given if p not in expected)]
-            if path not in expected or path not in given or not _matches(given[path], expected[path])
-        ] or [f"  trees differ in structure: expected {self.in_spec}, given {spec}"]
-        raise ValueError("\n".join([f"{what} was made for other arguments:", *lines[:20], *_more(len(lines) - 20)]))
 
 
 def _rules(rules: str | Rules) -> Rules:
@@ -84,18 +41,6 @@ def _rules(rules: str | Rules) -> Rules:
     if rules not in PRESETS:
         raise UserError(f"sharding rules {rules!r} are not a preset. {nearest(rules, PRESETS)}")
     return PRESETS[rules]
-
-
-def _more(n: int) -> list[str]:
-    return [f"  ... and {n} more"] if n > 0 else []
-
-
-def _matches(x: Any, info: ArrayInfo) -> bool:
-    return hasattr(x, "shape") and tuple(x.shape) == info.shape and x.dtype == info.dtype
-
-
-def _argument_paths(args: Sequence[Any], names: Sequence[str]) -> list[str]:
-    return [path for arg, name in zip(args, names, strict=True) for path in tree.paths(arg, name)]
 
 
 @dataclass(frozen=True)
@@ -122,7 +67,9 @@ class Wrapped:
         if len(self._traces) >= self.max_traces:
             self._traces[-1].check(args, f"{self.fn.__name__} (traced {self.trace_count} of {self.max_traces} times)")
             raise ValueError(f"{self.fn.__name__} was already traced for these arguments; keep the Traced and reuse it")
-        traced = _trace(self.fn, args, self.donate)
+        start = time.perf_counter()
+        gm, signature = trace(self.fn, args, self.donate)
+        traced = Traced(self.fn.__name__, gm, signature, time.perf_counter() - start)
         self._traces.append(traced.signature)
         return traced
 
@@ -202,7 +149,7 @@ class Traced(_Graph):
                 )
         signature = replace(self.signature, in_infos=infos)
         gm = resized(self.graph_module, infos)
-        _check_donation(signature, gm)
+        signature.check_donation(ir.results(gm.graph))
         return Traced(self.name, gm, signature, time.perf_counter() - start)
 
     @uncollected()
@@ -324,56 +271,3 @@ class Compiled:
     def memory_analysis(self) -> cost.Memory | None:
         """What the backend measured of its last call, or None where it measures nothing."""
         return self.executable.measured()
-
-
-@uncollected()
-def _trace(fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...]) -> Traced:
-    start = time.perf_counter()
-    names = tuple(list(inspect.signature(fn).parameters)[: len(args)])
-    leaves, in_spec = tree.flatten(tuple(args))
-    infos = tuple(abstract(x) for x in leaves)
-    world = compat.FakeTensors()
-    out: dict[str, Any] = {}
-
-    def flat_fn(*flat: torch.Tensor) -> list[torch.Tensor]:
-        result = fn(*tree.unflatten(in_spec, flat))
-        out["paths"] = tuple(tree.paths(result, "out"))
-        flat_out, out["spec"] = tree.flatten(result)
-        return flat_out
-
-    gm = world.trace(flat_fn, [world.make(info.shape, info.dtype) for info in infos])
-    signature = Signature(in_spec, tuple(_argument_paths(args, names)), infos, out["spec"], out["paths"], donate, names)
-    _refuse_constants(gm, fn.__name__)
-    _name_placeholders(gm, signature.in_paths)
-    ir.output_node(gm.graph).meta["paths"] = signature.out_paths
-    _check_donation(signature, gm)
-    gm = passes.run(passes.TRACING, gm, passes.Context(Mesh(), []))
-    return Traced(fn.__name__, gm, signature, time.perf_counter() - start)
-
-
-def _refuse_constants(gm: torch.fx.GraphModule, name: str) -> None:
-    baked = [node.target for node in gm.graph.nodes if node.op == "get_attr"]
-    if baked:
-        raise ValueError(
-            f"{name} uses tensors that are not among its arguments ({len(baked)} of them: {baked[:3]}); tracing would "
-            "freeze their present values into the graph. Pass them as arguments."
-        )
-
-
-def _name_placeholders(gm: torch.fx.GraphModule, paths: Sequence[str]) -> None:
-    for node, path in zip(ir.placeholders(gm.graph), paths, strict=True):
-        node.meta["path"] = path
-        node._rename(path.replace(".", "_").replace("[", "_").replace("]", ""))
-    gm.recompile()
-
-
-def _check_donation(signature: Signature, gm: torch.fx.GraphModule) -> None:
-    by_path = dict(zip(signature.out_paths, ir.results(gm.graph), strict=True))
-    for i, out_path in signature.donations:
-        result, info = by_path.get(out_path), signature.in_infos[i]
-        if result is None or not _matches(compat.node_value(result), info):
-            found = "nothing" if result is None else describe(compat.node_value(result))
-            raise ValueError(
-                f"donated argument {signature.in_paths[i]}: the result that takes its buffer, {out_path}, must be "
-                f"{describe(info)} and is {found}"
-            )
