@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,16 +19,17 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama_fn import rungs
-from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
+from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig, preset
 from llama_fn.processes import Processes
 from sharding import Mesh
 
 
 def config_of(job: dict[str, Any]) -> Config:
-    size = {"num_layers": 3, "embed_dim": 128, "mlp_dim": 192, "seq_len": 32} | job
+    size = {"num_layers": 3, "embed_dim": 128, "mlp_dim": 192, "seq_len": 32, "batch": 4} | job
     shape = {name: size[name] for name in ("num_layers", "embed_dim", "mlp_dim")}
-    model = ModelConfig(num_heads=4, num_kv_heads=2, vocab_size=128, compute_dtype=job["dtype"], **shape)
-    data = DataConfig(seq_len=size["seq_len"], global_batch_size=4, microbatches=job["microbatches"])
+    model = ModelConfig(num_heads=4, num_kv_heads=2, vocab_size=128, **shape)
+    model = replace(preset(job["preset"]) if "preset" in job else model, compute_dtype=job["dtype"])
+    data = DataConfig(seq_len=size["seq_len"], global_batch_size=size["batch"], microbatches=job["microbatches"])
     return Config(model, data=data, run=RunConfig(steps=4))
 
 
@@ -66,7 +68,7 @@ def made(job: dict[str, Any]) -> dict[str, Any]:
     memory += [torch.zeros(shape) for shape in lowered._output_shapes()]
     with mock.patch.object(compile_fx, "cudagraphify", replayed):
         step = lowered.compile("inductor", device="cuda", cache=None, processes=member(mesh))
-    results = list(step.executable.run([torch.zeros(i.shape, dtype=i.dtype) for i in lowered.local_signature.in_infos]))
+    results = list(step.executable.run([torch.empty(i.shape, dtype=i.dtype) for i in lowered.local_signature.in_infos]))
     code = step.executable.code
     overwritten = {result.data_ptr() for result in results} & {each.data_ptr() for each in memory}
     return {

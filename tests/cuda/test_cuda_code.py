@@ -71,6 +71,12 @@ def test_a_step_in_fp32_is_one_cuda_graph_with_blocked_attention(work):
 
 
 @pytest.mark.slow
+def test_the_benchmarks_llama_1b_is_one_cuda_graph(work):
+    job = {"preset": "llama_1b", "dtype": "bf16", "microbatches": 1, "seq_len": 2048, "batch": 8}
+    check(work("compile_worker.py", job), {FLASH, BACKWARD, EMBEDDING})
+
+
+@pytest.mark.slow
 def test_a_device_of_four_has_its_collectives_in_the_cuda_graph(work):
     found = work("compile_worker.py", {"dtype": "bf16", "microbatches": 2, "mesh": "data:2,model:2"})
     sent = {op for op in found["operators"] if op.startswith("_c10d_functional.")}
