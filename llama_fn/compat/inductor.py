@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -153,8 +154,11 @@ class _CppKernels:
 
 
 def keep_compiled_code(folder: Path) -> None:
-    """Let inductor keep what it compiles in `folder`.
+    """Let inductor keep what it compiles in `folder`, apart by the text of the files here.
 
-    Finding it there again runs native code and unpickles: the folder must be the user's own.
+    These change the code that inductor writes, which inductor's own key cannot know: code of another version of them
+    must not be found. Finding code runs it and unpickles: the folder must be the user's own.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    version = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / version)

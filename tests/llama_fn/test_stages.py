@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,10 +205,24 @@ def test_unknown_backends_and_larger_meshes_are_refused(tiny_config):
         traced.lower(Mesh.parse("data:2")).compile("eager")
 
 
-def test_damaged_compiled_code_costs_a_compilation_only(tmp_path):
-    def double(x):
-        return torch.sin(x) * 2
+def double(x):
+    return torch.sin(x) * 2
 
+
+def test_code_compiled_by_another_version_of_ours_is_not_found(tmp_path, monkeypatch):
+    from llama_fn.compat import inductor
+
+    def compiled():
+        return stages.jit(double).trace(torch.ones(41)).lower().compile("inductor", cache=tmp_path / "cache")
+
+    assert not compiled().from_cache and compiled().from_cache
+    changed = shutil.copytree(Path(inductor.__file__).parent, tmp_path / "compat") / "inductor_ranges.py"
+    changed.write_text(changed.read_text() + "# another way to write code\n")
+    monkeypatch.setattr(inductor, "__file__", str(changed.with_name("inductor.py")))
+    assert not compiled().from_cache and compiled().from_cache
+
+
+def test_damaged_compiled_code_costs_a_compilation_only(tmp_path):
     def compiled():
         return stages.jit(double).trace(torch.ones(40)).lower().compile("inductor", cache=tmp_path)
 
