@@ -71,7 +71,6 @@ def compile(
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         results = compiled(*flat)
-        ranges.RANGES.to("")
         # A CUDA graph writes its results to the same memory in every run, and is not replayed while one is still held.
         return [result.clone() for result in results] if patches.get("triton.cudagraphs") else results
 

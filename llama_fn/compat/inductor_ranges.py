@@ -27,7 +27,7 @@ def ranges_in_code(title: Title, text: str) -> Iterator[None]:
     from torch._inductor.codegen import cpp, triton
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen as Wrapper
 
-    header, subgraph = Wrapper.write_header, Wrapper.codegen_invoke_subgraph
+    header, subgraph, returns = Wrapper.write_header, Wrapper.codegen_invoke_subgraph, Wrapper.generate_return
 
     def name(schedule: Any, kernel_name: str, is_extern: bool = False) -> str:
         return title(_origins(schedule))
@@ -42,6 +42,11 @@ def ranges_in_code(title: Title, text: str) -> Iterator[None]:
         subgraph(self, call)
         self.writeline("_ranges.leave()")
 
+    def generate_return(self: Any, results: list[str]) -> None:
+        # Not after the call: torch's own range of it would then end before ours inside it, which Perfetto drops.
+        self.wrapper_call.writeline("_ranges.to('')")
+        returns(self, results)
+
     named: list[tuple[Any, str, Any]] = [
         (debug, "set_kernel_post_grad_provenance_tracing", name),
         (cpp, "set_kernel_post_grad_provenance_tracing", name),
@@ -49,6 +54,7 @@ def ranges_in_code(title: Title, text: str) -> Iterator[None]:
         (Wrapper, "write_provenance_debug_handle", lambda self, _, name: self.writeline(f"_ranges.to({name!r})")),
         (Wrapper, "write_header", write_header),
         (Wrapper, "codegen_invoke_subgraph", codegen_invoke_subgraph),
+        (Wrapper, "generate_return", generate_return),
     ]
     key = hashlib.sha256(text.encode()).hexdigest()
     with contextlib.ExitStack() as stack:

@@ -4,6 +4,7 @@ table that gives every scope the time that was spent in it."""
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
 
@@ -48,6 +49,21 @@ def profile(fresh_state, random_batch):
     return go
 
 
+def check_nesting(events):
+    """A range that ends after one that it began in is left out by Perfetto, and the trace is called damaged."""
+    threads = defaultdict(list)
+    for e in events:
+        if e.get("ph") == "X":
+            threads[e["pid"], e["tid"]].append((e["ts"], -e["dur"], e["name"]))
+    for ranges_of in threads.values():
+        around = []
+        for begin, minus, name in sorted(ranges_of):
+            while around and around[-1] <= begin:
+                around.pop()
+            assert not around or begin - minus <= around[-1], name
+            around.append(begin - minus)
+
+
 def steps_in(events):
     return {e["name"] for e in events if e.get("name", "").startswith("step ")}
 
@@ -84,6 +100,7 @@ def test_ranges_carry_scopes_node_by_node(backend, mesh, tiny_run, profile):
     cfg = tiny_run()
     lowered = rungs.train(cfg).lower(Mesh.parse(mesh), "fsdp_tp")
     events, _, _ = profile(cfg, lowered.compile(backend), 3)
+    check_nesting(events)
     nodes = ir.calls(lowered.graph_module.graph)
     assert set(profile_table.of_trace(events, 2)) == {(without_numbers(ir.scope_of(n)), ir.phase_of(n)) for n in nodes}
 
@@ -99,6 +116,7 @@ def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, pr
     assert not [e for e in untitled if ranges.shares_of(e.get("name", ""))]
     for step in named:
         events, _, after = profile(cfg, step, 3)
+        check_nesting(events)
         layers = sorted(
             (e["ts"], e["dur"], e["name"]) for e in events if "layers/" in e["name"] and "*" not in e["name"]
         )
