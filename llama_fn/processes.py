@@ -138,4 +138,6 @@ def start(mesh: Mesh, device: str, timeout_s: int) -> Processes | None:
     backend = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[kind]
     whole = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{backend}"
     dist.init_process_group(whole, timeout=timedelta(seconds=timeout_s))
+    if backend == "gloo":
+        compat.register_gloo_collectives()
     return Processes(mesh, rank, Watch(rank, world, timeout_s).start(), backend)

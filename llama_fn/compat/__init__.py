@@ -5,6 +5,7 @@ it this year.
 """
 
 from llama_fn.compat.distributed import Group, collective_forms, group_name
+from llama_fn.compat.gloo import register_gloo_collectives
 from llama_fn.compat.inductor import inductor_compile, inductor_decompositions, keep_compiled_code
 from llama_fn.compat.inductor_ranges import ranges_in_code
 from llama_fn.compat.native import (
@@ -61,5 +62,6 @@ __all__ = [
     "onednn_product",
     "physical_cores",
     "ranges_in_code",
+    "register_gloo_collectives",
     "without_converter",
 ]
