@@ -132,3 +132,11 @@ def test_a_rank_that_stands_still_is_named(corpus, tmp_path):
         os.kill(pid, signal.SIGSTOP)
     out, _ = run.communicate(timeout=120)
     assert run.returncode and "rank 0 gives up: rank 1 on" in out
+
+
+@pytest.mark.parametrize("rounds", [100, pytest.param(8000, marks=pytest.mark.slow)])
+def test_collectives_under_way_at_once_have_their_results_and_leave_memory_whole(rounds):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = [*launcher, "tests/multirank/worker_collectives.py", str(rounds)]
+    done = subprocess.run([sys.executable, *worker], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
