@@ -1,9 +1,8 @@
 """Functional collectives over gloo, on CPU, by torch.distributed's own asynchronous calls.
 
-Torch's C++ functional collectives (2.13) corrupt memory over gloo now and then: their table of what is under way is
-changed by the thread of the step while gloo's threads end the work. Two processes that do little else crash within
-thousands of calls, with "malloc(): unaligned tcache chunk detected" or without a word. torch.distributed's calls, whose
-work is held by the caller, do not.
+Torch's C++ functional collectives (2.13) corrupt memory over gloo now and then, why is not known: two processes that do
+little else crash or hang within thousands of calls, with "malloc(): unaligned tcache chunk detected" or without a word.
+In the same trials torch.distributed's calls, whose work the caller holds, did not. tests/multirank has the trial.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def command(processes, *flags):
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *(["-m", *launcher] if launcher else []), "train.py", *flags]
+def command(processes, *flags, script="train.py"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, script, *flags]
 
 
 def train(processes, workdir, corpus, *flags):
@@ -84,9 +84,8 @@ def test_processes_give_the_numbers_of_one(mesh, rules, backend, corpus, alone, 
 )
 def test_compiled_steps_of_processes_equal_the_step_of_one(processes, rules, compile_cache):
     """Loss, norm and parameters after five steps in float64 and float32; every preset and mesh in the nightly run."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    worker = [str(ROOT / "tests" / "multirank" / "worker_steps.py"), str(compile_cache), *rules]
-    done = subprocess.run([sys.executable, "-m", *launcher, *worker], capture_output=True, text=True, timeout=7200)
+    worker = command(processes, str(compile_cache), *rules, script=str(ROOT / "tests/multirank/worker_steps.py"))
+    done = subprocess.run(worker, capture_output=True, text=True, timeout=7200)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "equal" in done.stdout
 
@@ -136,7 +135,6 @@ def test_a_rank_that_stands_still_is_named(corpus, tmp_path):
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(8000, marks=pytest.mark.slow)])
 def test_collectives_under_way_at_once_have_their_results_and_leave_memory_whole(rounds):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    worker = [*launcher, "tests/multirank/worker_collectives.py", str(rounds)]
-    done = subprocess.run([sys.executable, *worker], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    worker = command(2, str(rounds), script="tests/multirank/worker_collectives.py")
+    done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
