@@ -36,7 +36,7 @@ def without_numbers(path: str) -> str:
 _TOP = Place()
 _PLACE: ContextVar[Place] = ContextVar("llama_fn_place", default=_TOP)
 _ROOT = Path(__file__).parent.parent
-_OURS = (str(_ROOT / "kernels"), str(_ROOT / "sharding"))
+_OURS = (str(_ROOT / "kernels"), str(_ROOT / "sharding"), str(_ROOT / "llama_fn" / "compat"))
 _LIBRARIES = ("/torch", "/contextlib", "/functools")
 
 
@@ -97,11 +97,12 @@ def source_line() -> Iterator[None]:
     if here.phase == "backward" and here.source:
         yield
         return
-    with at(replace(here, source=_caller())):
+    with at(replace(here, source=caller())):
         yield
 
 
-def _caller() -> str:
+def caller() -> str:
+    """ "file.py:line" of the innermost caller outside kernels/, sharding/, llama_fn/compat/ and torch."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         filename = frame.f_code.co_filename

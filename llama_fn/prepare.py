@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_fn import arrays, ascend, config, dump, passes, plan, random, report, rungs, stages, train_step, tree
-from llama_fn.backends.inductor import default_cache
+from llama_fn.backends import code_cache
 from llama_fn.checkpoint import Checkpointer
 from llama_fn.config import Config
 from llama_fn.data.iterator import BatchIterator
@@ -76,8 +76,8 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
     """The keyword arguments of cfg's backend."""
     options: dict[str, Any] = {} if processes is None else {"processes": processes}
     if cfg.run.backend == "inductor":
-        cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else default_cache()
-        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": cache}
+        cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default()
+        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": code_cache.usable(cache)}
         options |= {"profiled": True} if config.profiled(cfg) else {}
     if cfg.run.backend == "npu":
         options |= {"device": cfg.run.device}

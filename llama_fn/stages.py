@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from llama_fn import backends, compat, cost, ir, passes, tree
+from llama_fn.arguments import name_of, spoil
 from llama_fn.arrays import abstract, describe
 from llama_fn.errors import UserError, nearest
 from llama_fn.garbage import uncollected
@@ -58,25 +59,28 @@ class Wrapped:
     def trace_count(self) -> int:
         return len(self._traces)
 
-    def trace(self, *args: Any) -> Traced:
-        """Trace with the shapes and dtypes of `args`, whose leaves are ArrayInfo or tensors.
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+        """Trace with the shapes and dtypes of the arguments, whose leaves are ArrayInfo, tensors, NumPy arrays or
+        numbers.
 
         ValueError when the function was already traced `max_traces` times: a step that is traced anew in the middle
         of a run is a bug that costs minutes each time.
         """
+        name = name_of(self.fn)
         if len(self._traces) >= self.max_traces:
-            self._traces[-1].check(args, f"{self.fn.__name__} (traced {self.trace_count} of {self.max_traces} times)")
-            raise ValueError(f"{self.fn.__name__} was already traced for these arguments; keep the Traced and reuse it")
+            what = f"{name} (traced {self.trace_count} of {self.max_traces} times)"
+            self._traces[-1].leaves(args, kwargs, what)
+            raise ValueError(f"{name} was already traced for these arguments; keep the Traced and reuse it")
         start = time.perf_counter()
-        gm, signature = trace(self.fn, args, self.donate)
-        traced = Traced(self.fn.__name__, gm, signature, time.perf_counter() - start)
+        gm, signature = trace(self.fn, args, kwargs, self.donate)
+        traced = Traced(name, gm, signature, time.perf_counter() - start)
         self._traces.append(traced.signature)
         return traced
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._compiled:
-            self._compiled.append(self.trace(*args).lower().compile(self.backend))
-        return self._compiled[0](*args)
+            self._compiled.append(self.trace(*args, **kwargs).lower().compile(self.backend))
+        return self._compiled[0](*args, **kwargs)
 
 
 def jit(fn: Callable[..., Any], donate: int | tuple[int, ...] = (), **options: Any) -> Wrapped:
@@ -252,10 +256,16 @@ class Compiled:
     def from_cache(self) -> bool:
         return self.executable.from_cache
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's results. Donated arguments are overwritten; where the call is interrupted, by an error or by
+        Ctrl-C, they are refused from then on, as some may hold new values and others old ones."""
         signature = self.lowered.local_signature if self.executable.local else self.lowered.signature
-        leaves = signature.check(args, f"compiled {self.lowered.traced.name}")
-        flat = list(self.executable.run(leaves))
+        leaves = signature.inputs(args, kwargs, f"compiled {self.lowered.traced.name}", self.executable.device)
+        try:
+            flat = list(self.executable.run(leaves))
+        except BaseException:
+            spoil(leaves[i] for i in signature.overwritten)
+            raise
         for i, o in signature.aliases:
             flat.insert(o, leaves[i])
         return tree.unflatten(signature.out_spec, flat)

@@ -95,7 +95,8 @@ class _Partitioner:
             source, index = node.args
             return self._copy(node), self.layouts[source][index]  # type: ignore[index]
         if record is None:
-            return self._copy(node), self._aten_layout(node)
+            layout = self._aten_layout(node)  # first: shapes that do not fit are an error of torch's, without a line
+            return self._copy(node), layout
         if record.name == "constrain":
             x, spec, table = node.args
             axes = tuple(None if a == "-" else a for a in str(spec).split(",")) if spec else ()

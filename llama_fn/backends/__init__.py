@@ -71,6 +71,7 @@ class Executable:
     measured: Callable[[], cost.Memory | None] = lambda: None
     code: str = ""
     scopes: Mapping[str, str] = field(default_factory=dict)
+    device: str | None = None
 
 
 def get(name: str) -> Callable[..., Executable]:

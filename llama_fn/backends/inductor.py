@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 
 from kernels.registry import of_node
 from llama_fn import compat, ir, passes, ranges
-from llama_fn.backends import Executable, Program, communication, forms
+from llama_fn.backends import Executable, Program, code_cache, communication, forms
+from llama_fn.errors import UserError
 from llama_fn.passes.expand import expand
 from llama_fn.passes.outline import outline
 from llama_fn.passes.place import place
@@ -30,8 +30,14 @@ log = logging.getLogger("llama_fn.inductor")
 _PATCHES: Mapping[str, dict[str, Any]] = {"cpu": {}, "cuda": {"triton.cudagraphs": True}}
 
 
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama_fn"
+def check_tools(device: str) -> None:
+    """UserError where this machine lacks what inductor builds kernels with."""
+    missing = compat.missing_tool(torch.device(device).type)
+    if missing:
+        raise UserError(
+            f"--run.backend=inductor builds its kernels with {missing}. On Debian: apt-get install g++ python3-dev. "
+            "--run.backend=eager needs none of it, and is slower"
+        )
 
 
 def compile(
@@ -43,8 +49,9 @@ def compile(
     processes: Processes | None = None,
     profiled: bool = False,
 ) -> Executable:
-    """`attention`: form of that kernel, auto picks by device; `cache`: folder of compiled code, None keeps nothing;
+    """`attention`: form of that kernel, auto picks by device; `cache`: folder of compiled code, None keeps none of it;
     `profiled`: the code names its scopes to a profiler, and a CUDA graph, which could not, is not made of it."""
+    check_tools(device)
     collectives = communication(program, "inductor", processes)
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(program.graph_module), attention)
@@ -56,17 +63,17 @@ def compile(
     gm = expand(gm, chosen, forms.finder(collectives), compat.inductor_decompositions())
     text = ir.as_text(gm, "inductor")
     inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
-    if cache is not None:
-        compat.keep_compiled_code(_private(cache) / _machine())
     staying = sorted({*ir.written(gm.graph), *program.weights})
     patches, naming = _PATCHES[kind], None
     if profiled:
         patches, naming = {}, compat.ranges_in_code(ranges.shared_name, text)
         if _PATCHES[kind]:
             log.warning("profiling: the step runs without CUDA graph, so that its kernels carry scopes")
-    compiled, from_cache, code = compat.inductor_compile(
-        gm, inputs, patches, staying, compat.physical_cores(), cache is not None, naming
-    )
+    folder = compat.keep_compiled_code((code_cache.usable(cache) if cache else code_cache.private()) / _machine())
+    with code_cache.opened(folder):
+        compiled, from_cache, code = compat.inductor_compile(
+            gm, inputs, patches, staying, compat.physical_cores(), cache is not None, naming
+        )
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -74,7 +81,7 @@ def compile(
         # A CUDA graph writes its results to the same memory in every run, and is not replayed while one is still held.
         return [result.clone() for result in results] if patches.get("triton.cudagraphs") else results
 
-    return Executable(run, text, from_cache, local=processes is not None, code=code)
+    return Executable(run, text, from_cache, local=processes is not None, code=code, device=device)
 
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:
@@ -87,8 +94,3 @@ def _machine() -> str:
     """What compiled code depends on besides its graph, inductor's settings and torch, which inductor's key has."""
     facts = [platform.python_version(), platform.machine(), compat.cpu_model(), str(torch.get_num_threads())]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-
-
-def _private(cache: Path) -> Path:
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return cache

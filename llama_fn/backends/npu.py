@@ -45,7 +45,7 @@ def compile(
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return converted.run(*flat)
 
-    return Executable(run, text, local=processes is not None, scopes=ge_scopes(converted.proto))
+    return Executable(run, text, local=processes is not None, scopes=ge_scopes(converted.proto), device=device)
 
 
 def convert(program: Program, device: str, processes: Processes | None) -> compat.GeGraph:

@@ -6,7 +6,7 @@ it this year.
 
 from llama_fn.compat.distributed import Group, collective_forms, group_name
 from llama_fn.compat.gloo import register_gloo_collectives
-from llama_fn.compat.inductor import inductor_compile, inductor_decompositions, keep_compiled_code
+from llama_fn.compat.inductor import inductor_compile, inductor_decompositions, keep_compiled_code, missing_tool
 from llama_fn.compat.inductor_ranges import ranges_in_code
 from llama_fn.compat.native import (
     cpu_model,
@@ -58,6 +58,7 @@ __all__ = [
     "keep_memory",
     "labels",
     "load_torchair",
+    "missing_tool",
     "node_value",
     "onednn_product",
     "physical_cores",

@@ -7,9 +7,12 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,14 +54,15 @@ def inductor_compile(
     from torch._dynamo.utils import counters
     from torch._inductor import compile_fx, config
 
-    assert isinstance(inputs[0], FakeTensor)
+    # Of any node: a function need not have inputs.
+    mode = next(v.fake_mode for node in gm.graph.nodes if isinstance(v := node.meta.get("val"), FakeTensor))
     counts = counters["inductor"]
     hits, skipped = counts["fxgraph_cache_hit"], counts["fxgraph_cache_bypass"]
     settings = config.patch({"fx_graph_cache": cached, **patches})
     with (
         torch.no_grad(),
         settings,
-        _no_detours(inputs[0].fake_mode),
+        _no_detours(mode),
         _CppKernels.together(units),
         ranges or nullcontext(),
     ):
@@ -105,10 +109,19 @@ def _no_detours(mode: Any) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The place of a kernel that is not built yet."""
+
+    index: int
+
+
 class _CppKernels:
     """Stands in for inductor's compilation of single C++ kernels: collects all of a graph, then builds them at once.
 
-    Inductor's generated module first asks for every kernel and then waits for all of them; the first wait builds.
+    Inductor's generated module first asks for every kernel, which gives it a number here, and then waits for all of
+    them: the wait builds. Inductor's own wait looks for results that are outstanding only where it may compile with
+    several threads, so it is not left to it: one CPU, or TORCHINDUCTOR_COMPILE_THREADS=1, must do.
     """
 
     def __init__(self, units: int) -> None:
@@ -122,24 +135,29 @@ class _CppKernels:
         from torch._inductor import config
         from torch._inductor.async_compile import AsyncCompile
 
-        kernels = cls(units)
+        kernels, wait = cls(units), AsyncCompile.wait
+
+        def wait_for_all(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
+            kernels.put_into(scope)
+            wait(compiler, scope)
+
         with (
             config.patch({"cpp_cache_precompile_headers": False}),
             mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: kernels.ask(types, source)),
+            mock.patch.object(AsyncCompile, "wait", wait_for_all),
         ):
             yield
 
-    def ask(self, types: Sequence[str], source: str) -> Any:
-        from torch._inductor.codecache import LambdaFuture
-
-        index = len(self.asked)
+    def ask(self, types: Sequence[str], source: str) -> _Asked:
         self.asked.append((types, source))
-        return LambdaFuture(lambda: self.result(index))
+        return _Asked(len(self.asked) - 1)
 
-    def result(self, index: int) -> Callable[..., Any]:
-        if not self.built:
+    def put_into(self, scope: dict[str, Any]) -> None:
+        """Replace what was asked for in the variables of the generated module by the kernels."""
+        outstanding = {name: value.index for name, value in scope.items() if isinstance(value, _Asked)}
+        if outstanding and len(self.built) < len(self.asked):
             self.build()
-        return self.built[index]
+        scope.update({name: self.built[index] for name, index in outstanding.items()})
 
     def build(self) -> None:
         from torch._inductor.codecache import CppPythonBindingsCodeCache
@@ -153,8 +171,23 @@ class _CppKernels:
         self.built = [found[i] for i in range(len(self.asked))]
 
 
-def keep_compiled_code(folder: Path) -> None:
-    """Let inductor keep what it compiles in `folder`, apart by the text of the files here.
+def missing_tool(kind: str) -> str:
+    """What inductor needs on this machine to build kernels for a device of `kind` and does not find, "" for nothing."""
+    if kind == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except (RuntimeError, OSError):  # nothing that answers to --version
+            return f"a C++ compiler, and {os.environ.get('CXX') or 'g++'} (CXX) cannot be run"
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        return "" if header.is_file() else f"Python's headers, and {header} is missing"
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return "" if any(map(shutil.which, names)) else f"a C compiler, by Triton, and there is no {' or '.join(names)}"
+
+
+def keep_compiled_code(folder: Path) -> Path:
+    """Let inductor keep what it compiles in `folder`, apart by the text of the files here; returns where.
 
     These change the code that inductor writes, which inductor's own key cannot know: code of another version of them
     must not be found. Finding code runs it and unpickles: the folder must be the user's own.
@@ -162,3 +195,4 @@ def keep_compiled_code(folder: Path) -> None:
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     version = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / version)
+    return folder / version

@@ -11,7 +11,9 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import scope
 from kernels.repeat import called_by
 from llama_fn.compat.repeat import Repeats, with_repeats
 
@@ -70,6 +72,20 @@ class FakeTensors:
             called_by(Repeats().call),
         ):
             return with_repeats(make_fx(fn, decompositions, tracing_mode="real")(*inputs))
+
+    def first_line(self, fn: Callable[..., Any], inputs: Sequence[torch.Tensor], wanted: Callable[[Any], bool]) -> str:
+        """ "file.py:12" of the first op of `fn` that is `wanted`, outside of torch and of the project; "" for none."""
+        lines: list[str] = []
+
+        class Look(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if not lines and wanted(func):
+                    lines.append(scope.caller())
+                return func(*args, **(kwargs or {}))
+
+        with self.mode, torch.autograd.set_multithreading_enabled(False), Look():
+            fn(*inputs)
+        return "".join(lines)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
         with self.mode:

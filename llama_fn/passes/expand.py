@@ -66,10 +66,14 @@ def _trace(fn: Callable[..., Any], node: torch.fx.Node, decompositions: Decompos
         return [r.contiguous() for r in results]  # as the op's abstract promises; views in users rely on it
 
     values = [compat.node_value(n) for n in operands]
-    world = compat.FakeTensors.of(values[0])
+    world = compat.FakeTensors.of(_first(compat.node_value(node)))  # an op that makes a tensor has no operands
     # Fresh tensors: nodes made from one traced body share their values, and tracing tells operands apart by identity.
     body = world.trace(flat, [world.like(value, str(value.device)) for value in values], decompositions)
     return dead_code(body, None)
+
+
+def _first(value: Any) -> torch.Tensor:
+    return value[0] if isinstance(value, (tuple, list)) else value
 
 
 def _inline(graph: torch.fx.Graph, node: torch.fx.Node, body: torch.fx.GraphModule) -> None:

@@ -1,0 +1,157 @@
+"""The folder of compiled code: private, whole and writable, or set aside with a word for a folder of this process.
+
+Inductor loads what it finds, and a truncated file ends the process at every start. So the sums of all files are kept
+in FILES: before anything is loaded, what does not have its sum is removed, and is compiled again. Files that nobody
+listed are those of a process that was killed, or of one that is compiling now; they are removed when no process is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from llama_fn.errors import UserError
+from llama_fn.files import atomic
+
+log = logging.getLogger("llama_fn.code_cache")
+FILES = "files.json"
+NEEDED_BYTES = 64 << 20  # what a compilation may write
+_LOCK, _SEALING, _TORCH_LOCKS = ".lock", ".sealing", "locks"
+_MINE: list[Path] = []  # the folder of this process, once there is one
+
+
+def default() -> Path | None:
+    """~/.cache/llama_fn, or None for a user without a home. XDG_CACHE_HOME counts where it is an absolute path."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):
+        return Path(given) / "llama_fn"
+    try:
+        return Path.home() / ".cache" / "llama_fn"
+    except RuntimeError:
+        return None
+
+
+def usable(folder: Path | None) -> Path:
+    """`folder` where it can be written, else a folder of this process, which its end removes, with a word."""
+    if folder is None:
+        log.warning("compiled code is not kept: this user has no home folder; --run.compile_cache names another")
+        return private()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+        reason = f"only {free / 1e6:.0f} MB are free" if free < NEEDED_BYTES else ""
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if not reason:
+        return folder
+    log.warning("compiled code is not kept in %s: %s. Every start compiles again until that is mended", folder, reason)
+    return private()
+
+
+def private() -> Path:
+    """A folder that lives as long as this process."""
+    if not _MINE:
+        try:
+            _MINE.append(Path(tempfile.mkdtemp(prefix="llama_fn_code_")))
+        except OSError as error:
+            raise UserError(
+                f"no folder for compiled code: {error}; set TMPDIR to a folder that can be written"
+            ) from None
+        atexit.register(shutil.rmtree, _MINE[0], ignore_errors=True)
+    return _MINE[0]
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Compile or load inside; damage is removed before, and what is new is listed after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "w") as lock:
+        alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        heal(folder, unlisted=alone)
+        _locked(lock, fcntl.LOCK_SH)
+        yield
+        with open(folder / _SEALING, "w") as sealing:
+            _locked(sealing, fcntl.LOCK_EX)
+            seal(folder)
+
+
+def _locked(file: IO[str], how: int) -> bool:
+    """Whether the lock was had; file systems without locks have none to give."""
+    try:
+        fcntl.flock(file, how)
+    except OSError:
+        return False
+    return True
+
+
+def heal(folder: Path, unlisted: bool) -> list[Path]:
+    """Remove every file that has not its listed sum and, where asked, those that are not listed; returns the former."""
+    known = _listed(folder)
+    damaged = []
+    for name, path in _files(folder).items():
+        if name not in known:
+            if unlisted:
+                path.unlink(missing_ok=True)
+        elif known[name] != _sum(path):
+            damaged.append(path)
+            path.unlink(missing_ok=True)
+    if damaged:
+        log.warning(
+            "compiled code was damaged: %s%s removed, to be compiled again",
+            damaged[0], f" and {len(damaged) - 1} more" if damaged[1:] else "",
+        )  # fmt: skip
+    return damaged
+
+
+def seal(folder: Path) -> None:
+    """List the files that are new."""
+    known, files = _listed(folder), _files(folder)
+    sums = {name: known.get(name) or _sum(path) for name, path in files.items()}
+    if sums != known:
+        with atomic(folder / FILES) as f:
+            json.dump(sums, f)
+
+
+def _listed(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 by name; nothing where the list itself is missing or damaged."""
+    try:
+        found = json.loads((folder / FILES).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """What inductor loads, by its path in the folder; not the locks, nor what is being written."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != _TORCH_LOCKS]
+        for name in names:
+            path = Path(parent, name)
+            if name != FILES and not name.startswith(".") and not name.endswith(".lock"):
+                found[str(path.relative_to(folder))] = path
+    return found
+
+
+def _sum(path: Path) -> list[int]:
+    """[size, CRC-32]; of a file that is gone or cannot be read, what no file has."""
+    size = crc = 0
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+    except OSError:
+        return [-1, 0]
+    return [size, crc]

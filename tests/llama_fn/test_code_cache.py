@@ -1,0 +1,115 @@
+"""The folder of compiled code: damage heals, and a folder that cannot be used costs a word and no crash."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_fn.backends import code_cache
+
+ROOT = Path(__file__).resolve().parents[2]
+STEP = """
+import logging, sys, torch
+from pathlib import Path
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+from llama_fn import stages
+compiled = stages.jit(lambda x: (x * 2).sum() + torch.ones(3)).trace(torch.ones(3)).lower().compile(
+    "inductor", cache=Path(sys.argv[1]))
+print(compiled.from_cache, compiled(torch.ones(3)).tolist())
+"""
+
+
+def step(folder, *wrapped, **environ):
+    command = [*wrapped, sys.executable, "-c", STEP, str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environ}, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("code")
+    assert step(folder).stdout == "False [7.0, 7.0, 7.0]\n"
+    again = step(folder)
+    assert again.stdout == "True [7.0, 7.0, 7.0]\n" and not again.stderr, "found, and nothing to heal"
+    return folder
+
+
+@pytest.mark.parametrize("suffix, harm", [(".so", "truncate"), (".py", "empty"), ("graph", "flip")])
+def test_damaged_code_is_removed_and_compiled_again(suffix, harm, filled):
+    files = [path for folder in filled.iterdir() for path in next(folder.iterdir()).rglob("*") if path.is_file()]
+    (victim, *_) = [p for p in files if p.suffix == suffix or (suffix == "graph" and "fxgraph" in str(p))]
+    good = victim.read_bytes()
+    middle = len(good) // 2
+    victim.write_bytes(
+        {
+            "truncate": good[:middle],
+            "flip": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
+            "empty": b"",
+        }[harm]
+    )
+    healed = step(filled)
+    assert healed.stdout.endswith("[7.0, 7.0, 7.0]\n") and "compiled code was damaged" in healed.stderr, healed.stderr
+    assert str(victim) in healed.stderr and len(healed.stderr.splitlines()) == 1
+    after = step(filled)
+    assert after.stdout == "True [7.0, 7.0, 7.0]\n" and not after.stderr
+
+
+def test_what_a_killed_compilation_left_is_removed_when_nobody_compiles(filled):
+    (inside,) = (p for folder in filled.iterdir() for p in folder.iterdir())
+    left = inside / "ab" / "half.so"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"\x7fELF")
+    code_cache.heal(inside, unlisted=False)
+    assert left.exists()
+    with code_cache.opened(inside):
+        assert not left.exists()
+    (inside / code_cache.FILES).write_text("{")
+    assert step(filled).stdout.endswith("[7.0, 7.0, 7.0]\n"), "without its list the folder begins anew"
+
+
+def test_folders_that_cannot_be_used_cost_a_word(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+        used = code_cache.usable(folder)
+        assert used != folder and used.is_dir() and reason in caplog.text
+    out = step(tmp_path / "file")
+    assert out.stdout == "False [7.0, 7.0, 7.0]\n" and "is not kept" in out.stderr
+    monkeypatch.setattr(code_cache, "NEEDED_BYTES", 1 << 60)
+    assert code_cache.usable(tmp_path) != tmp_path and "MB are free" in caplog.text
+
+
+def test_a_full_disk_costs_a_word(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("the right to mount a file system is missing; runs as root on Linux")
+    try:
+        out = step(tmp_path)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert out.stdout == "False [7.0, 7.0, 7.0]\n" and "only 1 MB are free" in out.stderr
+
+
+@pytest.mark.parametrize("given, want", [("", "/home/x/.cache"), ("relative", "/home/x/.cache"), ("/cache", "/cache")])
+def test_the_default_follows_xdg_where_it_is_a_path(given, want, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    monkeypatch.setenv("HOME", "/home/x")
+    assert code_cache.default() == Path(want) / "llama_fn"
+
+
+def test_a_user_without_a_home_compiles_without_keeping(monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert code_cache.default() is None and code_cache.usable(None).is_dir()
+    assert "this user has no home folder" in caplog.text
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/g++", "/", "false"])
+def test_a_missing_compiler_is_one_clear_error(compiler, tmp_path):
+    out = step(tmp_path, CXX=compiler)
+    assert out.returncode and f"a C++ compiler, and {compiler} (CXX) cannot be run" in out.stderr.splitlines()[-1]
