@@ -20,7 +20,9 @@ import torch
 
 from llama_fn import compat, dump
 from llama_fn.config import RunConfig
+from llama_fn.config_checks import dumps
 from llama_fn.errors import UserError, nearest
+from llama_fn.launch import launched
 
 log = logging.getLogger("llama_fn.ascend")
 
@@ -39,7 +41,7 @@ class Variable:
     def refused(self, value: str) -> str:
         """What is wrong with a value, "" if nothing is."""
         if isinstance(self.allowed, range):
-            good = value.isdigit() and int(value) in self.allowed
+            good = value.isascii() and value.isdigit() and int(value) in self.allowed
             return "" if good else f"an integer of {self.allowed.start}..{self.allowed.stop - 1}"
         return "" if self.allowed is None or value in self.allowed else " or ".join(self.allowed)
 
@@ -84,18 +86,13 @@ def set_environment(run: RunConfig, rank: int, environ: MutableMapping[str, str]
             raise UserError(f"environment variable {variable.name}={value}: expected {wanted} ({variable.meaning})")
         if value is not None:
             lines.append(f"{variable.name}={value}{' (default of llama_fn)' if given is None else ''}")
-    if run.dump_dir and dumps(run, rank):
+    if dumps(run, rank):
         folder = dump.rank_folder(Path(run.dump_dir).absolute(), rank) / dump.GE_OWN
         folder.mkdir(parents=True, exist_ok=True)
         environ.setdefault("DUMP_GE_GRAPH", "2")  # graphs without weights
         environ["DUMP_GRAPH_PATH"] = str(folder)
         lines += [f"DUMP_GE_GRAPH={environ['DUMP_GE_GRAPH']}", f"DUMP_GRAPH_PATH={folder}"]
     return lines
-
-
-def dumps(run: RunConfig, rank: int) -> bool:
-    """Whether --run.dump_ranks names this rank."""
-    return run.dump_ranks == "all" or rank in map(int, run.dump_ranks.split(","))
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def missing_text(findings: list[Finding]) -> str:
 
 def prepare(run: RunConfig) -> None:
     """Make the NPU of LOCAL_RANK this process's device, with torchair loaded and its environment set."""
-    for line in set_environment(run, int(os.environ.get("RANK", "0"))):
+    for line in set_environment(run, launched().rank):
         log.info("environment: %s", line)
     findings = list(diagnose())
     if not all(f.found for f in findings):
@@ -173,7 +170,7 @@ def prepare(run: RunConfig) -> None:
 
 def local_device(count: int) -> int:
     """LOCAL_RANK, the device of this process on its machine; UserError where the machine has fewer."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = launched().local_rank
     if local >= count:
         raise UserError(
             f"LOCAL_RANK={local}, but this machine shows {count} devices: start at most {count} processes on it "

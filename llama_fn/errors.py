@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Wrong input. train.py prints the message alone, without a traceback, and exits with status 2."""
 
 
+class SaidElsewhere(UserError):
+    """A UserError that another process of this run prints; this one leaves with the same status."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "Did you mean x?" for the closest of `known`, or the whole list when nothing is close."""
     known = sorted(known)

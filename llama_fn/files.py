@@ -1,18 +1,23 @@
-"""Files that are whole or not there: written aside, flushed to disk, then renamed."""
+"""Files that are whole or not there: written aside, flushed to disk, then renamed; and what they hold, as sums."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+_ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.writing")
 
 
 @contextmanager
 def atomic(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file opened for writing that takes the name `path` only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -23,8 +28,54 @@ def atomic(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Until the names in `folder` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What a process of this machine that was killed had begun to write. Its number may be another's by now, and the
+    folder shared between machines: then it stays."""
+    for old in path.parent.glob(f".{path.name}.*.writing"):
+        found = _ASIDE.fullmatch(old.name)
+        if found and found["name"] == path.name and not alive(int(found["pid"])):
+            with suppress(OSError):
+                old.unlink()
+
+
+def alive(pid: int) -> bool:
+    """Whether this machine has a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def checksum(path: Path) -> list[int]:
+    """[size, CRC-32] of a file; OSError where it cannot be read."""
+    size = crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def files_below(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Path]:
+    """Every file below `folder` whose own name, and whose folders' names, are `wanted`, by its path in the folder."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(filter(wanted, folders))
+        for name in sorted(filter(wanted, names)):
+            path = Path(parent, name)
+            found[path.relative_to(folder).as_posix()] = path
+    return found

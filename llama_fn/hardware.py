@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,7 +68,6 @@ def this_cpu(dtype: str = "fp32") -> Hardware:
 
     Several devices would be processes of this machine, whose links are its memory: half a copy's speed.
     """
-    import os
     import time
 
     import torch
@@ -83,11 +83,25 @@ def this_cpu(dtype: str = "fp32") -> Hardware:
     a = torch.ones(2048, 2048, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
     long, copy = torch.ones(2**25), torch.empty(2**25)
     copied = rate(lambda: copy.copy_(long), 2 * long.nbytes)
-    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    memory = total_bytes()
     return Hardware(
         "cpu", rate(lambda: a @ a, 2 * 2048**3), memory, copied, copied / 2, copied / 2,
         f"measured now with {torch.get_num_threads()} threads, products in {dtype}",
     )  # fmt: skip
+
+
+def available_bytes() -> float:
+    """Memory of this machine that a process may still take; all of it where the system does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            found = next((line for line in lines if line.startswith("MemAvailable:")), "")
+        return float(found.split()[1]) * 1024
+    except (OSError, IndexError):
+        return total_bytes()
+
+
+def total_bytes() -> float:
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def named(name: str, dtype: str = "fp32") -> Hardware:

@@ -1,7 +1,8 @@
 """Names, units and destinations of a run's numbers: train.log, metrics.jsonl, TensorBoard, the terminal.
 
-metrics.jsonl is the source of truth: one object per logged iteration. skipped_iterations and nan_iterations count
-since iteration 0. train.log lines have Megatron's format.
+metrics.jsonl is the source of truth: one object per logged iteration, each value that JSON has no number for null and
+named in `nonfinite`. skipped_iterations and nan_iterations count since iteration 0. train.log has the same iterations
+in Megatron's format, and a line per validation.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from typing import Any
 from llama_fn import cost
 from llama_fn.config import Config, flat
 from llama_fn.errors import UserError
-from llama_fn.files import atomic
 from llama_fn.hardware import Hardware
+from llama_fn.log_files import keep_lines, keep_records, set_aside
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.metrics")
@@ -32,9 +34,16 @@ LINE = (
 
 
 def record(
-    cfg: Config, iteration: int, values: Mapping[str, float], seconds: float, hw: Hardware | None
+    cfg: Config,
+    iteration: int,
+    values: Mapping[str, float],
+    seconds: float,
+    hw: Hardware | None,
+    consumed: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The object of metrics.jsonl for one iteration. tokens_per_second is that of all devices, tflops_hardware
+    """The numbers of one iteration. `consumed`: samples and tokens so far, as the iterator counted them.
+
+    tokens_per_second is that of all devices, tflops_hardware
     AscendSpeed's count per device, mfu a device's model FLOPs against its peak, None where the peak is unknown."""
     d, m = cfg.data, cfg.model
     tokens = d.global_batch_size * d.seq_len
@@ -43,14 +52,15 @@ def record(
     on_one = per_s / Mesh.parse(cfg.mesh.axes).size
     return {
         "iteration": iteration,
-        "consumed_samples": iteration * d.global_batch_size,
-        "consumed_tokens": iteration * tokens,
+        "consumed_samples": consumed["consumed_samples"],
+        "consumed_tokens": consumed["consumed_tokens"],
         "lm_loss": values["lm_loss"],
         "learning_rate": values["learning_rate"],
         "grad_norm": values["grad_norm"],
         "loss_scale": values["loss_scale"],
         "skipped_iterations": int(values["skipped_iterations"]),
         "nan_iterations": int(values["nan_iterations"]),
+        "nonfinite_params": int(values["nonfinite_params"]),
         "step_time_ms": seconds * 1e3,
         "tokens_per_second": per_s,
         "tflops_hardware": flops * on_one / 1e12,
@@ -67,15 +77,27 @@ def line(cfg: Config, row: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def as_json(row: Mapping[str, Any]) -> str:
+    """A record as JSON, which has no nan and no inf: null, and `nonfinite` says which it is."""
+    odd = {name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps({**row, **dict.fromkeys(odd), "nonfinite": odd}, allow_nan=False)
+
+
 class Writer:
-    """Writes records to every destination. After a resume at iteration `start`, later records are dropped first."""
+    """Writes records to every destination. After a resume at iteration `start`, what an earlier process wrote of later
+    iterations is dropped first, as it comes again; a run that begins at 0 sets the logs of an older one aside."""
 
     def __init__(self, cfg: Config, workdir: Path, start: int) -> None:
         self.cfg = cfg
         self.path = workdir / "metrics.jsonl"
-        _truncate(self.path, start)
+        log_path = workdir / "train.log"
+        if start:
+            keep_records(self.path, start)
+            keep_lines(log_path, start)
+        else:
+            set_aside([self.path, log_path])
         self.jsonl = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self.text = open(workdir / "train.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.text = open(log_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self.board: Any = None
         self.wandb: Any = _wandb(cfg, workdir)
         if cfg.run.tensorboard:
@@ -89,7 +111,7 @@ class Writer:
 
     def write(self, row: Mapping[str, Any]) -> str:
         text = line(self.cfg, row)
-        self.jsonl.write(json.dumps(row) + "\n")
+        self.jsonl.write(as_json(row) + "\n")
         self.text.write(text + "\n")
         for name, value in row.items() if self.board else ():
             if value is not None and name != "iteration":
@@ -106,6 +128,12 @@ class Writer:
         if self.board:
             self.board.add_scalar("validation/lm_loss", loss, iteration)
         return text
+
+    def sync(self) -> None:
+        """Until the logs are on disk: before a checkpoint, from which a later process goes on behind them."""
+        for f in (self.jsonl, self.text):
+            f.flush()
+            os.fsync(f.fileno())
 
     def close(self) -> None:
         for f in (self.jsonl, self.text, self.board):
@@ -128,19 +156,3 @@ def _wandb(cfg: Config, workdir: Path) -> Any:
 
 def _exp(loss: float) -> float:
     return math.exp(min(loss, 20.0))
-
-
-def _truncate(path: Path, start: int) -> None:
-    """Keep the records up to iteration `start`: those after it will be computed, and written, again."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # the last line of a killed process
-        if row["iteration"] <= start:
-            kept.append(text + "\n")
-    with atomic(path) as f:
-        f.writelines(kept)

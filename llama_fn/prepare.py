@@ -2,74 +2,64 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_fn import arrays, ascend, config, dump, passes, plan, random, report, rungs, stages, train_step, tree
-from llama_fn.backends import code_cache
-from llama_fn.checkpoint import Checkpointer
+from llama_fn import arrays, dump, passes, plan, report, rungs, stages, train_step, tree
+from llama_fn.backends import code_cache, inductor
 from llama_fn.config import Config
+from llama_fn.config_checks import dump_ranks, dumps, profiled, without_effect
 from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.prepare import check as check_data
 from llama_fn.data.samples import Samples
-from llama_fn.errors import UserError
-from llama_fn.files import atomic
+from llama_fn.errors import FULL_DISK, UserError
 from llama_fn.hardware import Hardware, named
 from llama_fn.processes import Processes
-from llama_fn.store import Store
+from llama_fn.resume import refuse_too_large
 from sharding import Mesh, P
 
 log = logging.getLogger("llama_fn.prepare")
 Backend = Callable[..., stages.backends.Executable]
 
 
-def refuse_lonely(cfg: Config, mesh: Mesh, processes: Processes | None) -> None:
+def refuse_lonely(cfg: Config, mesh: Mesh, world: int) -> None:
     """UserError, before anything takes time, for a mesh of several devices in one process that cannot have them."""
-    if mesh.size > 1 and processes is None and cfg.run.backend != "interpret":
+    if mesh.size > 1 and world == 1 and cfg.run.backend != "interpret":
         raise UserError(stages.backends.lonely(mesh, cfg.run.backend))
-    if processes is not None and cfg.run.backend == "interpret":
+    if world > 1 and cfg.run.backend == "interpret":
         raise UserError("--run.backend=interpret simulates the whole mesh in one process: start it without torchrun")
 
 
-def make_writable(workdir: Path) -> None:
+def check_machine(cfg: Config, world: int) -> None:
+    """UserError, before anything is written, for what this machine lacks, data that cannot be used, and a file where a
+    folder is wanted; a word for flags that have no effect. `world`: the number of processes."""
+    for sentence in without_effect(cfg):
+        log.warning("%s", sentence)
+    if cfg.run.backend == "inductor":
+        inductor.check_tools(cfg.run.device)
+    outside = [rank for rank in dump_ranks(cfg.run) or [] if rank >= world]
+    if outside and cfg.run.dump_dir:
+        raise UserError(f"--run.dump_ranks={cfg.run.dump_ranks}: this run has ranks 0 to {world - 1}")
+    for name, path in (("dump_dir", cfg.run.dump_dir), ("workdir", cfg.run.workdir)):
+        if path and os.path.lexists(path) and not os.path.isdir(path):
+            raise UserError(f"--run.{name}={path} is no folder; name another")
+    if not cfg.run.compile_only:
+        check_data(cfg)
+
+
+def make_writable(workdir: Path, flag: str = "run.workdir") -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
-        raise UserError(f"--run.workdir={workdir} cannot be written: {error.strerror}; name another folder") from None
-
-
-def refuse_changes(cfg: Config, checkpointer: Checkpointer) -> None:
-    """UserError when the checkpoints were made with flags that give other numbers."""
-    for at in reversed(checkpointer.steps()):
-        try:
-            saved = checkpointer.meta(at)["config"]
-        except Exception:  # damaged: restoring will say so and go one back
-            continue
-        changed = {
-            name: (saved.get(name), value)
-            for name, value in config.flat(cfg, numbers_only=True).items()
-            if saved.get(name) != value
-        }
-        if changed and not cfg.run.accept_changes:
-            lines = [f"  --{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items()]
-            raise UserError(
-                f"{checkpointer.folder} holds iteration {at} of a run with other flags:\n" + "\n".join(lines) + "\n"
-                "Going on would give other numbers. Restore the flags, name another --run.workdir, or accept the "
-                "change with --run.accept_changes"
-            )
-        return
-
-
-def save_flags(workdir: Path, cfg: Config, flags_text: str) -> None:
-    with atomic(workdir / "config.json") as f:
-        json.dump(config.flat(cfg), f, indent=1)
-    with atomic(workdir / "flags.txt") as f:
-        f.write(flags_text)
+        if error.errno in FULL_DISK:
+            raise
+        raise UserError(f"--{flag}={workdir} cannot be written: {error.strerror}; name another folder") from None
 
 
 def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
@@ -78,7 +68,7 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
     if cfg.run.backend == "inductor":
         cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default()
         options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": code_cache.usable(cache)}
-        options |= {"profiled": True} if config.profiled(cfg) else {}
+        options |= {"profiled": True} if profiled(cfg) else {}
     if cfg.run.backend == "npu":
         options |= {"device": cfg.run.device}
     return options
@@ -87,8 +77,7 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
 def dump_folder(cfg: Config, processes: Processes | None) -> Path | None:
     """Where this process dumps its graphs, None where it does not."""
     rank = 0 if processes is None else processes.rank
-    wanted = cfg.run.dump_dir and ascend.dumps(cfg.run, rank)
-    return dump.rank_folder(Path(cfg.run.dump_dir), rank) if wanted else None
+    return dump.rank_folder(Path(cfg.run.dump_dir), rank) if dumps(cfg.run, rank) else None
 
 
 def compile(
@@ -107,6 +96,7 @@ def compile(
 
     def climb(traced: stages.Traced, folder: Path | None) -> stages.Compiled:
         record, lowered = _lowered(traced, cfg, mesh, folder)
+        refuse_too_large(cfg, lowered)
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
@@ -153,26 +143,16 @@ def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:
         record.finish(lowered)
 
 
-def restore_or_begin(cfg: Config, store: Store) -> tuple[int, Any, int]:
-    """(iteration, state, samples consumed)."""
-    restored = store.restore_latest()
-    if restored is None:
-        log.info("beginning at iteration 0 with seed %d", cfg.run.seed)
-        return 0, arrays.materialize(store.infos, random.key(cfg.run.seed), cfg.run.device, store.parts()), 0
-    iteration, state, meta = restored
-    log.info("resuming from iteration %d of %s", iteration, store.folder)
-    return iteration, state, meta["iterator"]["consumed_samples"]
-
-
-def iterator(cfg: Config, samples: Samples, consumed: int, place: Place) -> BatchIterator:
+def iterator(cfg: Config, samples: Samples, place: Place, consumed: int = 0, tokens: int = 0) -> BatchIterator:
     d = cfg.data
-    return BatchIterator(samples, d.global_batch_size, d.microbatches, cfg.model.vocab_size, consumed, place.rows)
+    shape = (d.global_batch_size, d.microbatches, cfg.model.vocab_size)
+    return BatchIterator(samples, *shape, consumed, tokens, place.rows)
 
 
 def validation_batches(cfg: Config, samples: Samples | None, place: Place) -> list[train_step.Batch]:
     if samples is None:
         return []
-    batches = iterator(cfg, samples, 0, place)
+    batches = iterator(cfg, samples, place)
     held = [place(next(batches)) for _ in range(cfg.run.eval_batches)]
     batches.close()
     return held

@@ -5,7 +5,6 @@ Started by torchrun, which says rank and world size in the environment; one proc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from llama_fn import arrays, compat, tree
-from llama_fn.errors import UserError
+from llama_fn.errors import SaidElsewhere, UserError
+from llama_fn.launch import launched
 from llama_fn.watch import Watch
 from sharding import Mesh, P
 from sharding.collectives import axes_of
@@ -94,10 +94,23 @@ class Processes:
         return tree.unflatten(spec, [one(i, layout) for i, layout in zip(leaves, layouts, strict=True)])
 
     def in_turn(self, fn: Callable[[], Any]) -> Any:
-        """`fn()` by the first process of every machine, then by the others, who find what it left on disk."""
-        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        value = fn() if first else None
-        dist.barrier()
+        """`fn()` by the first process of every machine, then by the others, who find what it left on disk.
+
+        A UserError of one ends all. They wait at a store, not in a collective, whose time limit tokenizing a large
+        corpus would pass; the watch still sees who dies.
+        """
+        first, value, error = launched().local_rank == 0, None, None
+        if first:
+            try:
+                value = fn()
+            except UserError as wrong:
+                error = wrong
+        self.watch.tell("in_turn", "failed" if error else "done")
+        failed = "failed" in self.watch.all_told("in_turn")
+        if error is not None:
+            raise error
+        if failed:
+            raise SaidElsewhere("the first process of a machine could not prepare the data")
         return value if first else fn()
 
     def barrier(self) -> None:
@@ -109,11 +122,21 @@ class Processes:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
-    def told(self, value: Any) -> Any:
-        """Rank 0's value, JSON-like, on every process."""
-        held = [value]
+    def by_chief(self, fn: Callable[[], Any]) -> Any:
+        """What `fn()` gives on rank 0, on every process; a UserError there ends all."""
+        value, error = None, None
+        if self.chief:
+            try:
+                value = fn()
+            except UserError as wrong:
+                error = wrong
+        held = [(value, str(error) if error else "")]
         dist.broadcast_object_list(held)
-        return held[0]
+        if error is not None:
+            raise error
+        if held[0][1]:
+            raise SaidElsewhere(held[0][1])
+        return held[0][0]
 
     def close(self) -> None:
         """Leave together: nobody is missed by those who are still saving."""
@@ -121,12 +144,17 @@ class Processes:
         dist.destroy_process_group()
 
 
+def by_chief(processes: Processes | None, fn: Callable[[], Any]) -> Any:
+    """`fn()`; of several processes the first alone calls it, and all have what it gives."""
+    return fn() if processes is None else processes.by_chief(fn)
+
+
 def start(mesh: Mesh, device: str, timeout_s: int) -> Processes | None:
     """Join the other processes that torchrun started, or None where there is one process only.
 
     UserError where their number is not the mesh's.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    world, rank = launched().world, launched().rank
     if world == 1:
         return None
     if world != mesh.size:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from llama_fn import config, profile_table, stages
+from llama_fn import profile_table, stages
 from llama_fn.config import Config
+from llama_fn.config_checks import profiled
 from llama_fn.files import atomic
 from llama_fn.hardware import Hardware, named
 from llama_fn.ranges import RANGES, Timeline
@@ -29,7 +30,7 @@ class Profiler:
 
     def __init__(self, cfg: Config, rank: int, step: stages.Compiled, hardware: Hardware | None) -> None:
         self.cfg, self.step, self.hardware = cfg, step, hardware
-        self.steps, self.kind = config.profiled(cfg), cfg.run.device.split(":")[0]
+        self.steps, self.kind = profiled(cfg), cfg.run.device.split(":")[0]
         self.running: Any = None
         self.ran = 0
         name = f"rank_{rank}_steps_{self.steps.start}_{self.steps.stop - 1}"

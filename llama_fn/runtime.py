@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ import torch
 from llama_fn import ascend, compat, hardware
 from llama_fn.config import RunConfig
 from llama_fn.errors import FULL_DISK, UserError
+from llama_fn.launch import launched
 
 log = logging.getLogger("llama_fn")
 
@@ -24,7 +23,7 @@ def setup(run: RunConfig) -> hardware.Hardware | None:
     compat.check_torch_version()
     compat.keep_memory()
     report_full_disk_once()
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    neighbours = launched().local_world
     torch.set_num_threads(run.threads or max(1, compat.physical_cores() // neighbours))
     torch.manual_seed(run.seed)  # the step draws nothing; what a user adds does
     if run.deterministic:
@@ -68,34 +67,6 @@ def report_full_disk_once() -> None:
             shown(args)
 
     threading.excepthook = hook
-
-
-@dataclass
-class StopRequest:
-    """Set by SIGTERM or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
-
-    signal: int = 0
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    def install(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def remove(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal and number == signal.SIGINT:
-            os.write(2, b"second interrupt: leaving without saving\n")
-            os._exit(130)
-        self.signal = number
-        os.write(2, f"{signal.Signals(number).name}: stopping after this step, then saving\n".encode())
-
-
-def exit_code(number: int) -> int:
-    return 130 if number == signal.SIGINT else 0
 
 
 def log_to_terminal(console: Any | None, quiet: bool = False) -> None:

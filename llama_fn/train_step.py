@@ -16,6 +16,7 @@ from kernels.rms_norm import wide
 from llama_fn import model, optim, tree
 from llama_fn.arrays import DTYPES, ArrayInfo, Init
 from llama_fn.config import Config
+from llama_fn.config_checks import check
 from llama_fn.transforms import accumulate, named_scope, phase, repeated, value_and_grad
 from sharding import P, constrain
 
@@ -29,7 +30,7 @@ class Guard:
     loss_scale: Any  # [] float32; 1 and constant unless compute_dtype is fp16
     good_steps: Any  # [] float32, updates since the scale last changed
     skipped: Any  # [] float32, iterations without an update so far
-    nan: Any  # [] float32, iterations whose loss was not finite so far
+    nan: Any  # [] float32, iterations so far whose loss was not finite, or whose update left parameters that are not
 
 
 @tree.dataclass
@@ -55,7 +56,8 @@ class Batch:
 
 
 def abstract_state(cfg: Config) -> TrainState:
-    """The declaration of the state; its init gives iteration 0."""
+    """The declaration of the state; its init gives iteration 0. UserError for a cfg that is no configuration."""
+    check(cfg)
     params = model.abstract_params(cfg.model)
     scale = cfg.optim.initial_loss_scale if cfg.model.compute_dtype == "fp16" else 1.0
     zero = ArrayInfo((), torch.float32)
@@ -68,6 +70,7 @@ def abstract_state(cfg: Config) -> TrainState:
 
 
 def abstract_batch(cfg: Config) -> Batch:
+    check(cfg)
     m = cfg.data.microbatches
     shape = (m, cfg.data.global_batch_size // m, cfg.data.seq_len)
     axes = (None, "batch", "full_seq")
@@ -126,11 +129,11 @@ def _cast(params: model.Params, cfg: Config) -> model.Params:
         return tree.map(lambda p: p.to(DTYPES[cfg.model.compute_dtype]), params)
 
 
-def next_guard(guard: Guard, ok: torch.Tensor, loss_ok: torch.Tensor, cfg: Config) -> Guard:
+def next_guard(guard: Guard, ok: torch.Tensor, numbers: torch.Tensor, cfg: Config) -> Guard:
     """Counts of this iteration added; in fp16 the scale halves on overflow, doubles after a window of good ones."""
     one = torch.ones_like(guard.skipped)
     skipped = guard.skipped + torch.where(ok, 0.0 * one, one)
-    nan = guard.nan + torch.where(loss_ok, 0.0 * one, one)
+    nan = guard.nan + torch.where(numbers, 0.0 * one, one)
     if cfg.model.compute_dtype != "fp16":
         return Guard(guard.loss_scale, guard.good_steps, skipped, nan)
     good = torch.where(ok, guard.good_steps + 1, 0.0 * one)
@@ -145,12 +148,21 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
     return (x - x) == 0
 
 
+def _all_finite(params: model.Params) -> torch.Tensor:
+    """Whether every element is: a sum over inf or nan is one of them, whatever is added."""
+    return _finite(torch.stack([constrain(torch.sum(wide(p)), P()) for p in tree.leaves(params)]).sum())
+
+
 def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, torch.Tensor]]]:
     """The step for cfg. An iteration whose loss or gradients are not finite leaves params and moments as they were.
 
     metrics, all float32 scalars: lm_loss (mean nats per unmasked token), grad_norm (before clipping),
-    learning_rate, loss_scale (used in this step), skipped_iterations and nan_iterations (since iteration 0).
+    learning_rate, loss_scale (used in this step), skipped_iterations and nan_iterations (since iteration 0), and
+    nonfinite_params: 1 where the update itself overflowed, which no later step mends. That is seen and not undone:
+    holding the update back until every leaf is known would take a second copy of the state.
+    UserError for a cfg that is no configuration.
     """
+    check(cfg)
     optimizer, schedule = optim.adamw(cfg, model.abstract_params(cfg.model))
     gradients = _gradients(cfg)
 
@@ -178,8 +190,13 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
                 "learning_rate": schedule(state.opt_state.chain[-1] + 1),
                 "loss_scale": guard.loss_scale,
             }
-            guard = next_guard(guard, ok, loss_ok, cfg)
-            metrics |= {"skipped_iterations": guard.skipped, "nan_iterations": guard.nan}
+            params_ok = _all_finite(params)
+            guard = next_guard(guard, ok, loss_ok & params_ok, cfg)
+            metrics |= {
+                "skipped_iterations": guard.skipped,
+                "nan_iterations": guard.nan,
+                "nonfinite_params": torch.where(params_ok, torch.zeros_like(guard.nan), torch.ones_like(guard.nan)),
+            }
             return TrainState(state.step + 1, params, OptState(chain, guard)), metrics
 
     return step
@@ -187,7 +204,7 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
 
 def make_eval_step(cfg: Config) -> Callable[[model.Params, Batch], torch.Tensor]:
     """(params, batch) -> mean nats per unmasked token, a float32 scalar."""
-
+    check(cfg)
     loss_sum = repeated(lambda weights, part: _loss_sum(weights, part, cfg))
 
     def step(params: model.Params, batch: Batch) -> torch.Tensor:

@@ -46,6 +46,17 @@ class Watch:
         self.closed.set()
         self.thread.join(timeout=5)
 
+    def tell(self, about: str, word: str) -> None:
+        """Let the others know; once for each matter."""
+        self.store.set(f"{about}.{self.rank}", word)
+
+    def all_told(self, about: str) -> list[str]:
+        """Everybody's word, once all have given theirs, however long that takes."""
+        keys = [f"{about}.{rank}" for rank in range(self.world)]
+        while not self.store.check(keys):
+            time.sleep(0.1)
+        return [self.store.get(key).decode() for key in keys]
+
     def _tell(self) -> None:
         self.store.set(str(self.rank), f"{time.time():.3f} {self.step} {socket.gethostname()}")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from llama_fn import arrays, config, random, rungs, runtime, train_step
+from llama_fn import arrays, config, config_checks, random, rungs, runtime, train_step
 from llama_fn.data.iterator import BatchIterator
-from llama_fn.data.prepare import datasets
+from llama_fn.data.prepare import open_parts
 
 STEPS = 100
-cfg = config.validate(
+cfg = config_checks.resolved(
     config.Config(
         model=config.ModelConfig(
             num_layers=2, embed_dim=128, num_heads=4, num_kv_heads=4, mlp_dim=344, vocab_size=1024
@@ -26,7 +26,7 @@ cfg = config.validate(
     )
 )
 runtime.setup(cfg.run)
-train_data, _ = datasets(cfg, Path(cfg.run.workdir))
+train_data = open_parts(cfg, Path(cfg.run.workdir)).train_samples(cfg, consumed=0, left=STEPS)
 
 # %% [markdown]
 # The ladder. Each rung prints itself and answers `cost_analysis()` and `memory_analysis()`.
@@ -44,7 +44,7 @@ step = lowered.compile("inductor", cache=Path("work/notebook/compiled"))
 # %%
 state = arrays.materialize(train_step.abstract_state(cfg), random.key(0))
 d = cfg.data
-batches = BatchIterator(train_data, d.global_batch_size, d.microbatches, cfg.model.vocab_size, 0, slice(None))
+batches = BatchIterator(train_data, d.global_batch_size, d.microbatches, cfg.model.vocab_size)
 losses = []
 for _ in range(STEPS):
     state, metrics = step(state, next(batches))

@@ -27,7 +27,7 @@ class Mesh:
         axes = []
         for part in filter(None, (p.strip() for p in text.split(","))):
             name, _, size = part.partition(":")
-            if not name.isidentifier() or not size.isdigit():
+            if not name.isidentifier() or not (size.isascii() and size.isdigit()):
                 raise ValueError(f"mesh axes {text!r}: {part!r} is not NAME:SIZE, as in data:2,model:4")
             axes.append((name, int(size)))
         return cls(tuple(axes))

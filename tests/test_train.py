@@ -92,6 +92,7 @@ def test_a_run_leaves_metrics_logs_flags_and_checkpoints(uninterrupted):
     assert set(table[0]) == {
         "iteration", "consumed_samples", "consumed_tokens", "lm_loss", "learning_rate", "grad_norm", "loss_scale",
         "skipped_iterations", "nan_iterations", "step_time_ms", "tokens_per_second", "tflops_hardware", "mfu",
+        "nonfinite_params", "nonfinite",
     }  # fmt: skip
     assert table[-1]["consumed_tokens"] == 40 * 8 * 32 and table[-1]["mfu"] is None
     assert table[-1]["lm_loss"] < table[0]["lm_loss"]
@@ -185,7 +186,8 @@ def test_the_megatron_line_of_the_published_slice():
     cfg = Config(model=preset("llama_65b_8layers"))
     cfg = replace(cfg, data=replace(cfg.data, seq_len=2048, global_batch_size=256), run=replace(cfg.run, steps=50000))
     values = {"lm_loss": 1.0, "learning_rate": 1.40625e-07, "grad_norm": 1.0, "loss_scale": 1.0}
-    row = metrics.record(cfg, 3, {**values, "skipped_iterations": 0, "nan_iterations": 0}, 33.818, None)
+    values |= {"skipped_iterations": 0, "nan_iterations": 0, "nonfinite_params": 0}
+    row = metrics.record(cfg, 3, values, 33.818, None, {"consumed_samples": 768, "consumed_tokens": 1572864})
     assert row["tflops_hardware"] / 8 * 4 / 3 == pytest.approx(107.09, abs=0.01)  # full recompute: 4 instead of 3
     text = metrics.line(cfg, row)
     assert "consumed samples:          768 | consumed tokens:      1572864 |" in text

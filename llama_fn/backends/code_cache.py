@@ -14,14 +14,13 @@ import logging
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from llama_fn.errors import UserError
-from llama_fn.files import atomic
+from llama_fn.files import atomic, checksum, files_below
 
 log = logging.getLogger("llama_fn.code_cache")
 FILES = "files.json"
@@ -134,24 +133,13 @@ def _listed(folder: Path) -> dict[str, list[int]]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """What inductor loads, by its path in the folder; not the locks, nor what is being written."""
-    found = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != _TORCH_LOCKS]
-        for name in names:
-            path = Path(parent, name)
-            if name != FILES and not name.startswith(".") and not name.endswith(".lock"):
-                found[str(path.relative_to(folder))] = path
-    return found
+    """What inductor loads; not the locks, nor what is being written."""
+    return files_below(folder, lambda name: name not in (FILES, _TORCH_LOCKS) and not name.startswith("."))
 
 
 def _sum(path: Path) -> list[int]:
-    """[size, CRC-32]; of a file that is gone or cannot be read, what no file has."""
-    size = crc = 0
+    """Of a file that is gone or cannot be read, what no file has."""
     try:
-        with open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                size, crc = size + len(block), zlib.crc32(block, crc)
+        return checksum(path)
     except OSError:
         return [-1, 0]
-    return [size, crc]

@@ -1,4 +1,4 @@
-"""Text to tokens to batches: corpus -> tokenizer -> .bin/.idx -> sample order -> iterator.
+"""Data of a run: text or Megatron's files become samples in a fixed order, and batches from one number of position.
 
-A mixture of several sources goes between `samples` and `iterator`.
+May import the ground and the declaration of a batch. Read prepare.py first.
 """

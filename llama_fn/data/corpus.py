@@ -1,37 +1,80 @@
-"""Documents of a corpus as text: a text file, a folder of them, a .jsonl file, or Python's own library."""
+"""Documents of a corpus as text: a text file, a folder of them, a JSON file, or Python's own library.
+
+A folder's files are taken in the order of their names. Passed over are hidden files and folders, empty files, and the
+work folders of runs, which hold what was trained on, not what to train on.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import logging
+import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama_fn.data import json_text
 from llama_fn.errors import UserError
 
+log = logging.getLogger("llama_fn.data")
 DOCUMENT_CHARS = 1 << 20  # a longer text file becomes several documents, cut at line ends
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".html", ".tex", ".json", ".csv", ""}
+RUN_FILE = "run.lock"  # what tells a work folder
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def documents(path: str, jsonl_key: str) -> Iterator[str]:
     """The documents under `path` in a fixed order; an empty path is the standard library's sources.
 
-    UserError names the file (and line) that is missing, empty, not UTF-8 text, or not the JSON that was expected.
+    UserError names the file (and line) that is missing, not UTF-8 text, or not the JSON that was expected.
     """
     if not path:
         yield from _standard_library()
         return
+    root, found = _existing(path), False
+    for file in _text_files(root):
+        try:
+            for text in _texts(file, jsonl_key, alone=file == root):
+                if text.strip():
+                    found = True
+                    yield text
+        except OSError as error:
+            raise UserError(f"--data.path: {file} cannot be read: {error.strerror or error}") from None
+    if not found:
+        raise UserError(f"--data.path={path} holds no text: expected at least one non-empty document")
+
+
+def identity(path: str) -> str:
+    """Another one whenever a file of the corpus is another one: names, sizes and times of change."""
+    digest = hashlib.sha256()
+    if not path:
+        digest.update(f"{platform.python_version()} {sysconfig.get_path('stdlib')}".encode())
+        return digest.hexdigest()
+    root = _existing(path)
+    for file in _text_files(root):
+        stat = file.stat()
+        digest.update(
+            f"{file.relative_to(root.parent)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+def _existing(path: str) -> Path:
     root = Path(path)
     if not root.exists():
         raise UserError(f"--data.path={path}: no such file or folder. Give a text file, .jsonl file, folder, or prefix")
-    found = False
-    for file in _text_files(root) if root.is_dir() else [root]:
-        for text in _jsonl(file, jsonl_key) if file.suffix == ".jsonl" else _pieces(_text(file)):
-            if text.strip():
-                found = True
-                yield text
-    if not found:
-        raise UserError(f"--data.path={path} holds no text: expected at least one non-empty document")
+    if not root.is_dir() and not root.is_file():
+        raise UserError(f"--data.path={path} is neither a file nor a folder")
+    return root
+
+
+def _texts(file: Path, key: str, alone: bool) -> Iterator[str]:
+    """A file's documents. `alone`: it is what the user named, not one of a folder, where JSON may also be just text."""
+    suffix = file.suffix.lower()
+    if suffix in json_text.LINES:
+        return json_text.from_lines(file, key)
+    found = json_text.from_json(file, key, required=alone) if suffix == ".json" else None
+    return _pieces(_text(file, alone)) if found is None else found
 
 
 def _standard_library() -> Iterator[str]:
@@ -47,18 +90,40 @@ def _standard_library() -> Iterator[str]:
 
 
 def _text_files(root: Path) -> list[Path]:
-    files = [f for f in sorted(root.rglob("*")) if f.is_file() and f.suffix.lower() in TEXT_SUFFIXES | {".jsonl"}]
-    if not files:
+    """The files to read under a folder, or the file itself."""
+    if root.is_file():
+        return [root]
+    wanted = TEXT_SUFFIXES | json_text.LINES
+    found, empty, runs = [], 0, set()
+    for file in sorted(root.rglob("*")):
+        below = file.relative_to(root)
+        if any(part.startswith(".") for part in below.parts) or file.suffix.lower() not in wanted or not file.is_file():
+            continue
+        run = next((p for p in below.parents if (root / p / RUN_FILE).is_file()), None)
+        if run is not None:
+            runs.add(run)
+        elif not file.stat().st_size:
+            empty += 1
+        else:
+            found.append(file)
+    if runs:
+        log.info("--data.path=%s: left out, as folders of runs: %s", root, ", ".join(sorted(map(str, runs))))
+    if not found:
         raise UserError(
-            f"--data.path={root}: the folder holds no text files ({', '.join(sorted(TEXT_SUFFIXES - {''}))})"
+            f"--data.path={root}: the folder holds no text files ({', '.join(sorted(wanted - {''}))})"
+            + (f"; {empty} empty ones were passed over" if empty else "")
         )
-    return files
+    return found
 
 
-def _text(file: Path) -> str:
-    raw = file.read_bytes()
+def _text(file: Path, alone: bool) -> str:
+    raw = file.read_bytes().removeprefix(json_text.BOM)
     if not raw.strip():
+        if not alone:
+            return ""
         raise UserError(f"--data.path: {file} is empty; expected UTF-8 text")
+    if raw.startswith(_UTF16):
+        raise UserError(f"--data.path: {file} is UTF-16 text; convert it (iconv -f UTF-16 -t UTF-8)")
     if b"\0" in raw[: 1 << 16]:
         raise UserError(
             f"--data.path: {file} is a binary file (a NUL byte stands at {raw.index(0)}); expected UTF-8 text, .jsonl, "
@@ -81,18 +146,3 @@ def _pieces(text: str) -> Iterator[str]:
             stop = text.rfind("\n", start, stop) + 1 or stop
         yield text[start:stop]
         start = stop
-
-
-def _jsonl(file: Path, key: str) -> Iterator[str]:
-    with open(file, encoding="utf-8", errors="strict") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{number} is not JSON ({error.msg}); expected one object per line") from None
-            if not isinstance(value, dict) or not isinstance(value.get(key), str):
-                has = sorted(value) if isinstance(value, dict) else type(value).__name__
-                raise UserError(f"{file}:{number} has no text under --data.jsonl_key={key}; found {has}")
-            yield value[key]

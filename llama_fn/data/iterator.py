@@ -16,7 +16,7 @@ class BatchIterator:
     """Global batch i holds samples [i * size, (i + 1) * size) whatever the microbatches or devices.
 
     Of each microbatch only `rows` are read and returned: this process's own (default: all). `consumed` counts the
-    samples handed out to all of them: with the config it is the whole state.
+    samples handed out to all of them, `tokens` their tokens: with the config they are the whole state.
     """
 
     def __init__(
@@ -26,10 +26,11 @@ class BatchIterator:
         microbatches: int,
         vocab_size: int,
         consumed: int = 0,
+        tokens: int = 0,
         rows: slice = slice(None),
     ) -> None:
         self.samples, self.size, self.microbatches, self.vocab_size = samples, size, microbatches, vocab_size
-        self.consumed, self.rows = consumed, rows
+        self.consumed, self.tokens, self.rows = consumed, tokens, rows
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: Future[Batch] | None = None
         self._prefetch()
@@ -43,8 +44,9 @@ class BatchIterator:
         wanted = np.arange(first, first + self.size).reshape(self.microbatches, -1)[:, self.rows]
         rows = np.stack([self.samples[int(k)] for k in wanted.flat])
         if rows.max() >= self.vocab_size or rows.min() < 0:
+            wrong = int(rows.min() if rows.min() < 0 else rows.max())
             raise UserError(
-                f"{self.samples.data.bin_path} holds token {int(rows.max())}, --model.vocab_size is {self.vocab_size}: "
+                f"{self.samples.data.bin_path} holds token {wrong}, --model.vocab_size is {self.vocab_size}: "
                 "the data was made with another tokenizer"
             )
         shaped = torch.from_numpy(rows).reshape(*wanted.shape, -1)
@@ -56,11 +58,12 @@ class BatchIterator:
             raise StopIteration
         batch = self._next.result()
         self.consumed += self.size
+        self.tokens += self.size * self.samples.seq_len
         self._prefetch()
         return batch
 
     def state(self) -> dict[str, int]:
-        return {"consumed_samples": self.consumed}
+        return {"consumed_samples": self.consumed, "consumed_tokens": self.tokens}
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)

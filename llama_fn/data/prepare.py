@@ -1,61 +1,133 @@
-"""From the data flags to datasets: tokenize once into the work folder, then open what is there."""
+"""From the data flags to a dataset: tokenize once into the work folder, then open and verify what is there."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
 
 from llama_fn.config import Config
-from llama_fn.data import corpus, indexed, tokenizer
+from llama_fn.data import corpus, indexed, tokenizer, writer
 from llama_fn.data.samples import Samples, split_ranges
 from llama_fn.errors import UserError
+from llama_fn.signals import interruptible
 
 log = logging.getLogger("llama_fn.data")
-BATCH_DOCUMENTS = 256
+BATCH_DOCUMENTS, BATCH_CHARS = 256, 1 << 22  # encoded in one call, which nothing interrupts
+VERIFIED = "verified.json"
 
 
-def datasets(cfg: Config, workdir: Path) -> tuple[Samples, Samples | None]:
-    """Train samples for the whole run, and validation samples for one validation (None without any)."""
+@dataclass(frozen=True)
+class Parts:
+    """A dataset, and which of its sequences are for training and for validation; `valid` is None without any."""
+
+    data: indexed.IndexedDataset
+    train: tuple[int, int]
+    valid: tuple[int, int] | None
+
+    def train_samples(self, cfg: Config, consumed: int, left: int) -> Samples:
+        """The samples of a run that has consumed some and has `left` iterations to go."""
+        count = consumed + left * cfg.data.global_batch_size
+        samples = Samples(self.data, self.train, cfg.data.seq_len, count, cfg.run.seed, "train")
+        log.info(
+            "data: %s, %d documents, %d tokens; train %d samples over %d epochs",
+            self.data.bin_path, len(self.data), len(self.data.tokens), samples.count, samples.epochs,
+        )  # fmt: skip
+        return samples
+
+    def valid_samples(self, cfg: Config) -> Samples | None:
+        """The samples of one validation."""
+        count = cfg.run.eval_batches * cfg.data.global_batch_size
+        if self.valid is None:
+            return None
+        return Samples(self.data, self.valid, cfg.data.seq_len, count, cfg.run.seed, "validation")
+
+
+def check(cfg: Config) -> None:
+    """UserError for data or a tokenizer that cannot be used, as far as that is known before anything is written."""
+    prefix = given_prefix(cfg.data.path)
+    if prefix is not None:
+        indexed.IndexedDataset(prefix)
+        return
+    next(corpus.documents(cfg.data.path, cfg.data.jsonl_key))
+    if cfg.data.tokenizer:
+        _tokenizer(cfg, Path(cfg.data.tokenizer))
+
+
+def open_parts(cfg: Config, workdir: Path) -> Parts:
+    """The data that cfg names, tokenized if it is text, verified, and taken apart."""
     data = indexed.IndexedDataset(_prefix(cfg, workdir))
+    if cfg.data.verify:
+        data.verify(cfg.model.vocab_size, workdir / "data" / VERIFIED)
     train, valid, _ = split_ranges(cfg.data.split, len(data))
-    seq_len, size = cfg.data.seq_len, cfg.data.global_batch_size
-    samples = Samples(data, train, seq_len, cfg.run.steps * size, cfg.run.seed, "train")
-    log.info(
-        "data: %s, %d documents, %d tokens; train %d samples over %d epochs",
-        data.bin_path, len(data), int(data.lengths.sum(dtype=np.int64)), samples.count, samples.epochs,
-    )  # fmt: skip
     if not cfg.run.eval_every:
-        return samples, None
+        return Parts(data, train, None)
     if valid[0] == valid[1]:
         log.warning("--data.split=%s gives no validation document of %d: no validation", cfg.data.split, len(data))
-        return samples, None
-    return samples, Samples(data, valid, seq_len, cfg.run.eval_batches * size, cfg.run.seed, "validation")
+        return Parts(data, train, None)
+    return Parts(data, train, valid)
+
+
+def given_prefix(path: str) -> Path | None:
+    """The prefix of the .bin/.idx pair that --data.path names, or None where it names text. UserError where both are
+    there."""
+    if not path:
+        return None
+    whole = Path(os.path.abspath(path))
+    prefix = whole.with_name(whole.name.removesuffix(".bin").removesuffix(".idx"))
+    if prefix != whole:
+        return prefix
+    pair = [file.is_file() for file in indexed.files(whole)] if whole.name else [False]
+    if all(pair) and whole.exists():
+        raise UserError(
+            f"--data.path={path} is {'a folder' if whole.is_dir() else 'a file'}, and {whole.name}.bin and .idx lie "
+            f"beside it: write {path.rstrip('/')}.bin for those, or move them"
+        )
+    return whole if any(pair) and not whole.exists() else None
 
 
 def _prefix(cfg: Config, workdir: Path) -> Path:
-    """The prefix of a .bin/.idx pair: the user's own, or the corpus tokenized into the work folder."""
-    given = Path(cfg.data.path.removesuffix(".bin").removesuffix(".idx")) if cfg.data.path else None
-    if given is not None and any(path.exists() for path in indexed.files(given)):
+    """The prefix of a .bin/.idx pair: the user's own, or the corpus tokenized into the work folder.
+
+    What is made is named after what it is made of, so that another corpus, or one that has changed, is another file.
+    """
+    given = given_prefix(cfg.data.path)
+    if given is not None:
         return given
-    folder = workdir / "data"
-    model_path = Path(cfg.data.tokenizer) if cfg.data.tokenizer else folder / "tokenizer.model"
-    if not cfg.data.tokenizer and not model_path.exists():
-        log.info("tokenizer: training %d pieces on %s", cfg.model.vocab_size, _corpus_name(cfg))
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.train(corpus.documents(cfg.data.path, cfg.data.jsonl_key), cfg.model.vocab_size, model_path)
-    pieces = tokenizer.load(model_path)
-    tokenizer.check_vocabulary(pieces, cfg.model.vocab_size, model_path)
-    source = f"{cfg.data.path}\0{cfg.data.jsonl_key}".encode() + model_path.read_bytes()
-    prefix = folder / f"llama_{hashlib.sha256(source).hexdigest()[:12]}_text_document"
+    folder, text = workdir / "data", f"{corpus.identity(cfg.data.path)}\0{cfg.data.jsonl_key}"
+    model_path = Path(cfg.data.tokenizer)
+    if not cfg.data.tokenizer:
+        model_path = folder / f"tokenizer_{_name(f'{text}{cfg.model.vocab_size}'.encode())}.model"
+        if not model_path.exists():
+            log.info("tokenizer: training %d pieces on %s", cfg.model.vocab_size, _corpus_name(cfg))
+            folder.mkdir(parents=True, exist_ok=True)
+            texts = corpus.documents(cfg.data.path, cfg.data.jsonl_key)
+            interruptible(lambda: tokenizer.train(texts, cfg.model.vocab_size, model_path))
+    pieces = _tokenizer(cfg, model_path)
+    prefix = folder / f"llama_{_name(text.encode() + model_path.read_bytes())}_text_document"
     if not indexed.exists(prefix):
         _tokenize(cfg, pieces, prefix)
     return prefix
+
+
+def _name(of: bytes) -> str:
+    return hashlib.sha256(of).hexdigest()[:12]
+
+
+def _tokenizer(cfg: Config, path: Path) -> spm.SentencePieceProcessor:
+    pieces = tokenizer.load(path)
+    tokenizer.check_vocabulary(pieces, cfg.model.vocab_size, path)
+    if pieces.eos_id() < 0:
+        raise UserError(f"--data.tokenizer={path} has no end-of-sequence piece; documents need one")
+    return pieces
 
 
 def _corpus_name(cfg: Config) -> str:
@@ -65,30 +137,35 @@ def _corpus_name(cfg: Config) -> str:
 def _tokenize(cfg: Config, pieces: spm.SentencePieceProcessor, prefix: Path) -> None:
     start = time.monotonic()
     log.info("tokenizing %s into %s", _corpus_name(cfg), prefix)
-    count, tokens = indexed.write(prefix, _sequences(cfg, pieces), indexed.best_dtype(cfg.model.vocab_size))
+    count, tokens = writer.write_on(
+        prefix,
+        lambda done: _sequences(cfg, pieces, done),
+        indexed.best_dtype(cfg.model.vocab_size),
+        lambda done: log.info("tokenizing: %d documents were done before; going on", done),
+    )
     if count < 3:
         log.warning("the corpus has only %d documents; --data.split may leave parts of it empty", count)
     log.info("tokenized %d documents, %d tokens in %.1f s", count, tokens, time.monotonic() - start)
 
 
-def _sequences(cfg: Config, pieces: spm.SentencePieceProcessor) -> Iterator[np.ndarray]:
-    """Token ids of each document, closed by the end-of-sequence token."""
-    if pieces.eos_id() < 0:
-        raise UserError(f"--data.tokenizer={cfg.data.tokenizer} has no end-of-sequence piece; documents need one")
+def _sequences(cfg: Config, pieces: spm.SentencePieceProcessor, done: int) -> Iterator[np.ndarray]:
+    """Token ids of each document but the first `done`, closed by the end-of-sequence token."""
     pending: list[str] = []
-    done, said = 0, time.monotonic()
+    count, waiting, said = 0, 0, time.monotonic()
 
     def encode() -> Iterator[np.ndarray]:
         for ids in pieces.encode(pending, num_threads=0):
             yield np.array([*ids, pieces.eos_id()], dtype=np.int64)
 
-    for text in corpus.documents(cfg.data.path, cfg.data.jsonl_key):
+    for text in islice(corpus.documents(cfg.data.path, cfg.data.jsonl_key), done, None):
         pending.append(text)
-        done += len(text)
-        if len(pending) == BATCH_DOCUMENTS:
+        count += len(text)
+        waiting += len(text)
+        if len(pending) == BATCH_DOCUMENTS or waiting > BATCH_CHARS:
             yield from encode()
             pending.clear()
+            waiting = 0
         if time.monotonic() - said > 5:
-            log.info("tokenizing: %.0f million characters done", done / 1e6)
+            log.info("tokenizing: %.0f million characters done", count / 1e6)
             said = time.monotonic()
     yield from encode()

@@ -11,19 +11,18 @@ import itertools
 
 import numpy as np
 
+from llama_fn.config_checks import split_weights
 from llama_fn.data.indexed import IndexedDataset
 from llama_fn.errors import UserError
+from llama_fn.hardware import available_bytes
 
 SEPARATE_BELOW = 0.80
 
 
 def split_ranges(split: str, sequences: int) -> list[tuple[int, int]]:
     """[(first, last)) of train, validation and test sequences for weights such as "949,50,1"."""
-    weights = [float(w) for w in split.split(",")]
-    weights += [0.0] * (3 - len(weights))
+    weights = split_weights(split)
     total = sum(weights)
-    if total <= 0:
-        raise UserError(f"--data.split={split}: the weights sum to zero; give at least one positive weight")
     ends = np.cumsum([w / total for w in weights])
     marks = [0, *(round(float(end) * float(sequences)) for end in ends)]
     return list(itertools.pairwise(marks))
@@ -41,6 +40,7 @@ class Samples:
                 "tokens; it needs at least 2 tokens. Change --data.split or give more data"
             )
         epochs = -(-(count * seq_len + 1) // per_epoch)
+        _refuse_too_long(data, name, epochs, len(sequences), (epochs * per_epoch - 1) // seq_len)
         before_last = ((epochs - 1) * per_epoch - 1) // seq_len
         separate = epochs > 1 and count - before_last < int(SEPARATE_BELOW * ((per_epoch - 1) // seq_len))
         random = np.random.RandomState(seed)
@@ -71,6 +71,18 @@ class Samples:
             missing -= len(tokens)
             position, offset = position + 1, 0
         return np.concatenate(parts).astype(np.int64)
+
+
+def _refuse_too_long(data: IndexedDataset, name: str, epochs: int, sequences: int, samples: int) -> None:
+    """UserError where the order of documents and samples, which Megatron's way shuffles as a whole, needs more memory
+    than is free."""
+    needed = epochs * sequences * (4 + 8 + 4) + samples * 8
+    if needed > (free := available_bytes()):
+        raise UserError(
+            f"{data.bin_path}: the {name} samples of this run go over {epochs} epochs; the order of {samples} samples "
+            f"and {epochs * sequences} documents takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Lower "
+            "--run.steps or --data.global_batch_size, or give more data"
+        )
 
 
 def _repeat_shuffled(sequences: np.ndarray, epochs: int, random: np.random.RandomState) -> np.ndarray:

@@ -9,19 +9,25 @@ from pathlib import Path
 
 import sentencepiece as spm
 
+from llama_fn.data.integrity import BlockSums, check_file, read_sums, write_sums
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
 
 TRAINING_CHARS = 8_000_000
+LINE_CHARS = 1 << 14  # at most four bytes each: the 65,536 bytes that sentencepiece takes for a line
 PADDING = 1024  # rows that a model may have beyond its tokenizer's pieces
 
 
 def load(path: Path) -> spm.SentencePieceProcessor:
-    """The tokenizer at `path`; UserError if it is missing or not a sentencepiece model."""
+    """The tokenizer at `path`; UserError if it is missing, not a sentencepiece model, or not as `train` wrote it."""
     if not path.is_file():
         raise UserError(f"--data.tokenizer={path}: no such file; expected a sentencepiece tokenizer.model")
+    if listed := read_sums(path).get(path.name):
+        check_file(path, listed)
     try:
         return spm.SentencePieceProcessor(model_proto=path.read_bytes())
+    except OSError as error:
+        raise UserError(f"--data.tokenizer={path} cannot be read: {error.strerror}") from None
     except RuntimeError as error:
         raise UserError(
             f"--data.tokenizer={path} is not a sentencepiece model ({str(error)[:80]}). LLaMA-3's tokenizer.model is a "
@@ -40,29 +46,35 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             sentence_iterator=_lines(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
             byte_fallback=True, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
             normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-            allow_whitespace_only_pieces=True, max_sentence_length=1 << 16,
+            allow_whitespace_only_pieces=True, max_sentence_length=4 * LINE_CHARS,
         )  # fmt: skip
     except RuntimeError as error:
         raise UserError(
             f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {str(error)[-160:]}"
             ". Lower the vocabulary or give --data.tokenizer"
         ) from None
+    sums = BlockSums()
+    sums.add(model.getvalue())
+    write_sums(path, {path.name: sums})
     with atomic(path, "wb") as f:
         f.write(model.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterable[str]:
-    """Lines for training, several joined so that line breaks and indentation are learned, until enough characters."""
+    """Lines for training, several joined so that line breaks and indentation are learned, until enough characters.
+    What is too long for the trainer, which would pass it over, is cut."""
     budget = TRAINING_CHARS
     for text in texts:
         lines = text.splitlines(keepends=True)
         for start in range(0, len(lines), 8):
-            block = "".join(itertools.islice(lines, start, start + 8))
-            budget -= len(block)
-            if budget < 0:
-                return
-            if block.strip():
-                yield block
+            joined = "".join(itertools.islice(lines, start, start + 8))
+            for at in range(0, len(joined), LINE_CHARS):
+                block = joined[at : at + LINE_CHARS]
+                budget -= len(block)
+                if budget < 0:
+                    return
+                if block.strip():
+                    yield block
 
 
 def check_vocabulary(tokenizer: spm.SentencePieceProcessor, vocab_size: int, path: Path) -> None:

@@ -17,7 +17,7 @@ TOLERANCE = 1e-3  # relative, float32 on both sides; the NPU may round products 
 
 
 def main(argv: list[str]) -> None:
-    from llama_fn import ascend, config
+    from llama_fn import ascend, config, config_checks
     from llama_fn.errors import UserError
 
     absl_logging.set_verbosity(absl_logging.WARNING)
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     if not all(f.found for f in findings):
         sys.exit(1)
     cfg = config.Config()
-    cfg = config.validate(replace(cfg, run=replace(cfg.run, backend="npu"), data=replace(cfg.data, seq_len=128)))
+    cfg = config_checks.resolved(replace(cfg, run=replace(cfg.run, backend="npu"), data=replace(cfg.data, seq_len=128)))
     try:
         ascend.prepare(cfg.run)
         npu, cpu = losses(cfg, "npu"), losses(cfg, "cpu")

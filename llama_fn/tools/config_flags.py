@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import typing
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
 from llama_fn import config
-from llama_fn.errors import nearest
+from llama_fn.errors import UserError, nearest
 
 FLAGS = flags.FLAGS
 
@@ -24,7 +27,9 @@ def define_flags() -> None:
         for field in dataclasses.fields(values):
             from_preset = section.name == "model" and field.name != "preset" and field.name != "compute_dtype"
             default = None if from_preset else getattr(values, field.name)
-            help_text = field.metadata["help"] + (" (default: the preset's)" if from_preset else "")
+            bounds = field.metadata.get("bounds")
+            help_text = field.metadata["help"] + (f"; {bounds}" if bounds else "")
+            help_text += " (default: the preset's)" if from_preset else ""
             _define(f"{section.name}.{field.name}", types[field.name], default, help_text)
 
 
@@ -50,19 +55,54 @@ def build_config() -> config.Config:
 
 
 def flags_text() -> str:
-    """The resolved flags, one per line, as a flagfile."""
-    return "".join(f"--{name}={value}\n" for name, value in config.flat(build_config()).items())
+    """The resolved flags, one per line, as a flagfile; not the permissions that are given once."""
+    return "".join(f"--{name}={value}\n" for name, value in config.flat(build_config(), "saved").items())
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's parser, with the nearest of our flags for a name that does not exist."""
+    """absl's parser, with the nearest of our flags for a name that does not exist, and flagfiles named in a flagfile
+    looked for beside it."""
     try:
+        argv = with_flagfiles(argv)
         return app.parse_flags_with_usage(argv) if "--helpfull" in argv else FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         print(
             f"error: --{error.flagname} is not a flag. {nearest(error.flagname, config.flat(config.Config()))}",
             file=sys.stderr,
         )
-    except (flags.Error, OSError) as error:
+    except (flags.Error, UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def with_flagfiles(argv: Sequence[str], folder: Path = Path(), including: tuple[Path, ...] = ()) -> list[str]:
+    """argv with the lines of every --flagfile in its place. Relative names count from `folder`, for a file that a
+    flagfile names from that file's own folder, so that a configuration works from everywhere.
+
+    absl would look for all of them in the working directory. UserError for a file that cannot be read or that names
+    itself.
+    """
+    found: list[str] = []
+    given = iter(argv)
+    for word in given:
+        if word == "--":
+            return [*found, word, *given]
+        name, equals, value = word.partition("=")
+        if name not in ("--flagfile", "-flagfile"):
+            found.append(word)
+            continue
+        path = folder / os.path.expanduser(value if equals else next(given, ""))
+        if path.resolve() in including:
+            raise UserError(f"--flagfile={path} names itself, by way of {including[-1]}")
+        found += with_flagfiles(_lines(path), path.parent, (*including, path.resolve()))
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"--flagfile={path} is not a text file") from None
+    except OSError as error:
+        raise UserError(f"--flagfile={path} cannot be read: {error.strerror}") from None
+    return [line for line in lines if line and not line.startswith(("#", "//"))]

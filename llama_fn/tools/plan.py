@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
-from llama_fn import config
+from llama_fn import config, config_checks
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
 from llama_fn.tools import config_flags
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
-        cfg = config.validate(config_flags.build_config())
+        cfg = config_checks.resolved(config_flags.build_config())
         if FLAGS.search:
             _start_imports()
         from llama_fn import hardware, plan, plan_page, report, rungs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn import ascend, config
+from llama_fn import ascend, config, config_checks
 from llama_fn.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,9 +97,11 @@ def test_the_documented_table_is_the_one_that_is_used():
 )
 def test_flags_that_do_not_go_together(values, said):
     with pytest.raises(UserError, match=said):
-        config.validate(config.with_values(config.Config(), values))
+        config_checks.resolved(config.with_values(config.Config(), values))
 
 
 def test_the_device_follows_the_backend():
     npu = config.with_values(config.Config(), {"run.backend": "npu"})
-    assert config.validate(npu).run.device == "npu" and config.validate(config.Config()).run.device == "cpu"
+    assert (
+        config_checks.resolved(npu).run.device == "npu" and config_checks.resolved(config.Config()).run.device == "cpu"
+    )

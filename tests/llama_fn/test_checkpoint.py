@@ -27,8 +27,9 @@ def test_restored_state_is_bitwise_the_saved_one(tmp_path, tiny_config, fresh_st
     cfg = tiny_config()
     state = fresh_state(cfg)
     checkpointer = saved(tmp_path, cfg, state)
-    step, restored, meta = checkpointer.restore_latest(train_step.abstract_state(cfg), "cpu")
-    assert step == 2 and meta["iterator"]["consumed_samples"] == 2
+    found = checkpointer.find()
+    restored = checkpointer.restore(found, train_step.abstract_state(cfg), "cpu")
+    assert found.step == 2 and found.meta["iterator"]["consumed_samples"] == 2
     for a, b in zip(tree.leaves(restored), tree.leaves(state), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b + 2)
 
@@ -41,7 +42,7 @@ def test_saving_does_not_see_later_changes_of_the_state(tmp_path, tiny_config, f
     checkpointer.save(1, state, {})
     state.params.embed.fill_(7.0)
     checkpointer.wait()
-    _, restored, _ = checkpointer.restore_latest(train_step.abstract_state(cfg), "cpu")
+    restored = checkpointer.restore(checkpointer.find(), train_step.abstract_state(cfg), "cpu")
     assert torch.equal(restored.params.embed, before)
 
 
@@ -84,8 +85,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(harm, tmp_
     {"flip": lambda: victim.write_bytes(content), "truncate": lambda: victim.write_bytes(content[:100]),
      "remove": victim.unlink}[harm]()  # fmt: skip
     checkpointer = Checkpointer(tmp_path / "checkpoints", 2, 0)
-    step, restored, _ = checkpointer.restore_latest(train_step.abstract_state(cfg), "cpu")
-    assert step == 1 and torch.equal(restored.params.embed, fresh_state(cfg).params.embed + 1)
+    found = checkpointer.find()
+    restored = checkpointer.restore(found, train_step.abstract_state(cfg), "cpu")
+    assert found.step == 1 and torch.equal(restored.params.embed, fresh_state(cfg).params.embed + 1)
     assert (tmp_path / "damaged" / "2.damaged").is_dir()
 
 
@@ -94,7 +96,7 @@ def test_no_good_checkpoint_at_all_is_an_error(tmp_path, tiny_config, fresh_stat
     saved(tmp_path, cfg, fresh_state(cfg), steps=(1,)).close()
     largest_file(tmp_path / "checkpoints" / "1" / "state").write_bytes(b"")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be restored"):
-        Checkpointer(tmp_path / "checkpoints", 2, 0).restore_latest(train_step.abstract_state(cfg), "cpu")
+        Checkpointer(tmp_path / "checkpoints", 2, 0).find()
 
 
 FULL_DISK = """

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kernels.scope import without_numbers
-from llama_fn import config, cost, ir, plan, profile_table, ranges, rungs, tree
+from llama_fn import config_checks, cost, ir, plan, profile_table, ranges, rungs, tree
 from llama_fn.hardware import TABLE
 from llama_fn.profiling import Profiler
 from sharding import Mesh
@@ -25,7 +25,7 @@ def tiny_run(tiny_config, tmp_path):
     def make(steps="2:3"):
         cfg = tiny_config(num_layers=3)
         run = replace(cfg.run, profile_steps=steps, workdir=str(tmp_path))
-        return config.validate(replace(cfg, run=run))
+        return config_checks.resolved(replace(cfg, run=run))
 
     return make
 

@@ -1,0 +1,9 @@
+"""Checkpoints of a run: written and read by Orbax, proven whole or damaged, and shared by several processes.
+
+May import the ground, the maths' declarations of arrays, and llama_fn.processes. Read orbax.py first.
+"""
+
+from llama_fn.checkpoint.orbax import Checkpointer, Found
+from llama_fn.checkpoint.store import Store
+
+__all__ = ["Checkpointer", "Found", "Store"]

@@ -1,0 +1,75 @@
+"""Checkpoints of the whole state whatever the mesh: the first process holds and writes it, the others send their parts.
+
+So a run saved on one mesh is resumed on any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_fn import arrays, train_step, tree
+from llama_fn.checkpoint.orbax import Checkpointer, Found
+from llama_fn.config import Config
+from llama_fn.processes import Processes, by_chief
+from sharding import P
+
+
+class Store:
+    """The checkpoints of a run of one or several processes; UserErrors of the first are raised in all of them."""
+
+    def __init__(self, cfg: Config, folder: Path, processes: Processes | None) -> None:
+        self.folder, self.processes, self.device = folder.absolute(), processes, cfg.run.device
+        self.keep = (cfg.run.keep_latest, cfg.run.keep_every)
+        self.infos = train_step.abstract_state(cfg)
+        self.checkpointer: Checkpointer | None = None  # the first process's, once it has looked for one
+
+    def find(self, check: Callable[[Found], None]) -> Found | None:
+        """The newest good checkpoint, or None where there is none; UserError where `check` raises it, and where its
+        arrays are others than this configuration's."""
+
+        def find() -> Found | None:
+            self.checkpointer = Checkpointer(self.folder, *self.keep)
+            found = self.checkpointer.find()
+            if found is not None:
+                check(found)
+                self.checkpointer.refuse_other_arrays(found, self.infos)
+            return found
+
+        return by_chief(self.processes, find)
+
+    def restore(self, found: Found, layouts: Sequence[P]) -> Any:
+        """This process's part of the state of a checkpoint, sharded by `layouts`."""
+        whole: list[Any] = []
+
+        def read() -> None:
+            assert self.checkpointer is not None
+            device = self.device if self.processes is None else "cpu"
+            whole.append(self.checkpointer.restore(found, self.infos, device))
+
+        by_chief(self.processes, read)
+        if self.processes is None:
+            return whole[0]
+        return self.processes.spread(whole[0] if whole else None, self.infos, self._own(layouts), self.device)
+
+    def save(self, iteration: int, state: Any, meta: dict[str, Any], layouts: Sequence[P]) -> None:
+        if self.processes is not None:
+            state = self.processes.gathered(state, self.infos, self._own(layouts))
+        if self.checkpointer is not None:
+            self.checkpointer.save(iteration, state, meta)
+
+    def parts(self, layouts: Sequence[P]) -> list[arrays.Part] | None:
+        return None if self.processes is None else self.processes.parts(self.infos, self._own(layouts))
+
+    def _own(self, layouts: Sequence[P]) -> Sequence[P]:
+        """The shardings of the state, which come first among a step's inputs."""
+        return layouts[: len(tree.leaves(self.infos))]
+
+    def settle(self) -> None:
+        if self.checkpointer is not None:
+            self.checkpointer.settle()
+
+    def close(self) -> None:
+        if self.checkpointer is not None:
+            self.checkpointer.close()

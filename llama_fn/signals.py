@@ -1,0 +1,92 @@
+"""SIGTERM and Ctrl-C: at once while a run is prepared, after the step, with everything saved, once it trains."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+log = logging.getLogger("llama_fn.signals")
+T = TypeVar("T")
+GRACE_S = 10.0  # what is under way has this long to leave its files in order
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that came while there was nothing to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name}: stopped before the first step; nothing to save")
+        self.status = exit_status(number)
+
+
+def exit_status(number: int) -> int:
+    """Of a run that was asked to stop and did: nothing that it computed is lost."""
+    return 130 if number == signal.SIGINT else 0
+
+
+class StopRequest:
+    """Until `train()` a signal raises Interrupted in the main thread; from then on it is kept in `signal`, for the loop
+    to look at between steps. A second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal, self.training = 0, False
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> StopRequest:
+        """Python lets the main thread alone have handlers: elsewhere signals act as they did."""
+        if threading.current_thread() is not threading.main_thread():
+            log.warning("not in the main thread: a signal ends this run at once, without saving")
+            return self
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def train(self) -> None:
+        self.training = True
+
+    def remove(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
+            os.write(2, b"second interrupt: leaving without saving\n")
+            os._exit(130)
+        first, self.signal = not self.signal, number
+        if self.training:
+            os.write(2, f"{signal.Signals(number).name}: stopping after this step, then saving\n".encode())
+        elif first:
+            _leave_within(GRACE_S, exit_status(number))
+            raise Interrupted(number)
+
+
+def _leave_within(seconds: float, status: int) -> None:
+    """End the process if it has not ended by itself: a compiler that is running is waited for, but not for minutes."""
+    timer = threading.Timer(seconds, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+
+
+def interruptible(fn: Callable[[], T]) -> T:
+    """fn() in a thread of its own, for library calls of seconds that no signal interrupts: the main thread waits, and
+    can be told to leave."""
+    done: list[Any] = []
+
+    def call() -> None:
+        try:
+            done.append((fn(), None))
+        except BaseException as error:  # handed on to the thread that waits
+            done.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    value, error = done[0]
+    if error is not None:
+        raise error
+    return value

@@ -1,0 +1,46 @@
+"""How a command of this project ends: wrong input, a full disk and Ctrl-C are one paragraph and a status."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+from llama_fn.errors import FULL_DISK, SaidElsewhere, UserError
+
+WRONG_INPUT = 2
+_USERS = (
+    *FULL_DISK, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOTEMPTY,
+)  # fmt: skip
+
+
+def status_of(fn: Callable[[], int]) -> int:
+    """The exit status of a command: what `fn()` returns, or 2 for wrong input, 130 for Ctrl-C, each said in one
+    paragraph. A fault of our own keeps its traceback."""
+    try:
+        return fn()
+    except SaidElsewhere:
+        return WRONG_INPUT
+    except UserError as error:
+        return _say(str(error))
+    except MemoryError as error:
+        return _say(f"out of memory: {error or 'this machine has no more'}. A smaller batch or model takes less")
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            return _say(f"{error}: free some space and start the same command again")
+        if error.errno in _USERS and error.filename is not None:
+            return _say(f"{error.filename}: {error.strerror}. Mend that, or name another path, and start again")
+        raise
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):  # torch's, of any device
+            return _say(f"{str(error).splitlines()[0]}. A smaller batch or model, or --mesh.remat, takes less")
+        raise
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted before the first step; nothing to save", file=sys.stderr)
+        return int(getattr(interrupt, "status", 130))
+
+
+def _say(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return WRONG_INPUT
