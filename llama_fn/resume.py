@@ -61,9 +61,9 @@ def refuse_other_data(cfg: Config, found: Found, data: Parts) -> None:
     """UserError when a checkpoint was made with data that held other tokens."""
     was, now = found.meta["data"], data.data.fingerprint
     if was != now and not cfg.run.accept_changes:
-        told = lambda x: f"{x['sequences']} documents, {x['tokens']} tokens, CRC-32 {x['index_crc32']:x}"  # noqa: E731
+        told = "{sequences} documents, {tokens} tokens, CRC-32 {index_crc32:x}".format_map
         raise UserError(
-            f"--data.path={cfg.data.path} is not the data that iteration {found.step} in --run.workdir={cfg.run.workdir} "
+            f"--data.path={cfg.data.path} is not the data that iteration {found.step} of {cfg.run.workdir} "
             f"was trained on ({told(was)}; now {told(now)}). Bring it back, name another --run.workdir, or accept the "
             "change, this once, with --run.accept_changes"
         )

@@ -28,8 +28,8 @@ PAPER = {
 
 def load(*args: str) -> config.Config:
     script = (
-        "import json, sys\nfrom llama_fn import config\nfrom llama_fn.tools import config_flags\n"
-        "config_flags.define_flags()\nconfig_flags.FLAGS(sys.argv)\n"
+        "import json, sys\nfrom llama_fn import config, config_checks\nfrom llama_fn.tools import config_flags\n"
+        "config_flags.define_flags()\nconfig_flags.parse(sys.argv)\n"
         "print(json.dumps(config.flat(config_checks.resolved(config_flags.build_config()))))"
     )
     done = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True)
@@ -77,9 +77,8 @@ def test_the_slice_logs_the_numbers_of_the_source_page():
         "lm_loss": 12.0, "learning_rate": rate, "grad_norm": 1.0, "loss_scale": 1.0, "skipped_iterations": 0,
         "nan_iterations": 0, "nonfinite_params": 0,
     }  # fmt: skip
-    line = metrics.line(
-        cfg, metrics.record(cfg, 3, values, 33.818, None, {"consumed_samples": 768, "consumed_tokens": 1572864})
-    )
+    consumed = {"consumed_samples": 3 * 256, "consumed_tokens": 3 * 256 * 2048}
+    line = metrics.line(cfg, metrics.record(cfg, 3, values, 33.818, None, consumed))
     for part in (
         "iteration        3/   50000", "consumed samples:          768", "consumed tokens:      1572864",
         "elapsed time per iteration (ms): 33818.0", "learning rate: 1.406E-07", "global batch size:   256",

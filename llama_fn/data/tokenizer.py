@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def load(path: Path) -> spm.SentencePieceProcessor:
         return spm.SentencePieceProcessor(model_proto=path.read_bytes())
     except OSError as error:
         raise UserError(f"--data.tokenizer={path} cannot be read: {error.strerror}") from None
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter where its message quotes the damage
         raise UserError(
             f"--data.tokenizer={path} is not a sentencepiece model ({str(error)[:80]}). LLaMA-3's tokenizer.model is a "
             "tiktoken file and cannot be used here"
@@ -49,9 +50,11 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             allow_whitespace_only_pieces=True, max_sentence_length=4 * LINE_CHARS,
         )  # fmt: skip
     except RuntimeError as error:
+        most = re.search(r"value <= (\d+)", str(error))
+        why = f"it has at most {most[1]}" if most else str(error)[-160:]
         raise UserError(
-            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {str(error)[-160:]}"
-            ". Lower the vocabulary or give --data.tokenizer"
+            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {why}. Give more text, "
+            "another vocabulary, or a --data.tokenizer"
         ) from None
     sums = BlockSums()
     sums.add(model.getvalue())
