@@ -9,9 +9,6 @@ single values of it. A run resumes what its --run.workdir holds. Exit statuses: 
 
 from __future__ import annotations
 
-import os
-import sys
-
 from absl import app, flags
 
 from llama_fn.config_checks import resolved
@@ -30,13 +27,7 @@ def train(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> None:
-    status = command.status_of(lambda: train(argv))
-    if status == command.WRONG_INPUT:
-        # At once: the run has closed its files, and on a full disk the threads of its libraries would go on reporting
-        # it with tracebacks.
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    command.leave(command.status_of(lambda: train(argv)))
 
 
 if __name__ == "__main__":

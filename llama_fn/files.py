@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +51,22 @@ def _remove_abandoned(path: Path) -> None:
         if found and found["name"] == path.name and not alive(int(found["pid"])):
             with suppress(OSError):
                 old.unlink()
+
+
+_TEMPORARY: list[str] = []
+
+
+def temporary_folder(prefix: str) -> Path:
+    """A new folder, which the end of this process removes; OSError where there can be none."""
+    _TEMPORARY.append(tempfile.mkdtemp(prefix=prefix))
+    return Path(_TEMPORARY[-1])
+
+
+@atexit.register
+def remove_temporary() -> None:
+    """For a process that ends without Python's own way out."""
+    while _TEMPORARY:
+        shutil.rmtree(_TEMPORARY.pop(), ignore_errors=True)
 
 
 def alive(pid: int) -> bool:

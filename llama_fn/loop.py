@@ -22,7 +22,7 @@ from llama_fn.hardware import Hardware
 from llama_fn.launch import launched
 from llama_fn.processes import Processes, by_chief
 from llama_fn.profiling import Profiler
-from llama_fn.signals import StopRequest, exit_status
+from llama_fn.signals import Interrupted, StopRequest, exit_status
 from llama_fn.workdir_lock import WorkdirLock
 from sharding import Mesh
 
@@ -94,6 +94,9 @@ def _stoppable() -> Iterator[StopRequest]:
     stop = StopRequest().install()
     try:
         yield stop
+    except Interrupted:
+        stop.leave()
+        raise
     finally:
         stop.remove()
 
@@ -226,7 +229,7 @@ def _validate(evaluate: stages.Compiled, iteration: int, state: train_step.Train
 
 def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> int:
     """Say how the run ended; returns its exit status."""
-    where = f"{run.store.folder / str(saved)}" if saved else f"none in {run.store.folder}"
+    where = run.store.folder / str(saved) if saved else "none"
     why = run.health.verdict
     if not why and not run.health.may_save:  # every one of them was worth nothing
         why = f"the run ended in {run.health.streak} skipped iterations"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,8 +34,9 @@ class StopRequest:
     to look at between steps. A second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
-        self.signal, self.training = 0, False
+        self.signal, self.training, self.leaving = 0, False, False
         self._previous: dict[int, Any] = {}
+        self._hook: Any = None
 
     def install(self) -> StopRequest:
         """Python lets the main thread alone have handlers: elsewhere signals act as they did."""
@@ -42,15 +45,29 @@ class StopRequest:
             return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._on_signal)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._on_lost
         return self
 
     def train(self) -> None:
+        """From here on signals wait for the loop to look."""
         self.training = True
+
+    def leave(self) -> None:
+        """An interruption is on its way out: no further one."""
+        self.leaving = True
 
     def remove(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        if self._hook is not None:
+            sys.unraisablehook, self._hook = self._hook, None
+
+    def _on_lost(self, lost: sys.UnraisableHookArgs) -> None:
+        """Python has nowhere to raise what is raised while it collects garbage or deletes an object. Of our own that is
+        no news: _insist raises it again."""
+        if not isinstance(lost.exc_value, Interrupted):
+            self._hook(lost)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.signal and number == signal.SIGINT:
@@ -59,16 +76,20 @@ class StopRequest:
         first, self.signal = not self.signal, number
         if self.training:
             os.write(2, f"{signal.Signals(number).name}: stopping after this step, then saving\n".encode())
-        elif first:
-            _leave_within(GRACE_S, exit_status(number))
+        elif not self.leaving:
+            if first:
+                threading.Thread(target=self._insist, args=(number,), daemon=True).start()
             raise Interrupted(number)
 
-
-def _leave_within(seconds: float, status: int) -> None:
-    """End the process if it has not ended by itself: a compiler that is running is waited for, but not for minutes."""
-    timer = threading.Timer(seconds, os._exit, [status])
-    timer.daemon = True
-    timer.start()
+    def _insist(self, number: int) -> None:
+        """Interrupt again where the exception was lost, and end the process that is still there after GRACE_S, in a
+        compiler that is waited for."""
+        for _ in range(int(GRACE_S / 0.2)):
+            time.sleep(0.2)
+            if not self.leaving and not self.training:
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+        if not self.training:
+            os._exit(exit_status(number))
 
 
 def interruptible(fn: Callable[[], T]) -> T:

@@ -149,7 +149,8 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
 
 
 def _all_finite(params: model.Params) -> torch.Tensor:
-    """Whether every element is: a sum over inf or nan is one of them, whatever is added."""
+    """Whether every element is: a sum over inf or nan is one of them, whatever is added. (Elements of 1e30, whose sum
+    may overflow, are as good as lost.)"""
     return _finite(torch.stack([constrain(torch.sum(wide(p)), P()) for p in tree.leaves(params)]).sum())
 
 

@@ -7,7 +7,6 @@ listed are those of a process that was killed, or of one that is compiling now; 
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import json
 import logging
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from llama_fn.errors import UserError
-from llama_fn.files import atomic, checksum, files_below
+from llama_fn.files import atomic, checksum, files_below, temporary_folder
 
 log = logging.getLogger("llama_fn.code_cache")
 FILES = "files.json"
@@ -63,12 +62,11 @@ def private() -> Path:
     """A folder that lives as long as this process."""
     if not _MINE:
         try:
-            _MINE.append(Path(tempfile.mkdtemp(prefix="llama_fn_code_")))
+            _MINE.append(temporary_folder("llama_fn_code_"))
         except OSError as error:
             raise UserError(
                 f"no folder for compiled code: {error}; set TMPDIR to a folder that can be written"
             ) from None
-        atexit.register(shutil.rmtree, _MINE[0], ignore_errors=True)
     return _MINE[0]
 
 

@@ -53,8 +53,8 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         most = re.search(r"value <= (\d+)", str(error))
         why = f"it has at most {most[1]}" if most else str(error)[-160:]
         raise UserError(
-            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {why}. Give more text, "
-            "another vocabulary, or a --data.tokenizer"
+            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {why}. Give more "
+            "text, another vocabulary, or a --data.tokenizer"
         ) from None
     sums = BlockSums()
     sums.add(model.getvalue())

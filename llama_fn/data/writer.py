@@ -47,15 +47,19 @@ def write_on(
     kind = np.dtype(dtype).newbyteorder("<")
     with open(aside.tokens, "ab") as tokens, open(aside.lengths, "ab") as lengths:
         written = time.monotonic()
-        for sequence in sequences(done):
-            data = np.ascontiguousarray(sequence, dtype=kind).tobytes()
-            tokens.write(data)
-            lengths.write(aside.counted(len(sequence)))
-            aside.sums.add(data)
-            done += 1
-            if time.monotonic() - written > JOURNAL_S:
-                aside.journal(done, tokens, lengths)
-                written = time.monotonic()
+        try:
+            for sequence in sequences(done):
+                data = np.ascontiguousarray(sequence, dtype=kind).tobytes()
+                tokens.write(data)
+                lengths.write(aside.counted(len(sequence)))
+                aside.sums.add(data)
+                done += 1
+                if time.monotonic() - written > JOURNAL_S:
+                    aside.journal(done, tokens, lengths)
+                    written = time.monotonic()
+        except KeyboardInterrupt:  # asked to stop, between two sequences
+            aside.journal(done, tokens, lengths)
+            raise
         for file in (tokens, lengths):
             file.flush()
             os.fsync(file.fileno())

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import sys
+import typing
 from collections.abc import Callable
 
 from llama_fn.errors import FULL_DISK, SaidElsewhere, UserError
+from llama_fn.files import remove_temporary
 
 WRONG_INPUT = 2
 _USERS = (
@@ -39,6 +43,16 @@ def status_of(fn: Callable[[], int]) -> int:
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted before the first step; nothing to save", file=sys.stderr)
         return int(getattr(interrupt, "status", 130))
+
+
+def leave(status: int) -> typing.NoReturn:
+    """End the process, with all that was written on its way, and without waiting for threads of libraries: on a full
+    disk they would go on reporting it, and a call that was left (signals.interruptible) may take minutes."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    remove_temporary()
+    os._exit(status)
 
 
 def _say(message: str) -> int:

@@ -1,0 +1,100 @@
+"""SIGTERM and Ctrl-C before the first step: at once, wherever the preparation is, and nothing is done twice."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llama_fn import signals
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = [
+    "--model.num_layers=2", "--model.embed_dim=64", "--model.num_heads=2", "--model.num_kv_heads=2",
+    "--model.mlp_dim=96", "--data.seq_len=32", "--run.steps=2", "--run.eval_every=0", "--run.tensorboard=false",
+]  # fmt: skip
+
+
+class Started:
+    """train.py, and the lines that it prints as they come."""
+
+    def __init__(self, *flags):
+        self.process = subprocess.Popen(
+            [sys.executable, "train.py", *FLAGS, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        self.lines = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    def until(self, text):
+        end = time.monotonic() + 60
+        while not any(text in line for line in self.lines):
+            assert self.process.poll() is None and time.monotonic() < end, "".join(self.lines)
+            time.sleep(0.01)
+
+    def stop(self, number):
+        """Seconds until it has ended, and its status."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        status = self.process.wait(60)
+        self.reader.join(5)
+        return time.monotonic() - began, status
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A text that takes some seconds to tokenize."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = b"".join(p.read_bytes() for p in sorted(Path(subprocess.__file__).parent.glob("*.py"))[:100])
+    for i in range(5):
+        (folder / f"{i:02}.txt").write_bytes(source)
+    return folder
+
+
+def test_data_and_compiling_are_left_at_once_and_tokenizing_goes_on(corpus, tmp_path):
+    flags = [f"--data.path={corpus}", f"--run.workdir={tmp_path}", f"--run.compile_cache={tmp_path / 'code'}"]
+    flags += ["--model.vocab_size=8000"]
+    for text, number, status in (
+        ("tokenizer: training", signal.SIGTERM, 0),
+        ("tokenizing", signal.SIGINT, 130),
+        ("compiling with inductor", signal.SIGTERM, 0),
+    ):
+        run = Started(*flags)
+        run.until(text)
+        time.sleep(0.5 if text != "tokenizing" else 2.5)
+        seconds, got = run.stop(number)
+        said = "".join(run.lines)
+        assert got == status and seconds < 12, (text, seconds, said)
+        assert f"{signal.Signals(number).name}: stopped before the first step; nothing to save" in said
+        assert "Traceback" not in said, said
+        assert (tmp_path / "run.lock").read_text() == "", "the folder is free"
+        if text == "compiling with inductor":
+            assert int(re.search(r"(\d+) documents were done before", said)[1]) > 0
+            assert len(list((tmp_path / "data").glob("*.bin"))) == 1
+    run = Started(*flags)
+    assert run.process.wait(120) == 0, "".join(run.lines)
+
+
+def test_a_library_call_that_nothing_interrupts_is_left_and_its_error_is_handed_on():
+    assert signals.interruptible(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        signals.interruptible(lambda: 1 / 0)
+    began = time.monotonic()
+    previous = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signals.interruptible(lambda: time.sleep(5))
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert time.monotonic() - began < 2
