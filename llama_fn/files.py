@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.writing")
 @contextmanager
 def atomic(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file opened for writing that takes the name `path` only when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     _remove_abandoned(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
@@ -32,6 +33,15 @@ def atomic(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """OSError naming what keeps a file from being written, before there is anything to write."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
 def sync_folder(folder: Path) -> None:

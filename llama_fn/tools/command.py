@@ -9,7 +9,9 @@ import sys
 import typing
 from collections.abc import Callable
 
-from llama_fn.errors import FULL_DISK, SaidElsewhere, UserError
+from absl import flags
+
+from llama_fn.errors import FULL_DISK, SaidElsewhere, UserError, nearest
 from llama_fn.files import remove_temporary
 
 WRONG_INPUT = 2
@@ -43,6 +45,22 @@ def status_of(fn: Callable[[], int]) -> int:
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted before the first step; nothing to save", file=sys.stderr)
         return int(getattr(interrupt, "status", 130))
+
+
+def parse(argv: list[str], expand: Callable[[list[str]], list[str]] = list) -> list[str]:
+    """absl's parser, for the words that `expand` makes of argv: status 2 for a flag that is wrong, and the nearest name
+    for one that does not exist."""
+    try:
+        return flags.FLAGS(expand(argv))
+    except flags.UnrecognizedFlagError as error:
+        _say(f"--{error.flagname} is not a flag. {nearest(error.flagname, _own_flags())}")
+    except (flags.Error, UserError, OSError) as error:
+        _say(str(error))
+    sys.exit(WRONG_INPUT)
+
+
+def _own_flags() -> list[str]:
+    return [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])] or ["help"]
 
 
 def leave(status: int) -> typing.NoReturn:

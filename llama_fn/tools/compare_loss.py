@@ -19,6 +19,8 @@ from pathlib import Path
 from absl import app, flags
 
 from llama_fn.errors import UserError
+from llama_fn.files import check_writable
+from llama_fn.tools import command
 
 FLAGS = flags.FLAGS
 LOSS_CHART, COMPARE_CHART = "loss_chart.png", "compare_chart.png"
@@ -51,10 +53,11 @@ def read_losses(path: Path) -> dict[int, float]:
     if not path.exists():
         raise UserError(f"{path} does not exist: name a run's work folder or its metrics.jsonl")
     found: dict[int, float] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(text)
-            found[int(row["iteration"])] = float(row["lm_loss"])
+            loss = row["lm_loss"]  # null where it was not finite
+            found[int(row["iteration"])] = math.nan if loss is None else float(loss)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is not a record with iteration and lm_loss: {error!r}") from None
     bad = [i for i, loss in found.items() if not math.isfinite(loss) or loss <= 0]
@@ -123,20 +126,26 @@ def report(found: Comparison, every: int, bound: float) -> str:
     return "\n".join(lines)
 
 
+def compare_runs(argv: list[str]) -> int:
+    if len(argv) != 3:
+        raise UserError("two runs are compared: compare_loss RUN REFERENCE (see --help)")
+    if len(FLAGS.names) != 2:
+        raise UserError(f"--names={','.join(FLAGS.names)}: give two names, such as npu,gpu")
+    if not math.isfinite(FLAGS.bound):
+        raise UserError(f"--bound={FLAGS.bound} is no bound; give a number such as 0.02")
+    a, b, out = Path(argv[1]), Path(argv[2]), Path(FLAGS.out)
+    if FLAGS.charts:
+        check_writable(out / LOSS_CHART)
+    found = compare(read_losses(a), read_losses(b))
+    print(report(found, FLAGS.every, FLAGS.bound))
+    if FLAGS.charts:
+        charts(found, (FLAGS.names[0], FLAGS.names[1]), FLAGS.bound, out)
+        print(f"charts: {out / LOSS_CHART}, {out / COMPARE_CHART}")
+    return 0 if found.peak < FLAGS.bound else 1
+
+
 def main(argv: list[str]) -> None:
-    try:
-        if len(argv) != 3:
-            raise UserError("two runs are compared: compare_loss RUN REFERENCE (see --help)")
-        a, b = Path(argv[1]), Path(argv[2])
-        found = compare(read_losses(a), read_losses(b))
-        print(report(found, FLAGS.every, FLAGS.bound))
-        if FLAGS.charts:
-            charts(found, (FLAGS.names[0], FLAGS.names[1]), FLAGS.bound, Path(FLAGS.out))
-            print(f"charts: {Path(FLAGS.out) / LOSS_CHART}, {Path(FLAGS.out) / COMPARE_CHART}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0 if found.peak < FLAGS.bound else 1)
+    sys.exit(command.status_of(lambda: compare_runs(argv)))
 
 
 def define_flags() -> None:
@@ -149,4 +158,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=command.parse)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 from absl import app, flags
 
 from llama_fn import config
-from llama_fn.errors import UserError, nearest
+from llama_fn.errors import UserError
+from llama_fn.tools import command
 
 FLAGS = flags.FLAGS
 
@@ -60,19 +60,10 @@ def flags_text() -> str:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's parser, with the nearest of our flags for a name that does not exist, and flagfiles named in a flagfile
-    looked for beside it."""
-    try:
-        argv = with_flagfiles(argv)
-        return app.parse_flags_with_usage(argv) if "--helpfull" in argv else FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        print(
-            f"error: --{error.flagname} is not a flag. {nearest(error.flagname, config.flat(config.Config()))}",
-            file=sys.stderr,
-        )
-    except (flags.Error, UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    """command.parse, with flagfiles that a flagfile names looked for beside it."""
+    if "--helpfull" in argv:
+        return app.parse_flags_with_usage(argv)
+    return command.parse(argv, with_flagfiles)
 
 
 def with_flagfiles(argv: Sequence[str], folder: Path = Path(), including: tuple[Path, ...] = ()) -> list[str]:

@@ -24,6 +24,9 @@ from absl import app
 
 from llama_fn.dump_page import INDEX, SUMMARY
 from llama_fn.errors import UserError
+from llama_fn.tools import command
+
+MEMORY = ("argument_bytes", "result_bytes", "peak_bytes", "peak_at")
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -34,7 +37,23 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     for path in found.values():
         if not path.with_name(INDEX).exists():
             raise UserError(f"{path.parent} has no {INDEX}: the dump was cut short; write it again")
-    return {name: json.loads(path.read_text()) for name, path in found.items()}
+    return {name: _summary(path) for name, path in found.items()}
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """UserError for what is no summary, or one of another version of this project."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        _ops(found), _collectives(found), dict(found["flops"])
+        missing = [name for name in MEMORY if name not in found["memory"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = [str(error)]
+    if missing:
+        raise UserError(
+            f"{path} is not the summary of a dump that this version wrote (it lacks {', '.join(missing)}). Write it "
+            "again with --run.dump_dir"
+        )
+    return found
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
@@ -46,7 +65,7 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{after[what] - before[what]:+d} {what}"
     for phase in a["flops"]:
         yield from _changed(f"FLOPs, {phase}", a["flops"][phase], b["flops"][phase])
-    for name in ("argument_bytes", "result_bytes", "peak_bytes"):
+    for name in MEMORY[:3]:
         yield from _changed(name.replace("_", " "), a["memory"][name], b["memory"][name])
     if a["memory"]["peak_bytes"] != b["memory"]["peak_bytes"]:
         yield f"peak now at {b['memory']['peak_at']}, before at {a['memory']['peak_at']}"
@@ -70,24 +89,24 @@ def _changed(what: str, a: float, b: float) -> Iterator[str]:
         yield f"{what}: {a:,} -> {b:,}" + (f" ({(b - a) / a * 100:+.1f} %)" if a else "")
 
 
+def compare(argv: list[str]) -> int:
+    if len(argv) != 3:
+        raise UserError("give two folders: python -m llama_fn.tools.graph_diff BEFORE AFTER")
+    before, after = (load(Path(folder)) for folder in argv[1:])
+    status = 0
+    for name in [*before, *(name for name in after if name not in before)]:
+        if name not in before or name not in after:
+            lines = [f"only in {argv[1] if name in before else argv[2]}"]
+        else:
+            lines = list(difference(before[name], after[name]))
+        status |= bool(lines)
+        print("\n".join([f"{name}: {'differs' if lines else 'no difference'}", *(f"  {line}" for line in lines)]))
+    return status
+
+
 def main(argv: list[str]) -> None:
-    try:
-        if len(argv) != 3:
-            raise UserError("give two folders: python -m llama_fn.tools.graph_diff BEFORE AFTER")
-        before, after = (load(Path(folder)) for folder in argv[1:])
-        status = 0
-        for name in [*before, *(name for name in after if name not in before)]:
-            if name not in before or name not in after:
-                lines = [f"only in {argv[1] if name in before else argv[2]}"]
-            else:
-                lines = list(difference(before[name], after[name]))
-            status |= bool(lines)
-            print("\n".join([f"{name}: {'differs' if lines else 'no difference'}", *(f"  {line}" for line in lines)]))
-    except (UserError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(status)
+    sys.exit(command.status_of(lambda: compare(argv)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command.parse)

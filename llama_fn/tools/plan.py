@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
-import typing
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from absl import app, flags
 
 from llama_fn import config, config_checks
 from llama_fn.errors import UserError
-from llama_fn.files import atomic
-from llama_fn.tools import config_flags
+from llama_fn.files import atomic, check_writable
+from llama_fn.tools import command, config_flags
 
 FLAGS = flags.FLAGS
 
@@ -36,7 +35,7 @@ def _start_imports() -> None:
     forkserver.ensure_running()
 
 
-def _search(cfg: config.Config, devices: int, device: Any) -> typing.NoReturn:
+def _search(cfg: config.Config, devices: int, device: Any) -> int:
     """Print what fits and what does not; status 0 if anything fits, else 1."""
     from rich.console import Console
 
@@ -45,32 +44,34 @@ def _search(cfg: config.Config, devices: int, device: Any) -> typing.NoReturn:
     with Console(stderr=True).status("") as status:
         tried = search.search(cfg, devices, device, status.update, compat.physical_cores())
     print(search.as_text(tried))
-    sys.exit(0 if any(each.plan for each in tried) else 1)
+    return 0 if any(each.plan for each in tried) else 1
+
+
+def make_plan(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
+    cfg = config_checks.resolved(config_flags.build_config())
+    for path in filter(None, (FLAGS.json, FLAGS.page)):  # before seconds of work
+        check_writable(Path(path))
+    if FLAGS.search:
+        _start_imports()
+    from llama_fn import hardware, plan, plan_page, report, rungs
+
+    if FLAGS.search:
+        return _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
+    found = plan.make(cfg, rungs.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
+    print(report.as_text(found))
+    if FLAGS.json:
+        with atomic(Path(FLAGS.json)) as f:
+            json.dump(report.as_json(found), f, indent=1, allow_nan=False)
+    if FLAGS.page:
+        with atomic(Path(FLAGS.page)) as f:
+            f.write(plan_page.page(found))
+    return 0 if found.fits else 1
 
 
 def main(argv: list[str]) -> None:
-    try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
-        cfg = config_checks.resolved(config_flags.build_config())
-        if FLAGS.search:
-            _start_imports()
-        from llama_fn import hardware, plan, plan_page, report, rungs
-
-        if FLAGS.search:
-            _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
-        found = plan.make(cfg, rungs.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
-        print(report.as_text(found))
-        if FLAGS.json:
-            with atomic(Path(FLAGS.json)) as f:
-                json.dump(report.as_json(found), f, indent=1)
-        if FLAGS.page:
-            with atomic(Path(FLAGS.page)) as f:
-                f.write(plan_page.page(found))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0 if found.fits else 1)
+    sys.exit(command.status_of(lambda: make_plan(argv)))
 
 
 if __name__ == "__main__":
