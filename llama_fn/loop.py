@@ -125,6 +125,8 @@ def _run(
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
     step, evaluate = prepare.compile(cfg, mesh, members, data.valid is not None, backend)
+    if members is not None:
+        members.all_reached("compiled")
     _, state = resume.restore_or_begin(cfg, store, found, step.lowered)
     place = prepare.Place(cfg, step, members)
     with ExitStack() as held:

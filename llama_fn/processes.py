@@ -113,6 +113,12 @@ class Processes:
             raise SaidElsewhere("the first process of a machine could not prepare the data")
         return value if first else fn()
 
+    def all_reached(self, what: str) -> None:
+        """Wait until every process has come to `what`, once for each; for what may take minutes longer on one than on
+        another, which a collective's time limit would count."""
+        self.watch.tell(what, "done")
+        self.watch.all_told(what)
+
     def barrier(self) -> None:
         dist.barrier()
 

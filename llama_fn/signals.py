@@ -60,8 +60,8 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-        if self._hook is not None:
-            sys.unraisablehook, self._hook = self._hook, None
+        if self._hook is not None and sys.unraisablehook == self._on_lost:
+            sys.unraisablehook = self._hook
 
     def _on_lost(self, lost: sys.UnraisableHookArgs) -> None:
         """Python has nowhere to raise what is raised while it collects garbage or deletes an object. Of our own that is

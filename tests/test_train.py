@@ -71,6 +71,12 @@ def numbers(workdir):
     return [(r["iteration"], r["lm_loss"], r["grad_norm"]) for r in rows(workdir)]
 
 
+def logged(workdir):
+    """train.log but for the times in it."""
+    lines = (Path(workdir) / "train.log").read_text().splitlines()
+    return [re.sub(r"(\(ms\)|per second|TFLOPs): [\d.]+", "", line) for line in lines]
+
+
 def wait_for_rows(workdir, n, process):
     path = Path(workdir) / "metrics.jsonl"
     while not path.exists() or path.read_text().count("\n") < n:
@@ -115,6 +121,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(kill_at, uninterrupted,
     code, out = run(*flags)
     assert code == 0, out
     assert numbers(tmp_path) == numbers(uninterrupted)
+    assert logged(tmp_path) == logged(uninterrupted)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -294,5 +295,14 @@ def _quiet_orbax() -> None:
             return True
 
     handler = absl_logging.get_absl_handler()
-    if not any(type(f).__name__ == "OneLineWarnings" for f in handler.filters):
-        handler.addFilter(OneLineWarnings())
+    if any(type(f).__name__ == "OneLineWarnings" for f in handler.filters):
+        return
+    handler.addFilter(OneLineWarnings())
+    shown = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        # A read that failed has closed the event loop that tensorstore's other reads report to, each with a traceback.
+        if str(lost.exc_value) != "Event loop is closed":
+            shown(lost)
+
+    sys.unraisablehook = hook

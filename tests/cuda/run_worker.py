@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from compile_worker import config_of  # noqa: E402
 
 from kernels.scope import without_numbers  # noqa: E402
-from llama_fn import arrays, cost, ir, profile_table, random, rungs, train_step, tree  # noqa: E402
+from llama_fn import arrays, cost, ir, profile_table, random, rungs, stages, train_step, tree  # noqa: E402
 from llama_fn.config import Config  # noqa: E402
 from llama_fn.hardware import TABLE  # noqa: E402
 from llama_fn.profiling import Profiler  # noqa: E402
@@ -31,7 +31,7 @@ def ran(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     cfg = replace(cfg, run=replace(cfg.run, profile_steps="1:1", workdir=str(folder), device="cpu"))
     lowered = rungs.train(cfg).lower()
     steps = {
-        "cuda": lowered.compile("inductor", device="cuda", cache=None, profiled=True),
+        "cuda": on_cpu(lowered.compile("inductor", device="cuda", cache=None, profiled=True)),
         "eager": lowered.compile("eager"),
     }
     infos = train_step.abstract_state(cfg)
@@ -54,6 +54,11 @@ def ran(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "ranges": sorted(profile_table.of_trace(events, 1)),
         "products": sorted({(without_numbers(ir.scope_of(node)), ir.phase_of(node)) for node in products}),
     }
+
+
+def on_cpu(compiled: stages.Compiled) -> stages.Compiled:
+    """Code for a GPU that the interpreter runs: its arguments lie in CPU memory."""
+    return replace(compiled, executable=replace(compiled.executable, device=None))
 
 
 def batch_of(cfg: Config, seed: int) -> train_step.Batch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,33 @@ def test_an_error_of_orbax_proves_nothing(error, folder, monkeypatch):
     error = MemoryError()
     with pytest.raises(MemoryError):
         checkpointer.restore(found, STATE, "cpu")
+
+
+TRUNCATED = """
+import sys, torch
+from pathlib import Path
+from llama_fn.checkpoint import Checkpointer
+folder = Path(sys.argv[1])
+checkpointer = Checkpointer(folder, 2, 0)
+checkpointer.save(1, {f"x{i}": torch.randn(300, 300) for i in range(40)}, {})
+checkpointer.close()
+(folder / "1" / "sums.json").unlink()
+for file in (folder / "1" / "state").rglob("*"):
+    if file.is_file() and file.stat().st_size > 20_000:
+        file.write_bytes(file.read_bytes()[:100])
+try:
+    Checkpointer(folder, 2, 0).find()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_read_that_fails_is_one_line_and_no_tracebacks_of_threads(tmp_path):
+    command = [sys.executable, "-c", TRUNCATED, str(tmp_path / "checkpoints")]
+    root = Path(__file__).resolve().parents[2]
+    out = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "does not prove that it is damaged" in out.stdout and "Traceback" not in out.stderr, out.stderr
+    assert len(out.stderr.splitlines()) <= 1
 
 
 def test_another_state_is_refused_leaf_by_leaf_and_nothing_moves(folder):

@@ -16,6 +16,7 @@ import torch
 
 from llama_fn import arrays, random, train_step, tree
 from llama_fn.processes import Processes
+from llama_fn.workdir_lock import WorkdirLock
 from sharding import Mesh, P
 from sharding.simulate import part
 
@@ -94,6 +95,17 @@ def test_processes_that_do_not_match_the_mesh_are_refused(corpus, tmp_path):
     flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}", "--mesh.axes=data:4"]
     done = subprocess.run(command(2, *flags), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode and "torchrun started 2 processes, but --mesh.axes=data:4 has 4 devices" in done.stderr
+
+
+def test_an_error_of_the_first_process_ends_all_of_them_and_is_said_once(corpus, tmp_path):
+    """Here that another run has the work folder, which the first process alone looks at."""
+    flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}", "--mesh.axes=data:2", "--run.backend=eager"]
+    lock, began = WorkdirLock(tmp_path).acquire(), time.monotonic()
+    done = subprocess.run(command(2, *flags), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    lock.release()
+    assert done.returncode and done.stderr.count("is in use by process") == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr and "llama_fn/" not in done.stderr.split("error: ")[0]
+    assert time.monotonic() - began < 60, "the other process does not wait for it"
 
 
 @pytest.mark.parametrize("rank", range(4))
