@@ -21,7 +21,7 @@ def train(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
     cfg = resolved(build_config())
-    from llama_fn import loop  # torch is imported only once the flags are known to be right
+    from llama_fn.run import loop  # torch is imported only once the flags are known to be right
 
     return loop.run(cfg, flags_text())
 

@@ -20,8 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from llama_fn import arrays, compat, processes, random, stages, train_step, tree
+from llama_fn import compat, tree
+from llama_fn.compiler import stages
 from llama_fn.config import Config, DataConfig, RunConfig, preset
+from llama_fn.distributed import processes
+from llama_fn.model import arrays, random, train_step
 from sharding import Mesh
 
 SHAPES = {"llama_tiny": (8, 256), "llama_60m": (4, 512)}

@@ -1,15 +1,17 @@
 """Predicted tokens/s per device against what others published: python benchmarks/published.py
 
-Every row is llama_fn/plan.py as it is, with the published peaks of the hardware and no constant fitted to a row. The
-layouts are ours, as near to theirs as ours come. docs/plan.md explains the differences.
+Every row is llama_fn/planner/plan.py as it is, with the published peaks of the hardware and no constant fitted to a
+row. The layouts are ours, as near to theirs as ours come. docs/plan.md explains the differences.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from llama_fn import config, cost, plan
+from llama_fn import config
+from llama_fn.compiler import cost
 from llama_fn.hardware import TABLE, Hardware
+from llama_fn.planner import plan
 from sharding import Mesh
 
 OTHERS = {  # devices that we do not run on, and a peak that we do not use

@@ -16,8 +16,10 @@ def main() -> None:
     spec = contender.spec()
     import torch
 
-    from llama_fn import arrays, random, stages, train_step, tree
+    from llama_fn import tree
+    from llama_fn.compiler import stages
     from llama_fn.config import Config, DataConfig, RunConfig, preset
+    from llama_fn.model import arrays, random, train_step
 
     contender.prepare(spec["threads"])
     model = replace(preset(spec["preset"]), compute_dtype=spec["dtype"])

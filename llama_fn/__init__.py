@@ -3,7 +3,7 @@
 import os
 
 # An installed torch_npu breaks `import torch` on a machine without CANN. We load it ourselves, where it is asked for,
-# and say what is missing (llama_fn/ascend.py).
+# and say what is missing (llama_fn/ascend/environment.py).
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 __version__ = "0.1.0"

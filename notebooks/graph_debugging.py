@@ -6,7 +6,11 @@
 # %%
 from pathlib import Path
 
-from llama_fn import config, dump, model, rungs, stages
+from llama_fn import config
+from llama_fn.compiler import stages
+from llama_fn.inspect import dump
+from llama_fn.model import llama
+from llama_fn.planner import rungs
 from llama_fn.tools.graph_diff import difference, load
 from sharding import Mesh, P, table
 
@@ -33,12 +37,12 @@ print(table.as_text(good.collectives()))
 # Somebody annotates what the blocks pass on as whole in the sequence, "to be safe".
 
 # %%
-sharded = model.RESIDUAL
-model.RESIDUAL = P("batch", "full_seq", "embed")
+sharded = llama.RESIDUAL
+llama.RESIDUAL = P("batch", "full_seq", "embed")
 try:
     bad = record("bad")
 finally:
-    model.RESIDUAL = sharded
+    llama.RESIDUAL = sharded
 
 # %% [markdown]
 # Training still works and the loss is the same: only the dump shows it.

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 
-from llama_fn import config, plan, report
+from llama_fn import config
 from llama_fn.hardware import TABLE
+from llama_fn.planner import plan, report
 from sharding import Mesh
 
 cfg = config.with_values(

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from llama_fn import arrays, config, config_checks, random, rungs, runtime, train_step
+from llama_fn import config, config_checks
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.prepare import open_parts
+from llama_fn.model import arrays, random, train_step
+from llama_fn.planner import rungs
+from llama_fn.run import runtime
 
 STEPS = 100
 cfg = config_checks.resolved(

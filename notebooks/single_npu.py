@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from llama_fn import arrays, config, random, rungs, train_step
+from llama_fn import config
+from llama_fn.model import arrays, random, train_step
+from llama_fn.planner import rungs
 
 device, backend = "cpu", "inductor"
 if torch.cuda.is_available():

@@ -30,7 +30,7 @@ def tiny_config():
 
 @pytest.fixture
 def random_batch():
-    from llama_fn.train_step import Batch
+    from llama_fn.model.train_step import Batch
 
     def make(cfg, seed=0):
         m, size = cfg.data.microbatches, cfg.data.global_batch_size
@@ -45,7 +45,7 @@ def random_batch():
 
 @pytest.fixture
 def fresh_state():
-    from llama_fn import arrays, random, train_step
+    from llama_fn.model import arrays, random, train_step
 
     def make(cfg, seed=0):
         return arrays.materialize(train_step.abstract_state(cfg), random.key(seed))

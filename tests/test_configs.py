@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fn import config, metrics, optim
+from llama_fn import config
+from llama_fn.model import optim
+from llama_fn.run import metrics
 from sharding import Mesh
 from sharding.rules import PRESETS
 

@@ -187,8 +187,8 @@ def test_the_megatron_line_of_the_published_slice():
     """TFLOPs 107.09 and 7.570 samples/s for the 65B slice at 33.818 s on 8 devices; consumed counts of iteration 3."""
     from dataclasses import replace
 
-    from llama_fn import metrics
     from llama_fn.config import Config, preset
+    from llama_fn.run import metrics
 
     cfg = Config(model=preset("llama_65b_8layers"))
     cfg = replace(cfg, data=replace(cfg.data, seq_len=2048, global_batch_size=256), run=replace(cfg.run, steps=50000))

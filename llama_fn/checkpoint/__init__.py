@@ -1,6 +1,7 @@
 """Checkpoints of a run: written and read by Orbax, proven whole or damaged, and shared by several processes.
 
-May import the ground, the maths' declarations of arrays, and llama_fn.processes. Read orbax.py first.
+May import the ground, the maths' declarations of arrays, and distributed. Read orbax.py first; integrity.py says what
+proves damage.
 """
 
 from llama_fn.checkpoint.orbax import Checkpointer, Found

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from llama_fn import tree
-from llama_fn.arrays import describe
 from llama_fn.checkpoint.integrity import Damaged, is_whole, of_json, seal, unreadable
 from llama_fn.errors import UserError
+from llama_fn.model.arrays import describe
 
 log = logging.getLogger("llama_fn.checkpoint")
 

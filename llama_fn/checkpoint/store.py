@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_fn import arrays, train_step, tree
+from llama_fn import tree
 from llama_fn.checkpoint.orbax import Checkpointer, Found
 from llama_fn.config import Config
-from llama_fn.processes import Processes, by_chief
+from llama_fn.distributed.processes import Processes, by_chief
+from llama_fn.model import arrays, train_step
 from sharding import P
 
 

@@ -1,4 +1,4 @@
 """Data of a run: text or Megatron's files become samples in a fixed order, and batches from one number of position.
 
-May import the ground and the declaration of a batch. Read prepare.py first.
+May import the ground and the declaration of a batch. Read prepare.py first; integrity.py says what is checked.
 """

@@ -9,7 +9,7 @@ import torch
 
 from llama_fn.data.samples import Samples
 from llama_fn.errors import UserError
-from llama_fn.train_step import Batch
+from llama_fn.model.train_step import Batch
 
 
 class BatchIterator:

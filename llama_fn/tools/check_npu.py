@@ -17,18 +17,19 @@ TOLERANCE = 1e-3  # relative, float32 on both sides; the NPU may round products 
 
 
 def main(argv: list[str]) -> None:
-    from llama_fn import ascend, config, config_checks
+    from llama_fn import config, config_checks
+    from llama_fn.ascend import environment
     from llama_fn.errors import UserError
 
     absl_logging.set_verbosity(absl_logging.WARNING)
-    findings = list(ascend.diagnose())
-    print(ascend.missing_text(findings))
+    findings = list(environment.diagnose())
+    print(environment.missing_text(findings))
     if not all(f.found for f in findings):
         sys.exit(1)
     cfg = config.Config()
     cfg = config_checks.resolved(replace(cfg, run=replace(cfg.run, backend="npu"), data=replace(cfg.data, seq_len=128)))
     try:
-        ascend.prepare(cfg.run)
+        environment.prepare(cfg.run)
         npu, cpu = losses(cfg, "npu"), losses(cfg, "cpu")
     except UserError as error:
         print(error)
@@ -42,7 +43,9 @@ def losses(cfg, device: str) -> list[float]:
     """The loss of two steps on made-up tokens."""
     import torch
 
-    from llama_fn import arrays, random, stages, train_step, tree
+    from llama_fn import tree
+    from llama_fn.compiler import stages
+    from llama_fn.model import arrays, random, train_step
 
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
     lowered = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg)).lower()

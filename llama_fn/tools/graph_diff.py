@@ -22,8 +22,8 @@ from typing import Any
 
 from absl import app
 
-from llama_fn.dump_page import INDEX, SUMMARY
 from llama_fn.errors import UserError
+from llama_fn.inspect.pages import INDEX, SUMMARY
 from llama_fn.tools import command
 
 MEMORY = ("argument_bytes", "result_bytes", "peak_bytes", "peak_at")

@@ -7,7 +7,7 @@
 
 Takes train.py's flags. Nothing is allocated and no process group is made. Exit status 0 where the predicted peak fits
 the device's memory, or where the search finds something that does, 1 where not, 2 for wrong input. How the numbers are
-made: llama_fn/plan.py.
+made: llama_fn/planner/plan.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 
 def _start_imports() -> None:
     """Begin what the search's processes take seconds for, once for all of them and while this one does the same."""
-    multiprocessing.set_forkserver_preload(["llama_fn.search"])
+    multiprocessing.set_forkserver_preload(["llama_fn.planner.search"])
     forkserver.ensure_running()
 
 
@@ -39,7 +39,8 @@ def _search(cfg: config.Config, devices: int, device: Any) -> int:
     """Print what fits and what does not; status 0 if anything fits, else 1."""
     from rich.console import Console
 
-    from llama_fn import compat, search
+    from llama_fn import compat
+    from llama_fn.planner import search
 
     with Console(stderr=True).status("") as status:
         tried = search.search(cfg, devices, device, status.update, compat.physical_cores())
@@ -55,7 +56,8 @@ def make_plan(argv: list[str]) -> int:
         check_writable(Path(path))
     if FLAGS.search:
         _start_imports()
-    from llama_fn import hardware, plan, plan_page, report, rungs
+    from llama_fn import hardware
+    from llama_fn.planner import page, plan, report, rungs
 
     if FLAGS.search:
         return _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
@@ -66,7 +68,7 @@ def make_plan(argv: list[str]) -> int:
             json.dump(report.as_json(found), f, indent=1, allow_nan=False)
     if FLAGS.page:
         with atomic(Path(FLAGS.page)) as f:
-            f.write(plan_page.page(found))
+            f.write(page.page(found))
     return 0 if found.fits else 1
 
 

@@ -10,8 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*ROOT.glob("kernels/**/*.py"), *ROOT.glob("sharding/**/*.py"), *ROOT.glob("llama_fn/**/*.py")])
-MATHS = {"model", "optim", "train_step", "transforms"}
-COMPILER = {"stages", "passes", "backends", "cost", "dump", "ir", "compat"}
+# The rooms of llama_fn from the ground up, as in ../docs and DESIGN: each may import those before it.
+FLOORS = (
+    "ground", "compat", "model", "ascend", "distributed", "data", "compiler", "checkpoint", "planner", "inspect", "run",
+    "tools",
+)  # fmt: skip
+GROUND_FILES = 12
 
 
 def imported(path: Path) -> set[str]:
@@ -29,8 +33,23 @@ def floors(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def inside(names: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("llama_fn.")}
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    """ "ground" for what stands in llama_fn itself."""
+    name = [*module.split("."), ""][1]
+    return name if (ROOT / "llama_fn" / name).is_dir() and name else "ground"
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Those of the project's modules that a file imports, wherever in it."""
+    return {name for name in imported(path) if name in MODULES}
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+OURS = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == "llama_fn"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -41,16 +60,40 @@ def test_a_module_imports_only_from_lower_floors(path):
     assert "transformers" not in floors(imported(path))
 
 
+@pytest.mark.parametrize("path", OURS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_from_lower_rooms(path):
+    own = room_of(module_of(path))
+    for name in modules_imported(path):
+        if name.startswith("llama_fn.") and room_of(name) != own:
+            assert FLOORS.index(room_of(name)) < FLOORS.index(own), f"{path}: {name} stands above {own}"
+
+
 def test_maths_and_compiler_do_not_import_each_other():
-    for path in SOURCES:
-        parts = path.relative_to(ROOT).parts
-        if parts[0] != "llama_fn":
-            continue
-        module = parts[1].removesuffix(".py")
-        if module in MATHS:
-            assert not inside(imported(path)) & COMPILER, path
-        if module in COMPILER:
-            assert not inside(imported(path)) & MATHS, path
+    """But for the declarations of arrays, in whose terms the compiler speaks of arguments."""
+    for path in OURS:
+        names = modules_imported(path)
+        if room_of(module_of(path)) == "model":
+            assert not [n for n in names if room_of(n) in ("compiler", "compat") and n.startswith("llama_fn.")], path
+        if room_of(module_of(path)) == "compiler":
+            maths = {n for n in names if room_of(n) == "model" and n.startswith("llama_fn.")}
+            assert maths <= {"llama_fn.model", "llama_fn.model.arrays"}, path
+
+
+def test_no_circle_of_imports():
+    names = {module: modules_imported(path) - {module} for module, path in MODULES.items()}
+    packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    left = {m: {n for n in found if not (n in packages and m.startswith(n + "."))} for m, found in names.items()}
+    while free := [m for m, found in left.items() if not found & set(left)]:
+        for module in free:
+            del left[module]
+    assert not left, f"these import one another: {sorted(left)}"
+
+
+def test_the_ground_is_small_and_rooms_say_what_they_are_for():
+    assert len(list((ROOT / "llama_fn").glob("*.py"))) <= GROUND_FILES
+    for room in FLOORS[1:]:
+        words = ast.get_docstring(ast.parse((ROOT / "llama_fn" / room / "__init__.py").read_text()))
+        assert words and (room in ("compat", "tools") or ("May import" in words and "Read " in words)), room
 
 
 def test_private_torch_symbols_stand_in_compat_only():

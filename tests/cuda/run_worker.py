@@ -20,10 +20,14 @@ import torch  # noqa: E402
 from compile_worker import config_of  # noqa: E402
 
 from kernels.scope import without_numbers  # noqa: E402
-from llama_fn import arrays, cost, ir, profile_table, random, rungs, stages, train_step, tree  # noqa: E402
+from llama_fn import tree  # noqa: E402
+from llama_fn.compiler import cost, ir, stages  # noqa: E402
 from llama_fn.config import Config  # noqa: E402
 from llama_fn.hardware import TABLE  # noqa: E402
-from llama_fn.profiling import Profiler  # noqa: E402
+from llama_fn.inspect import profile_table  # noqa: E402
+from llama_fn.inspect.profiling import Profiler  # noqa: E402
+from llama_fn.model import arrays, random, train_step  # noqa: E402
+from llama_fn.planner import rungs  # noqa: E402
 
 
 def ran(job: dict[str, Any], folder: Path) -> dict[str, Any]:

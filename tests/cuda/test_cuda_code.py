@@ -14,7 +14,7 @@ import pytest
 import torch
 from fetched import Unavailable
 
-from llama_fn.backends import forms
+from llama_fn.compiler.backends import forms
 from llama_fn.errors import UserError
 
 FLASH = "aten._scaled_dot_product_flash_attention.default"

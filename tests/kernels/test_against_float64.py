@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels as k
 from kernels.registry import KERNELS
-from llama_fn.backends import forms
+from llama_fn.compiler.backends import forms
 from sharding import P, constrain
 from sharding.simulate import COLLECTIVES, FUSED
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from llama_fn import stages, tree
+from llama_fn import tree
+from llama_fn.compiler import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("eager", "interpret", "inductor")

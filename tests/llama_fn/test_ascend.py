@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn import ascend, config, config_checks
+from llama_fn import config, config_checks
+from llama_fn.ascend import environment
 from llama_fn.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def test_check_npu_answers_without_one():
 
 def test_the_environment_is_defaulted_and_what_is_set_stays():
     environ = {"TASK_QUEUE_ENABLE": "2"}
-    lines = ascend.set_environment(replace(RUN, deterministic=True), 0, environ)
+    lines = environment.set_environment(replace(RUN, deterministic=True), None, environ)
     assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and environ["TASK_QUEUE_ENABLE"] == "2"
     assert environ["HCCL_EXEC_TIMEOUT"] == "544", "the largest multiple of 68 below --run.timeout_s - 30"
     assert "TASK_QUEUE_ENABLE=2" in lines and "HCCL_DETERMINISTIC=true (default of llama_fn)" in lines
@@ -56,31 +57,35 @@ def test_the_environment_is_defaulted_and_what_is_set_stays():
 )
 def test_a_wrong_environment_is_refused(environ, said):
     with pytest.raises(UserError, match=said):
-        ascend.set_environment(RUN, 0, environ)
+        environment.set_environment(RUN, None, environ)
 
 
-def test_cann_dumps_into_the_folder_of_the_ranks_that_are_asked_for(tmp_path):
-    run = replace(RUN, dump_dir=str(tmp_path), dump_ranks="0, 2")
+def test_cann_dumps_into_the_folder_that_is_given(tmp_path):
     environ: dict[str, str] = {}
-    ascend.set_environment(run, 2, environ)
+    environment.set_environment(RUN, tmp_path / "rank_2" / "ge", environ)
     assert environ["DUMP_GRAPH_PATH"] == str(tmp_path / "rank_2" / "ge") and environ["DUMP_GE_GRAPH"] == "2"
     environ = {}
-    ascend.set_environment(run, 1, environ)
+    environment.set_environment(RUN, None, environ)
     assert "DUMP_GRAPH_PATH" not in environ
-    ascend.set_environment(replace(run, dump_ranks="all"), 1, environ)
-    assert environ["DUMP_GRAPH_PATH"] == str(tmp_path / "rank_1" / "ge")
+
+
+def test_ranks_that_dump_are_those_asked_for():
+    run = replace(RUN, dump_dir="x", dump_ranks="0, 2")
+    assert [rank for rank in range(4) if config_checks.dumps(run, rank)] == [0, 2]
+    assert config_checks.dumps(replace(run, dump_ranks="all"), 1)
+    assert not config_checks.dumps(replace(run, dump_dir=""), 0)
 
 
 def test_local_rank_picks_the_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert ascend.local_device(8) == 3
+    assert environment.local_device(8) == 3
     with pytest.raises(UserError, match="LOCAL_RANK=3, but this machine shows 2 devices"):
-        ascend.local_device(2)
+        environment.local_device(2)
 
 
 def test_the_documented_table_is_the_one_that_is_used():
     page = (ROOT / "docs" / "ascend.md").read_text()
-    for v in ascend.VARIABLES:
+    for v in environment.VARIABLES:
         default = "left alone" if v.default is None else v.default
         assert f"| `{v.name}` | {default} | " in page and f"| {v.meaning} |" in page, v.name
 

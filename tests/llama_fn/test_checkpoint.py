@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fn import train_step, tree
+from llama_fn import tree
 from llama_fn.checkpoint import Checkpointer
 from llama_fn.errors import UserError
+from llama_fn.model import train_step
 
 
 def saved(tmp_path, cfg, state, steps=(1, 2)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn.backends import code_cache
+from llama_fn.compiler.backends import code_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = """

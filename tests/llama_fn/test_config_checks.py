@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from llama_fn import config, train_step
+from llama_fn import config
 from llama_fn.config import Config, each_field, with_values
 from llama_fn.config_checks import check, dump_ranks, profiled, resolved, split_weights, without_effect
 from llama_fn.errors import UserError
 from llama_fn.launch import Launch, launched
+from llama_fn.model import train_step
 
 FIELDS = {name: (field, value) for name, field, value in each_field(Config())}
 NUMBERS = {name: field.metadata.get("bounds") for name, (field, value) in FIELDS.items() if type(value) in (int, float)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llama_fn import ir, passes, stages
-from llama_fn.passes.constants import constants
+from llama_fn.compiler import ir, passes, stages
+from llama_fn.compiler.passes.constants import constants
 from sharding import Mesh
 
 

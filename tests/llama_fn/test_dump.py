@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn import dump, loop, rungs
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig
+from llama_fn.inspect import dump
+from llama_fn.planner import rungs
+from llama_fn.run import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from llama_fn import metrics
-from llama_fn.health import Health
+from llama_fn.run import metrics
+from llama_fn.run.health import Health
 
 NAN, INF = math.nan, math.inf
 
@@ -84,7 +84,9 @@ def test_a_record_is_json_whatever_its_numbers():
 def test_the_step_sees_parameters_that_its_update_ruins(backend, tiny_config, random_batch, fresh_state):
     from dataclasses import replace
 
-    from llama_fn import stages, train_step, tree
+    from llama_fn import tree
+    from llama_fn.compiler import stages
+    from llama_fn.model import train_step
 
     cfg = tiny_config(num_layers=1)
     cfg = replace(cfg, optim=replace(cfg.optim, lr=3.3e38, schedule="constant", weight_decay=1e3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from llama_fn import log_files
+from llama_fn.run import log_files
 
 
 def record(i):

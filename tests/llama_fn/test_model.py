@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama_fn import arrays, model, random, tree
+from llama_fn import tree
 from llama_fn.config import PRESETS, preset
+from llama_fn.model import arrays, llama, random
 
 COUNTS = {
     "llama_7b": 6_738_415_616,
@@ -34,7 +35,7 @@ def test_presets_have_the_published_number_of_parameters(name):
     attention = 2 * m.embed_dim**2 + 2 * m.embed_dim * kv * h
     by_hand = m.num_layers * (attention + 3 * m.embed_dim * m.mlp_dim + 2 * m.embed_dim)
     by_hand += 2 * m.vocab_size * m.embed_dim + m.embed_dim
-    assert arrays.total_size(model.abstract_params(m)) == COUNTS.get(name, by_hand) == by_hand
+    assert arrays.total_size(llama.abstract_params(m)) == COUNTS.get(name, by_hand) == by_hand
 
 
 @pytest.mark.parametrize(
@@ -49,16 +50,16 @@ def test_presets_have_the_published_number_of_parameters(name):
 )
 def test_logits_loss_and_gradients_equal_transformers(change, tmp_path, tiny_config):
     cfg = replace(tiny_config(num_kv_heads=4).model, init_std=0.2, **change)
-    params = arrays.materialize(model.abstract_params(cfg), random.key(3))
+    params = arrays.materialize(llama.abstract_params(cfg), random.key(3))
     params = tree.map(lambda p: p + 0.1 * torch.randn_like(p), params)
     ids = torch.randint(0, cfg.vocab_size, (3, 20))
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def loss_fn(*leaves):
-        return model.nll(model.gather(tree.unflatten(spec, leaves), cfg=cfg), tokens, targets, cfg=cfg).mean()
+        return llama.nll(llama.gather(tree.unflatten(spec, leaves), cfg=cfg), tokens, targets, cfg=cfg).mean()
 
     leaves, spec = tree.flatten(params)
-    logits = model.logits(model.gather(params, cfg=cfg), tokens, cfg=cfg)
+    logits = llama.logits(llama.gather(params, cfg=cfg), tokens, cfg=cfg)
     loss, pull = torch.func.vjp(loss_fn, *leaves)
     grads = dict(zip(tree.paths(params), pull(torch.ones(())), strict=True))
 
@@ -82,9 +83,9 @@ def test_logits_loss_and_gradients_equal_transformers(change, tmp_path, tiny_con
 
 def test_initial_loss_is_log_vocab_plus_half_the_logit_variance():
     cfg = replace(preset("llama_tiny"), init_scaled=False)
-    params = arrays.materialize(model.abstract_params(cfg), random.key(1))
+    params = arrays.materialize(llama.abstract_params(cfg), random.key(1))
     ids = torch.randint(0, cfg.vocab_size, (2, 65))
-    loss = model.nll(model.gather(params, cfg=cfg), ids[:, :-1], ids[:, 1:], cfg=cfg).mean().item()
+    loss = llama.nll(llama.gather(params, cfg=cfg), ids[:, :-1], ids[:, 1:], cfg=cfg).mean().item()
     expected = math.log(cfg.vocab_size) + cfg.embed_dim * cfg.init_std**2 / 2
     assert abs(loss / expected - 1) < 0.02
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fn import plan
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, preset
 from llama_fn.hardware import TABLE
+from llama_fn.planner import plan
 from sharding import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,8 @@ def test_times_follow_from_the_hardware():
 
 @pytest.mark.parametrize(("name", "microbatches"), [("llama_tiny", 1), ("llama_tiny", 2), ("llama_60m", 2)])
 def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_batch, fresh_state):
-    from llama_fn import stages, train_step
+    from llama_fn.compiler import stages
+    from llama_fn.model import train_step
 
     cfg = replace(CFG, model=preset(name), data=replace(CFG.data, microbatches=microbatches))
     found = plan.make(cfg, Mesh(), NPU)
@@ -91,7 +92,7 @@ def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_ba
 )
 def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbatches, often, more):
     """Against the whole graph of 11 layers: its liveness, its FLOPs, its table of collectives."""
-    from llama_fn import rungs
+    from llama_fn.planner import rungs
 
     model = ModelConfig(num_layers=11, embed_dim=512, num_heads=4, num_kv_heads=4, mlp_dim=1024, vocab_size=64)
     cfg = Config(
@@ -110,8 +111,8 @@ def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbat
 @pytest.mark.slow
 def test_every_number_of_a_survey_grows_by_the_same_from_layer_to_layer():
     """What lives at each op included, in three microbatches. With fewer layers told apart at the ends it does not."""
-    from llama_fn import rungs
-    from llama_fn.survey import ENDS, extrapolated, survey
+    from llama_fn.planner import rungs
+    from llama_fn.planner.survey import ENDS, extrapolated, survey
 
     mesh = Mesh.parse("data:2,model:2")
 
@@ -133,9 +134,12 @@ def test_flops_are_those_that_torch_counts():
     """FlopCounterMode over the step in plain operators. It counts attention's whole square, where ours is causal."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from llama_fn import arrays, passes, random, rungs, train_step, tree
-    from llama_fn.backends import forms
-    from llama_fn.passes.expand import expand
+    from llama_fn import tree
+    from llama_fn.compiler import passes
+    from llama_fn.compiler.backends import forms
+    from llama_fn.compiler.passes.expand import expand
+    from llama_fn.model import arrays, random, train_step
+    from llama_fn.planner import rungs
 
     m, d = CFG.model, CFG.data
     ids = torch.randint(0, m.vocab_size, (d.microbatches, d.global_batch_size // d.microbatches, d.seq_len))
@@ -155,7 +159,7 @@ def test_a_fused_head_costs_the_same_with_its_vocabulary_sharded():
 
 def test_the_search_finds_what_fits_and_says_why_not_the_rest(monkeypatch):
     """On a device with room for the state of a device in four, but not for all of it."""
-    from llama_fn import search
+    from llama_fn.planner import search
 
     cfg = replace(CFG, data=replace(CFG.data, microbatches=1), model=replace(CFG.model, num_heads=2, num_kv_heads=2))
     whole = plan.make(cfg, Mesh(), NPU)
@@ -176,7 +180,7 @@ def test_the_search_finds_what_fits_and_says_why_not_the_rest(monkeypatch):
 
 def test_the_search_leaves_out_only_what_cannot_fit(monkeypatch):
     """Against every option of every size planned, on devices with more and more room beside the state."""
-    from llama_fn import search
+    from llama_fn.planner import search
 
     model, traces = replace(CFG.model, num_layers=1), {}
     cfg = replace(CFG, model=model, data=replace(CFG.data, seq_len=512, global_batch_size=8, microbatches=1))
@@ -203,7 +207,7 @@ COUNTERS = 100  # bytes that the scalars of a state take at most
 def test_what_the_search_rejects_untraced_is_too_much(rules):
     """On a device that just holds the planned peak nothing is rejected; on one with a byte less than the state and the
     float32 sum of the gradients, each is named."""
-    from llama_fn import search
+    from llama_fn.planner import search
 
     axes = {"tp_sp": "model:4", "fsdp_tp": "data:2,model:2"}.get(rules, "data:4")
     often = (False, True) if rules != "dp" else (False,)
@@ -223,7 +227,7 @@ def test_what_the_search_rejects_untraced_is_too_much(rules):
 
 
 def test_the_search_cuts_sequences_where_they_are_too_few():
-    from llama_fn import search
+    from llama_fn.planner import search
 
     cfg = replace(CFG, data=replace(CFG.data, global_batch_size=2, microbatches=1))
     meshes = [(f[0].mesh.axes, f[0].mesh.rules) for f in search._families(cfg, 4)]

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from kernels.scope import without_numbers
-from llama_fn import config_checks, cost, ir, plan, profile_table, ranges, rungs, tree
+from llama_fn import config_checks, tree
+from llama_fn.compiler import cost, ir, ranges
 from llama_fn.hardware import TABLE
-from llama_fn.profiling import Profiler
+from llama_fn.inspect import profile_table
+from llama_fn.inspect.profiling import Profiler
+from llama_fn.planner import plan, rungs
 from sharding import Mesh
 
 HARDWARE = TABLE["a100"]

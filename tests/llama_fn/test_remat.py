@@ -11,9 +11,12 @@ import torch
 from torch._functorch.compile_utils import fx_graph_cse
 
 from kernels.registry import of_node
-from llama_fn import cost, ir, rungs, tree
+from llama_fn import tree
+from llama_fn.compiler import cost, ir
+from llama_fn.compiler.passes.remat import recomputed
+from llama_fn.compiler.passes.remat_regions import Remat, regions
 from llama_fn.errors import UserError
-from llama_fn.passes.remat import Remat, recomputed, regions
+from llama_fn.planner import rungs
 from sharding import Mesh
 
 POLICIES = {
@@ -118,7 +121,7 @@ def test_a_pass_that_merges_equal_ops_leaves_what_is_recomputed(traced):
 
 def _without_barriers(gm):
     from kernels.barrier import barrier
-    from llama_fn.passes import copy_graph
+    from llama_fn.compiler.passes import copy_graph
 
     gm = copy_graph(gm)
     for node in ir.calls(gm.graph):
@@ -167,7 +170,7 @@ def test_peak_memory_falls_and_is_predicted(traced, fresh_state, random_batch):
 
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_weights_are_gathered_again_one_layer_ahead(policy, traced, fresh_state, random_batch, monkeypatch):
-    monkeypatch.setattr(sys.modules["llama_fn.passes.regather"], "SMALL", 0)
+    monkeypatch.setattr(sys.modules["llama_fn.compiler.passes.regather"], "SMALL", 0)
     cfg, step = traced()
     mesh = Mesh.parse("data:2")
     plain, again = (step.lower(mesh, "fsdp", ["bucket"], remat=Remat(policy, gathers=g)) for g in (False, True))

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from kernels.scope import named_scope, phase
-from llama_fn import compat, config, rungs, stages, train_step, transforms
-from llama_fn.arrays import ArrayInfo
+from llama_fn import compat, config
+from llama_fn.compiler import stages
+from llama_fn.model import train_step, transforms
+from llama_fn.model.arrays import ArrayInfo
+from llama_fn.planner import rungs
 
 VECTOR = ArrayInfo((4,), torch.float32)
 

@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_fn import config, rungs, stages, train_step
-from llama_fn.arrays import ArrayInfo
+from llama_fn import config
+from llama_fn.compiler import stages
+from llama_fn.model import train_step
+from llama_fn.model.arrays import ArrayInfo
+from llama_fn.planner import rungs
 from sharding import Mesh
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fn import ir, stages, train_step, tree
+from llama_fn import tree
 from llama_fn.compat import cpp_units
+from llama_fn.compiler import ir, stages
 from llama_fn.errors import UserError
+from llama_fn.model import train_step
 from sharding import Mesh
 
 
@@ -130,8 +132,8 @@ def test_predicted_peak_memory_is_what_the_interpreter_measures(tiny_config, ran
 
 
 def test_repeated_layers_are_outlined_and_compute_the_same(tiny_config, random_batch, fresh_state, with_data):
-    from llama_fn import passes
-    from llama_fn.passes.outline import outline
+    from llama_fn.compiler import passes
+    from llama_fn.compiler.passes.outline import outline
 
     cfg = with_data(tiny_config(num_layers=4), microbatches=2)
     lowered = traced_step(cfg).lower()

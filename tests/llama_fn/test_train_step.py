@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_fn import model, optim, train_step, tree
+from llama_fn import tree
 from llama_fn.config import OptimConfig
+from llama_fn.model import llama, optim, train_step
 
 
 def torch_steps(cfg, state, batches):
@@ -28,8 +29,8 @@ def torch_steps(cfg, state, batches):
         for group in adamw.param_groups:
             group["lr"] = lr_by_hand(o, i, cfg.run.steps)
         flat = tree.map(lambda x: x.flatten(0, 1), batch)
-        nll = model.nll(
-            model.gather(tree.unflatten(spec, params), cfg=cfg.model), flat.tokens, flat.targets, cfg=cfg.model
+        nll = llama.nll(
+            llama.gather(tree.unflatten(spec, params), cfg=cfg.model), flat.tokens, flat.targets, cfg=cfg.model
         )
         loss = (nll * flat.loss_mask).sum() / flat.loss_mask.sum()
         adamw.zero_grad()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn import workdir_lock
 from llama_fn.errors import UserError
-from llama_fn.workdir_lock import WorkdirLock
+from llama_fn.run import workdir_lock
+from llama_fn.run.workdir_lock import WorkdirLock
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fn import arrays, random, train_step, tree
-from llama_fn.processes import Processes
-from llama_fn.workdir_lock import WorkdirLock
+from llama_fn import tree
+from llama_fn.distributed.processes import Processes
+from llama_fn.model import arrays, random, train_step
+from llama_fn.run.workdir_lock import WorkdirLock
 from sharding import Mesh, P
 from sharding.simulate import part
 

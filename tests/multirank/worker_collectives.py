@@ -10,7 +10,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from llama_fn import compat, processes
+from llama_fn import compat
+from llama_fn.distributed import processes
 from sharding import Mesh
 
 c10d = torch.ops._c10d_functional

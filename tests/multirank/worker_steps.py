@@ -19,9 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from llama_fn import arrays, processes, random, stages, train_step, tree
+from llama_fn import tree
+from llama_fn.compiler import stages
 from llama_fn.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from llama_fn.distributed import processes
 from llama_fn.errors import UserError
+from llama_fn.model import arrays, random, train_step
 from sharding import Mesh
 
 AXES = {

@@ -25,9 +25,11 @@ import torch
 from absl import app, flags
 from ge_interpreter import GeInterpreter
 
-from llama_fn import config, ir, loop
-from llama_fn.backends import Executable, Program
-from llama_fn.dump import rank_folder
+from llama_fn import config
+from llama_fn.compiler import ir
+from llama_fn.compiler.backends import Executable, Program
+from llama_fn.inspect.dump import rank_folder
+from llama_fn.run import loop
 from sharding.simulate import join, part
 
 MESH, RULES = "model:2", "tp_sp"

@@ -1,6 +1,6 @@
 """Executes dumped GE graphs on the CPU, op by op; the graphs of several ranks in lockstep for the Hcom ops.
 
-Reads what llama_fn/dump.py writes for a rank: the GraphDef as text, and the options with the written inputs.
+Reads what llama_fn/inspect/dump.py writes for a rank: the GraphDef as text, and the options with the written inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import standin
 import torch
 from ge_ops import OPS
 
-from llama_fn import dump
+from llama_fn.inspect import dump
 
 PROTO_DTYPES = {
     "DT_FLOAT": torch.float32, "DT_FLOAT16": torch.float16, "DT_BF16": torch.bfloat16, "DT_INT64": torch.int64,

@@ -7,7 +7,10 @@ import torch
 from ge_interpreter import GeInterpreter
 from jobs import JOBS, config_of
 
-from llama_fn import arrays, dump, random, rungs, train_step, tree
+from llama_fn import tree
+from llama_fn.inspect import dump
+from llama_fn.model import arrays, random, train_step
+from llama_fn.planner import rungs
 from sharding.simulate import join, part
 
 STEPS = 3

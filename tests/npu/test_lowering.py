@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from jobs import DTYPES, JOBS, SHAPES, config_of
 
-from llama_fn import dump, rungs
+from llama_fn.inspect import dump
+from llama_fn.planner import rungs
 
 # Everything that a step may become. What is missing here is not unsupported, it is unexpected.
 POINTWISE = {

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llama_fn import dump
+from llama_fn.inspect import dump
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

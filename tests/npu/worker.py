@@ -7,6 +7,7 @@ A job: {"out": folder, "config": {dotted name: value}, "ranks": [0]}. Writes wha
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -19,11 +20,11 @@ import torch_npu  # noqa: F401
 from jobs import config_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama_fn import rungs
-from llama_fn.backends.npu import compile
-from llama_fn.dump import rank_folder
-from llama_fn.processes import Processes
-from llama_fn.ranges import shares_of
+from llama_fn.compiler.backends.npu import compile
+from llama_fn.compiler.ranges import shares_of
+from llama_fn.distributed.processes import Processes
+from llama_fn.inspect.dump import rank_folder, write_ge
+from llama_fn.planner import rungs
 from sharding import Mesh
 
 
@@ -42,7 +43,8 @@ def lower(job: dict[str, Any]) -> None:
     lowered = rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg))
     for rank in job["ranks"]:
         folder = rank_folder(Path(job["out"]), rank)
-        compiled = lowered.compile(compile, device="npu:0", processes=member(lowered.mesh, rank), dump_to=folder)
+        write = functools.partial(write_ge, folder)
+        compiled = lowered.compile(compile, device="npu:0", processes=member(lowered.mesh, rank), write=write)
         scopes = compiled.executable.scopes
         unnamed = [name for name in re.findall(r"%(MatMul\S*): ", compiled.as_text()) if not shares_of(scopes[name])]
         assert not unnamed, f"a profile could not say which scope these are: {unnamed}"

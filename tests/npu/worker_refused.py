@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch_npu  # noqa: F401
 
-from llama_fn import stages
-from llama_fn.backends.npu import compile
+from llama_fn.compiler import stages
+from llama_fn.compiler.backends.npu import compile
 from llama_fn.errors import UserError
-from llama_fn.transforms import named_scope
+from llama_fn.model.transforms import named_scope
 
 
 def odd(x):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn import stages, train_step
+from llama_fn.compiler import stages
 from llama_fn.config import Config, DataConfig, preset
+from llama_fn.model import train_step
 from sharding import Mesh, table
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -8,9 +8,11 @@ from math import prod
 import pytest
 import torch
 
-from llama_fn import arrays, random, stages, train_step, tree
+from llama_fn import tree
+from llama_fn.compiler import stages
 from llama_fn.config import Config
 from llama_fn.errors import UserError
+from llama_fn.model import arrays, random, train_step
 from sharding import Mesh
 
 AXES = {

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_fn import arrays, random, stages, train_step, tree
+from llama_fn import tree
+from llama_fn.compiler import stages
+from llama_fn.model import arrays, random, train_step
 from sharding import Mesh
 
 

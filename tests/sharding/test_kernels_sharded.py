@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import kernels as k
-from llama_fn import stages, tree
-from llama_fn.arrays import ArrayInfo
+from llama_fn import tree
+from llama_fn.compiler import stages
+from llama_fn.model.arrays import ArrayInfo
 from sharding import Mesh, P, constrain
 from sharding.rules import Rules
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import kernels as k
-from llama_fn import arrays, random, stages, train_step, tree
-from llama_fn.arrays import ArrayInfo
+from llama_fn import tree
+from llama_fn.compiler import stages
 from llama_fn.errors import UserError
+from llama_fn.model import arrays, random, train_step
+from llama_fn.model.arrays import ArrayInfo
 from sharding import Mesh, P, constrain
 from sharding.rules import PRESETS, Rules
 

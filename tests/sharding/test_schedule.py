@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_fn import arrays, ir, random, stages, train_step, tree
+from llama_fn import tree
+from llama_fn.compiler import ir, stages
 from llama_fn.errors import UserError
+from llama_fn.model import arrays, random, train_step
 from sharding import Mesh
 
 MESH = Mesh.parse("data:2,model:2")

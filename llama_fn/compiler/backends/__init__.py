@@ -1,0 +1,83 @@
+"""Backends: a lowered graph becomes something that runs on flat lists of tensors."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernels.registry import of_node
+from llama_fn import compat
+from llama_fn.compiler import cost
+from llama_fn.distributed.processes import Processes
+from llama_fn.errors import UserError, nearest
+from sharding import Mesh, P
+from sharding.simulate import COLLECTIVES, FUSED
+
+BACKENDS = ("eager", "inductor", "interpret", "npu")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a backend compiles: the graph of one device, the mesh, and how arguments and results are sharded over it.
+
+    `weights` are the inputs that stay in the same memory from call to call: parameters and moments.
+    """
+
+    graph_module: torch.fx.GraphModule
+    mesh: Mesh
+    inputs: tuple[P, ...]
+    outputs: tuple[P, ...]
+    output_shapes: tuple[tuple[int, ...], ...]  # global
+    weights: tuple[int, ...] = ()
+
+
+def communication(program: Program, backend: str, processes: Processes | None) -> Mapping[str, Callable[..., Any]]:
+    """How this process runs the graph's collectives, by op name; UserError for a mesh whose other devices have none."""
+    n = program.mesh.size
+    if processes is not None:
+        graph = program.graph_module.graph
+        sending = [n for n in graph.nodes if (r := of_node(n.target)) and (r.name in COLLECTIVES or r.name in FUSED)]
+        used = [a for n in sending for a in n.args[1:3] if isinstance(a, str)]  # a wait names none
+        return compat.collective_forms(processes.groups(used))
+    if n > 1:
+        raise UserError(lonely(program.mesh, backend))
+    return {}
+
+
+def lonely(mesh: Mesh, backend: str) -> str:
+    """What to say of a mesh of several devices in a single process."""
+    return (
+        f"mesh {mesh} has {mesh.size} devices and backend {backend} runs one per process: start it with "
+        f"torchrun --nproc_per_node={mesh.size}, or simulate all of them in this process with --run.backend=interpret"
+    )
+
+
+@dataclass(frozen=True)
+class Executable:
+    """`run(inputs) -> results` that take no donated buffer; donated inputs hold their new values afterwards.
+
+    `text` is the graph that will run, readable, `code` what the backend made of it, where it says; `measured()` gives
+    the memory of the last call where the backend counts it; `scopes` names the range (compiler/ranges.py) of each op by
+    the name that a profiler of the device gives it, where no range surrounds it.
+    """
+
+    run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+    text: str
+    from_cache: bool = False
+    local: bool = False  # arguments and results are this process's parts
+    measured: Callable[[], cost.Memory | None] = lambda: None
+    code: str = ""
+    scopes: Mapping[str, str] = field(default_factory=dict)
+    device: str | None = None
+
+
+def get(name: str) -> Callable[..., Executable]:
+    """The `compile(program, **options)` of a backend, imported on first use."""
+    if name not in BACKENDS:
+        raise UserError(f"backend {name!r} is unknown. {nearest(name, BACKENDS)}")
+    compile_fn: Any = importlib.import_module(f"llama_fn.compiler.backends.{name}").compile
+    return compile_fn

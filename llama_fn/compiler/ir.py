@@ -1,0 +1,113 @@
+"""Reading and printing step graphs: one line per node with shape, scope, phase and source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llama_fn import compat
+from llama_fn.model.arrays import describe
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+def scope_of(node: torch.fx.Node) -> str:
+    return str(compat.labels(node).get("scope", ""))
+
+
+def phase_of(node: torch.fx.Node) -> str:
+    return str(compat.labels(node).get("phase", "forward"))
+
+
+def label(node: torch.fx.Node, like: torch.fx.Node) -> None:
+    """Give `node` the scope, phase and source of another."""
+    node.meta["custom"] = dict(compat.labels(like))
+
+
+def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def output_node(graph: torch.fx.Graph) -> torch.fx.Node:
+    last = next(iter(reversed(graph.nodes)))
+    assert last.op == "output", f"a pass left {last} behind the output"
+    return last
+
+
+def results(graph: torch.fx.Graph) -> list[Any]:
+    """The graph's flat results."""
+    return list(output_node(graph).args[0])  # type: ignore[arg-type]
+
+
+def calls(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function"]
+
+
+def written(graph: torch.fx.Graph) -> list[int]:
+    """Positions of the donated inputs, which the graph overwrites at its end."""
+    targets = {node.args[0] for node in calls(graph) if node.target is torch.ops.aten.copy_.default}
+    return [i for i, node in enumerate(placeholders(graph)) if node in targets]
+
+
+def operands(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The distinct nodes among a node's arguments, in argument order.
+
+    Unlike `Node.all_input_nodes`, whose order changes when an argument is replaced.
+    """
+    found: dict[torch.fx.Node, None] = {}
+    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.setdefault(n))
+    return list(found)
+
+
+def _argument(x: Any) -> str:
+    if isinstance(x, torch.fx.Node):
+        return f"%{x.name}"
+    if isinstance(x, (list, tuple)):
+        return "[" + ", ".join(_argument(item) for item in x) + "]"
+    return repr(x)
+
+
+def _result(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_result(item) for item in value) + ")"
+    return describe(value)
+
+
+def as_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node], str] = lambda _: "") -> str:
+    """The graph, readable and diffable; subgraphs first. `note(node)` is added to a node's line."""
+    lines = []
+    for name, child in gm.named_children():
+        if isinstance(child, torch.fx.GraphModule):
+            lines.append(as_text(child, name, note))
+    lines.append(f"graph {title} {{")
+    for node in gm.graph.nodes:
+        arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+        if node.op == "placeholder":
+            described = f"  %{node.name}: {describe(node.meta.get('val'))} = input {node.meta.get('path', '')}".rstrip()
+            lines.append(described + _aside(note(node)))
+        elif node.op == "output":
+            names = node.meta.get("paths") or [""] * len(node.args[0])
+            for name, value in zip(names, node.args[0], strict=True):
+                lines.append(f"  return {_argument(value)} {name}".rstrip())
+        else:
+            where = compat.labels(node)
+            trail = " ".join(str(where[key]) for key in ("phase", "scope", "source", "note") if where.get(key))
+            call = f"{target_text(node)}({', '.join(arguments)})"
+            lines.append(f"  %{node.name}: {_result(node.meta.get('val'))} = {call}  # {trail}{_aside(note(node))}")
+    return "\n".join([*lines, "}"])
+
+
+def _aside(note: str) -> str:
+    return f"  | {note}" if note else ""
+
+
+def target_text(node: torch.fx.Node) -> str:
+    """What a node calls, by name."""
+    target = node.target
+    return (
+        str(target)
+        if isinstance(target, str) or hasattr(target, "_schema")
+        else getattr(target, "__name__", str(target))
+    )

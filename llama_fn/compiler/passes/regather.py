@@ -1,0 +1,103 @@
+"""Gather weights anew for the backward, so that no whole weight stays in memory from the forward (ZeRO-3).
+
+    gather layers/0 ... forward ... backward of layers/0 reads it
+->
+    gather layers/0 ... forward ... gather layers/0 again, while layers/1 is in its backward ... backward of layers/0
+
+Every part of the step that comes back to a layer gets a gather of its own: its backward, and with several microbatches
+the forward of each after the first. The last layer's backward follows its forward at once and shares. On request
+(Remat.gathers); weights of at most bucket.SMALL bytes stay.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from kernels.barrier import barrier
+from kernels.registry import tensor_bytes
+from llama_fn import compat
+from llama_fn.compiler import ir
+from llama_fn.compiler.passes.bucket import SMALL
+from llama_fn.compiler.passes.remat import RECOMPUTED
+from sharding.collectives import all_gather
+
+_GATHER = re.compile(r"^(?:microbatch/\d+/)?(gather/layers/\d+(?:/|$).*)")
+_LAYER = re.compile(r"^((?:microbatch/\d+/)?)layers/\d+(?=/|$)")
+
+
+def regather(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    if not ctx.remat.gathers:
+        return gm
+    visits = _Visits(gm.graph)
+    for node in ir.calls(gm.graph):
+        if node.target is not all_gather.op or not _GATHER.match(ir.scope_of(node)):
+            continue
+        if tensor_bytes(compat.node_value(node)) > SMALL:
+            _split(gm.graph, node, visits)
+    return gm
+
+
+class _Visits:
+    """The stretches of the graph, each one layer in one phase, in order."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.firsts: list[torch.fx.Node] = []
+        self.number: dict[tuple[str, str], int] = {}
+        for node in ir.calls(graph):
+            key = self._key(node)
+            if key is not None and key not in self.number:
+                self.number[key] = len(self.firsts)
+                self.firsts.append(node)
+
+    @staticmethod
+    def _key(node: torch.fx.Node) -> tuple[str, str] | None:
+        match = _LAYER.match(ir.scope_of(node))
+        return (match.group(), ir.phase_of(node)) if match else None
+
+    def of(self, node: torch.fx.Node) -> int:
+        key = self._key(node)
+        return -1 if key is None else self.number[key]
+
+    def entering(self, visit: int) -> torch.fx.Node:
+        """What a stretch begins with: the activations, or their gradient, that reach its first op."""
+        operands = ir.operands(self.firsts[visit])
+        moving = [x for x in operands if ir.scope_of(x).startswith("microbatch/") and not _GATHER.match(ir.scope_of(x))]
+        return max(moving or operands, key=self.order.__getitem__)
+
+
+def _split(graph: torch.fx.Graph, gather: torch.fx.Node, visits: _Visits) -> None:
+    """Give every visit but the first its own copy of the gather, to be started one visit before."""
+    readers: dict[int, list[torch.fx.Node]] = {}
+    for user in gather.users:
+        readers.setdefault(visits.of(user), []).append(user)
+    if -1 in readers:
+        return
+    source, before = gather, min(readers)
+    for visit in sorted(readers):
+        if visit > before + 1:
+            first = min(readers[visit], key=visits.order.__getitem__)
+            source = _again(graph, gather, first, visits.entering(visit - 1))
+        for reader in readers[visit]:
+            reader.replace_input_with(gather, source)
+        before = visit
+
+
+def _again(
+    graph: torch.fx.Graph, gather: torch.fx.Node, reader: torch.fx.Node, entering: torch.fx.Node
+) -> torch.fx.Node:
+    match, scope = _LAYER.match(ir.scope_of(reader)), _GATHER.match(ir.scope_of(gather))
+    assert match is not None and scope is not None
+    shard: Any = gather.args[0]
+    where = {
+        **compat.labels(gather), "scope": f"{match[1]}{scope[1]}", "phase": ir.phase_of(reader), "note": RECOMPUTED,
+    }  # fmt: skip
+    with graph.inserting_before(reader):
+        held = graph.call_function(barrier.op, (shard, entering))
+        new = graph.call_function(all_gather.op, (held, *gather.args[1:]))
+    for node, like in ((held, shard), (new, gather)):
+        node.meta = {"val": compat.node_value(like), "custom": where}
+    return new

@@ -1,0 +1,29 @@
+"""Give every op a scope.
+
+Ops that the autograd engine makes by itself (sums of several gradients of one value, gradients of plain pointwise
+ops) carry the phase but no scope: they take it from the backward op that produced their latest operand.
+
+    %g = add(%d1, %d2)  # backward   ->   %g = add(%d1, %d2)  # backward layers/3/mlp
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llama_fn.compat import labels
+from llama_fn.compiler import ir
+
+
+def scopes(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in ir.calls(gm.graph):
+        here = {"scope": "", "phase": "forward", "source": "", **labels(node)}
+        engine_made = here["phase"] == "backward" and not here["source"]
+        producers = [n for n in node.all_input_nodes if ir.phase_of(n) == here["phase"] and ir.scope_of(n)]
+        if (engine_made or not here["scope"]) and producers:
+            latest = labels(max(producers, key=order.__getitem__))
+            here |= {key: latest.get(key, "") for key in ("scope", "region")}
+        node.meta["custom"] = {**here, "scope": here["scope"] or "step"}
+    return gm

@@ -1,0 +1,284 @@
+"""The ladder: jit -> trace -> lower -> compile, after JAX's stages.
+
+    jit(step, donate=0)             Wrapped   nothing has happened yet
+      .trace(state, batch)          Traced    global shapes, our own small op set, no mesh
+      .lower(mesh)                  Lowered   the graph of one device
+      .compile("inductor")          Compiled  callable
+
+Each rung is immutable, prints itself (`as_text`) and answers `cost_analysis()` and `memory_analysis()`, or None where
+it cannot. A rung keeps what is above it: `compiled.lowered.traced`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from llama_fn import compat, tree
+from llama_fn.compiler import backends, cost, ir, passes
+from llama_fn.compiler.arguments import name_of, spoil
+from llama_fn.compiler.garbage import uncollected
+from llama_fn.compiler.passes.fuse import report as fusion_report
+from llama_fn.compiler.passes.partition import partition
+from llama_fn.compiler.passes.remat_regions import Remat
+from llama_fn.compiler.resize import resized, without_extent
+from llama_fn.compiler.signature import Signature
+from llama_fn.compiler.tracing import trace
+from llama_fn.errors import UserError, nearest
+from llama_fn.model.arrays import abstract, describe
+from sharding import P, table
+from sharding.mesh import Mesh
+from sharding.rules import PRESETS, Rules
+
+
+def _rules(rules: str | Rules) -> Rules:
+    if isinstance(rules, Rules):
+        return rules
+    if rules not in PRESETS:
+        raise UserError(f"sharding rules {rules!r} are not a preset. {nearest(rules, PRESETS)}")
+    return PRESETS[rules]
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A function that can be traced. Calling it climbs the whole ladder once and keeps the result."""
+
+    fn: Callable[..., Any]
+    donate: tuple[int, ...] = ()
+    max_traces: int = 1
+    backend: str = "inductor"
+    _compiled: list[Compiled] = field(default_factory=list, repr=False)
+    _traces: list[Signature] = field(default_factory=list, repr=False)
+
+    @property
+    def trace_count(self) -> int:
+        return len(self._traces)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+        """Trace with the shapes and dtypes of the arguments, whose leaves are ArrayInfo, tensors, NumPy arrays or
+        numbers.
+
+        ValueError when the function was already traced `max_traces` times: a step that is traced anew in the middle
+        of a run is a bug that costs minutes each time.
+        """
+        name = name_of(self.fn)
+        if len(self._traces) >= self.max_traces:
+            what = f"{name} (traced {self.trace_count} of {self.max_traces} times)"
+            self._traces[-1].leaves(args, kwargs, what)
+            raise ValueError(f"{name} was already traced for these arguments; keep the Traced and reuse it")
+        start = time.perf_counter()
+        gm, signature = trace(self.fn, args, kwargs, self.donate)
+        traced = Traced(name, gm, signature, time.perf_counter() - start)
+        self._traces.append(traced.signature)
+        return traced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._compiled:
+            self._compiled.append(self.trace(*args, **kwargs).lower().compile(self.backend))
+        return self._compiled[0](*args, **kwargs)
+
+
+def jit(fn: Callable[..., Any], donate: int | tuple[int, ...] = (), **options: Any) -> Wrapped:
+    """Wrap a pure function over trees. The k-th donated argument must have the tree of the k-th result, which then
+    lives in the argument's buffers: after the call the old values are gone."""
+    return Wrapped(fn, (donate,) if isinstance(donate, int) else tuple(donate), **options)
+
+
+class _Graph(ABC):
+    """What a rung that is a graph answers."""
+
+    graph_module: torch.fx.GraphModule
+
+    @property
+    @abstractmethod
+    def title(self) -> str: ...
+
+    @property
+    def aliases(self) -> Sequence[tuple[int, int]]:
+        """(input, result) pairs that the graph itself does not yet write into one buffer."""
+        return ()
+
+    def as_text(self) -> str:
+        return ir.as_text(self.graph_module, self.title)
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def cost_analysis(self) -> cost.Cost:
+        return cost.cost_analysis(self.graph_module)
+
+    def memory_analysis(self) -> cost.Memory:
+        return cost.memory_analysis(self.graph_module, self.aliases)
+
+
+@dataclass(frozen=True)
+class Traced(_Graph):
+    """The global graph of a function: no mesh, no device, our op set and plain pointwise aten."""
+
+    name: str
+    graph_module: torch.fx.GraphModule
+    signature: Signature
+    seconds: float
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} traced"
+
+    @property
+    def aliases(self) -> Sequence[tuple[int, int]]:
+        return self.signature.aliases
+
+    @uncollected()
+    def resized(self, *args: Any) -> Traced:
+        """The trace for another batch size, for a tenth of the time that tracing takes.
+
+        ValueError where more than the extent of `batch` axes differs from what was traced, or where an op does not take
+        it.
+        """
+        start = time.perf_counter()
+        leaves, spec = tree.flatten(tuple(args))
+        infos = tuple(abstract(x) for x in leaves)
+        if spec != self.signature.in_spec:
+            raise ValueError(f"{self.name} was traced for arguments of another structure")
+        for path, was, info in zip(self.signature.in_paths, self.signature.in_infos, infos, strict=True):
+            if without_extent(was, "batch") != without_extent(info, "batch"):
+                raise ValueError(
+                    f"{path} differs in more than the batch size: {self.name} was traced for {describe(was)}, given is "
+                    f"{describe(info)}. Trace for it instead"
+                )
+        signature = replace(self.signature, in_infos=infos)
+        gm = resized(self.graph_module, infos)
+        signature.check_donation(ir.results(gm.graph))
+        return Traced(self.name, gm, signature, time.perf_counter() - start)
+
+    @uncollected()
+    def lower(
+        self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False,
+        remat: str | Remat = "none", watch: passes.Watch = passes.unwatched,
+        first: Collection[passes.Pass] = (),
+    ) -> Lowered:  # fmt: skip
+        """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
+
+        `without` names passes of passes.OPTIONAL to leave out; `fuse` asks for passes/fuse.py; `remat` is what layers
+        compute again in the backward, or the policy alone; `watch` sees the graph after partitioning and each pass;
+        `first` are passes of your own, run on the graph of one device before ours (docs/extending.md).
+        UserError where a dimension is not divisible, or an annotation is missing or wrong.
+        """
+        for name in without:
+            if name not in passes.OPTIONAL:
+                raise UserError(f"pass {name!r} cannot be left out. {nearest(name, passes.OPTIONAL)}")
+        mesh, rules = mesh or Mesh(), _rules(rules)
+        start, signature = time.perf_counter(), self.signature
+        parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
+        left_out = {*without, *([] if fuse else ["fuse"])}
+        chosen = [*first, *(each for each in passes.LOWERING if each.__name__ not in left_out)]
+        remat = Remat(remat) if isinstance(remat, str) else remat
+        gm = compat.graph_module(self.graph_module, parts.graph)
+        watch("partitioned", gm)
+        gm = passes.run(chosen, gm, passes.Context(mesh, signature.aliases, remat), watch)
+        taken = {o for _, o in signature.aliases}
+        outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
+        return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Lowered(_Graph):
+    """The graph that one device runs; donated inputs are overwritten at its end.
+
+    `inputs` and `outputs` are the shardings of its arguments and of the results that take no donated buffer.
+    """
+
+    traced: Traced
+    graph_module: torch.fx.GraphModule
+    mesh: Mesh
+    rules: Rules
+    inputs: tuple[P, ...]
+    outputs: tuple[P, ...]
+    seconds: float
+
+    @property
+    def signature(self) -> Signature:
+        return self.traced.signature
+
+    @property
+    def title(self) -> str:
+        return f"{self.traced.name} lowered for {self.mesh}, rules {self.rules.name}"
+
+    def _output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        taken = {o for _, o in self.signature.aliases}
+        results = ir.results(self.traced.graph_module.graph)
+        return tuple(tuple(compat.node_value(r).shape) for o, r in enumerate(results) if o not in taken)
+
+    def collectives(self) -> list[table.Collective]:
+        """What goes over the mesh in one step, and which annotation asked for it."""
+        return table.collectives(self.graph_module.graph)
+
+    def as_text(self) -> str:
+        rows, notes = self.collectives(), fusion_report(self.graph_module.graph)
+        parts = [super().as_text(), table.as_text(rows) if rows else "", *(["\n".join(notes)] if notes else [])]
+        return "\n\n".join(filter(None, parts))
+
+    @cached_property
+    def local_signature(self) -> Signature:
+        """The signature in one device's shapes."""
+        shapes = [tuple(compat.node_value(node).shape) for node in ir.placeholders(self.graph_module.graph)]
+        infos = (replace(i, shape=s) for i, s in zip(self.signature.in_infos, shapes, strict=True))
+        return replace(self.signature, in_infos=tuple(infos))
+
+    def compile(self, backend: str | Callable[..., backends.Executable] = "inductor", **options: Any) -> Compiled:
+        """An executable; `options` are the backend's keyword arguments (see compiler/backends/). A backend is a name or
+        a function of the same form as theirs."""
+        start = time.perf_counter()
+        weights = tuple(i for i, x in enumerate(self.signature.in_infos) if x.axes and "batch" not in x.axes)
+        shapes = self._output_shapes()
+        program = backends.Program(self.graph_module, self.mesh, self.inputs, self.outputs, shapes, weights)
+        make = backends.get(backend) if isinstance(backend, str) else backend
+        executable = make(program, **options)
+        name = backend if isinstance(backend, str) else backend.__name__
+        return Compiled(self, name, executable, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Callable with the trees that were traced. `from_cache`: nothing was compiled, earlier code was loaded."""
+
+    lowered: Lowered
+    backend: str
+    executable: backends.Executable
+    seconds: float
+
+    @property
+    def from_cache(self) -> bool:
+        return self.executable.from_cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's results. Donated arguments are overwritten; where the call is interrupted, by an error or by
+        Ctrl-C, they are refused from then on, as some may hold new values and others old ones."""
+        signature = self.lowered.local_signature if self.executable.local else self.lowered.signature
+        leaves = signature.inputs(args, kwargs, f"compiled {self.lowered.traced.name}", self.executable.device)
+        try:
+            flat = list(self.executable.run(leaves))
+        except BaseException:
+            spoil(leaves[i] for i in signature.overwritten)
+            raise
+        for i, o in signature.aliases:
+            flat.insert(o, leaves[i])
+        return tree.unflatten(signature.out_spec, flat)
+
+    def as_text(self) -> str:
+        return self.executable.text
+
+    __str__ = as_text
+
+    def cost_analysis(self) -> cost.Cost:
+        return self.lowered.cost_analysis()
+
+    def memory_analysis(self) -> cost.Memory | None:
+        """What the backend measured of its last call, or None where it measures nothing."""
+        return self.executable.measured()

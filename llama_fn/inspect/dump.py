@@ -1,0 +1,136 @@
+"""What a run writes about its graphs (--run.dump_dir), and the names of the files.
+
+rank_0/index.html          opens the others; written last: where it is, the dump is complete
+rank_0/NN_NAME.txt         the graph after each stage: traced, partitioned, each pass, as the backend got it
+rank_0/NN_NAME.json        traced and lowered, for Google's model-explorer; overlays NN_NAME.time.json, ...
+rank_0/NN_code.txt         what the backend made of it, where it says
+rank_0/summary.json        ops by scope and phase, collectives, FLOPs, memory: what graph_diff compares
+rank_0/evaluation/         the same for the validation step
+
+Of backend npu besides:
+rank_0/ge_graph.pbtxt      the GraphDef that GE compiles, as text; opens in netron as any protobuf text
+rank_0/ge_graph.txt        the same, a line per op
+rank_0/ge_options.json     torchair's options, the process groups, and which input each result overwrites
+rank_0/ge/                 what CANN writes itself (DUMP_GE_GRAPH)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.registry import tensor_bytes
+from kernels.scope import without_numbers
+from llama_fn import compat
+from llama_fn.compiler import cost, ir, stages
+from llama_fn.compiler.passes.fuse import report as fusion_report
+from llama_fn.compiler.passes.remat import RECOMPUTED
+from llama_fn.files import atomic
+from llama_fn.hardware import TABLE, Hardware
+from llama_fn.inspect import explorer, pages
+from llama_fn.inspect.pages import INDEX, SUMMARY
+
+log = logging.getLogger("llama_fn.dump")
+TRACED, LOWERED, BACKEND, CODE = "traced", "lowered", "backend", "code"
+GE_GRAPH, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.txt", "ge_options.json"
+GE_OWN, EVALUATION = "ge", "evaluation"
+_OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)")
+
+
+def rank_folder(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}"
+
+
+def write_ge(folder: Path, pbtxt: str, options: str, text: str) -> None:
+    """Each file is complete or not there."""
+    for name, content in ((GE_OPTIONS, options), (GE_TEXT, text), (GE_GRAPH, pbtxt)):
+        _write(folder / name, content)
+    log.info("GE graph written to %s", folder)
+
+
+def _write(path: Path, content: str) -> None:
+    with atomic(path) as f:
+        f.write(content)
+
+
+class Record:
+    """Writes the stages of one step into a folder as they come; what an earlier dump left there goes first."""
+
+    def __init__(self, folder: Path, hardware: Hardware | None = None) -> None:
+        """`hardware`: whose peaks the overlay of times takes, an Ascend 910B1's if it is not known."""
+        self.folder, self.count, self.hardware = folder, 0, hardware or TABLE["ascend_910b1"]
+        for old in sorted(folder.glob("*"), key=lambda path: path.name != INDEX):  # the index first
+            if old.name in (INDEX, SUMMARY) or _OURS.fullmatch(old.name):
+                old.unlink()
+
+    def watch(self, traced: stages.Traced) -> Callable[[str, torch.fx.GraphModule], None]:
+        """Record `traced`; what is returned sees the stages of lowering it."""
+        self.graph(TRACED, traced.graph_module)
+        return self.graph
+
+    def graph(self, name: str, gm: torch.fx.GraphModule) -> None:
+        """The next stage, and its JSON if it is one to look at in a browser."""
+        number = f"{self.count:02d}_{name}"
+        self._next(name, ir.as_text(gm, name, note=_costs) + "\n")
+        if name in (TRACED, LOWERED):
+            for ending, content in explorer.files(gm, number, self.hardware).items():
+                _write(self.folder / f"{number}{ending}.json", json.dumps(content))
+
+    def _next(self, name: str, content: str) -> None:
+        _write(self.folder / f"{self.count:02d}_{name}.txt", content)
+        self.count += 1
+
+    def finish(self, lowered: stages.Lowered, compiled: stages.Compiled | None = None) -> None:
+        """The lowered graph, the backend's part, the summary and, at last, the index."""
+        self.graph(LOWERED, lowered.graph_module)
+        if compiled is not None:
+            self._next(BACKEND, compiled.as_text() + "\n")
+            if compiled.executable.code:
+                self._next(CODE, compiled.executable.code)
+        found = summary(lowered)
+        _write(self.folder / SUMMARY, json.dumps(found, indent=1))
+        files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        sizes = {path.name: path.stat().st_size for path in files}
+        _write(self.folder / INDEX, pages.page(lowered.title, found, sizes))
+        log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
+
+
+def _costs(node: torch.fx.Node) -> str:
+    """Bytes of the result, FLOPs and sharding of a node."""
+    if node.op == "output":
+        return ""
+    flops = cost.flops_of(node) if node.op == "call_function" else 0
+    size = 0 if node.op == "call_function" and cost.is_view(node) else tensor_bytes(compat.node_value(node))
+    parts = [f"{size} B" if size else "", f"{flops} FLOP" if flops else "", str(node.meta.get("sharding", ""))]
+    return " ".join(filter(None, parts))
+
+
+def summary(lowered: stages.Lowered) -> dict[str, Any]:
+    """Layers and microbatches are taken together: numbers in scopes are stars."""
+    ops: Counter[tuple[str, str, str]] = Counter()
+    flops: Counter[tuple[str, str, str]] = Counter()
+    for node in ir.calls(lowered.graph_module.graph):
+        if node.target is operator.getitem:
+            continue
+        note = f" {RECOMPUTED}" if compat.labels(node).get("note") == RECOMPUTED else ""
+        key = (without_numbers(ir.scope_of(node)), ir.phase_of(node), ir.target_text(node) + note)
+        ops[key] += 1
+        flops[key] += cost.flops_of(node)
+    names = ("scope", "phase", "op", "count", "flops")
+    return {
+        "title": lowered.title,
+        "ops": [dict(zip(names, (*key, n, flops[key]), strict=True)) for key, n in ops.items()],
+        "collectives": [asdict(row) for row in lowered.collectives()],
+        "fusion": fusion_report(lowered.graph_module.graph),
+        "flops": lowered.cost_analysis().flops,
+        "memory": asdict(lowered.memory_analysis()),
+    }

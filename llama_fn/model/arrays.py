@@ -1,0 +1,109 @@
+"""ArrayInfo: the one declaration of an array, from which init, shardings, checkpoints and memory are tree maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from llama_fn import tree
+from llama_fn.model import random
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+SHORT = {
+    torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
+    torch.int64: "i64", torch.int32: "i32", torch.bool: "bool", torch.uint8: "u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Init:
+    """How an array starts: normal with `std`, or the constant `value` where std is 0."""
+
+    std: float = 0.0
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """Shape, dtype, logical axes (one name or None per dimension) and init of an array that need not exist.
+
+    `table` is the table of the sharding rules that lays it out between steps: params, moments or compute.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axes: tuple[str | None, ...] = ()
+    init: Init = Init()
+    table: str = "params"
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def describe(x: Any) -> str:
+    """f32[2,3] for anything with a shape and a dtype."""
+    if not hasattr(x, "shape"):
+        return repr(x)
+    return f"{SHORT.get(x.dtype, str(x.dtype))}[{','.join(str(s) for s in x.shape)}]"
+
+
+def abstract(x: Any) -> ArrayInfo:
+    """The ArrayInfo of a tensor or of anything that already has a shape and a dtype."""
+    return x if isinstance(x, ArrayInfo) else ArrayInfo(tuple(x.shape), x.dtype)
+
+
+def total_size(infos: Any) -> int:
+    """Number of elements in a tree of ArrayInfo."""
+    return sum(info.size for info in tree.leaves(infos))
+
+
+def total_bytes(infos: Any) -> int:
+    return sum(info.bytes for info in tree.leaves(infos))
+
+
+def materialize(infos: Any, key: random.Key, device: str = "cpu", parts: Sequence[Part] | None = None) -> Any:
+    """Tensors for a tree of ArrayInfo; every leaf draws from `key` folded with its own path, so the values depend
+    neither on the order of the leaves nor on which device or shard asks for them.
+
+    `parts`, one per leaf: only that part of each, which is never whole in memory.
+    """
+    leaves = tree.leaves(infos)
+    parts = parts or [Part(tuple(slice(0, size) for size in info.shape), info.shape) for info in leaves]
+    each = iter(parts)
+
+    def make(path: str, info: ArrayInfo) -> torch.Tensor:
+        part = next(each)
+        if info.init.std:
+            values = random.normal(random.fold_in(key, path), info.shape, info.init.std, info.dtype, part.at)
+        else:
+            values = torch.full([s.stop - s.start for s in part.at], info.init.value, dtype=info.dtype)
+        return part.padded(values).to(device)
+
+    return tree.map_with_path(make, infos)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where in a global array a part lies, and its shape, which padding may make larger."""
+
+    at: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        if tuple(values.shape) == self.shape:
+            return values
+        whole = values.new_zeros(self.shape)
+        whole[tuple(slice(0, size) for size in values.shape)] = values
+        return whole

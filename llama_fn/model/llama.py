@@ -1,0 +1,190 @@
+"""LLaMA (Touvron et al. 2023) as pure functions over stacked layer parameters.
+
+Letters: B batch, T query, S key, D embed, N query heads, K kv heads, H head dim, F mlp, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+import kernels as k
+from kernels import checkpoint_name as name
+from kernels.scope import named_scope, source_line
+from llama_fn import tree
+from llama_fn.config import ModelConfig
+from llama_fn.model.arrays import ArrayInfo, Init
+from llama_fn.model.transforms import remat
+from sharding import P, constrain
+
+Leaf = Any  # a tensor, or its ArrayInfo
+RESIDUAL = P("batch", "seq", "embed")  # between blocks
+BLOCK = P("batch", "full_seq", "embed")  # what a block's first products read
+QUERIES, KEYS = (P("batch", "attn_seq", heads, "head_dim") for heads in ("attn_heads", "attn_kv_heads"))
+
+
+@tree.dataclass
+class Layer:
+    """Parameters of the layers, stacked: every leaf has a leading L dimension."""
+
+    attn_norm: Leaf  # [L, D]
+    wq: Leaf  # [L, D, N, H]
+    wk: Leaf  # [L, D, K, H]
+    wv: Leaf  # [L, D, K, H]
+    wo: Leaf  # [L, N, H, D]
+    mlp_norm: Leaf  # [L, D]
+    w_gate: Leaf  # [L, D, F]
+    w_up: Leaf  # [L, D, F]
+    w_down: Leaf  # [L, F, D]
+
+
+@tree.dataclass
+class Params:
+    """All parameters; lm_head is None where the embedding is tied."""
+
+    embed: Leaf  # [V, D]
+    layers: Any  # a Layer of stacked leaves; after gather() a list of them, one per layer
+    final_norm: Leaf  # [D]
+    lm_head: Leaf  # [V, D]
+
+
+def abstract_params(cfg: ModelConfig) -> Params:
+    """The declaration of every parameter, float32 (float64 to compute in that): shape, logical axes and init (GPT-2's
+    scaled residual init)."""
+    d, n, kv, h, f, v, layers = (
+        cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.mlp_dim, cfg.vocab_size, cfg.num_layers,
+    )  # fmt: skip
+    dtype = torch.float64 if cfg.compute_dtype == "fp64" else torch.float32
+    matrix = Init(std=cfg.init_std)
+    residual = Init(std=cfg.init_std / math.sqrt(2 * layers)) if cfg.init_scaled else matrix
+    one = Init(value=1.0)
+
+    def info(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
+        return ArrayInfo(shape, dtype, axes, init)
+
+    def stacked(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
+        return info((layers, *shape), ("layers", *axes), init)
+
+    return Params(
+        embed=info((v, d), ("vocab", "embed")),
+        layers=Layer(
+            attn_norm=stacked((d,), ("embed",), one),
+            wq=stacked((d, n, h), ("embed", "heads", "head_dim")),
+            wk=stacked((d, kv, h), ("embed", "kv_heads", "head_dim")),
+            wv=stacked((d, kv, h), ("embed", "kv_heads", "head_dim")),
+            wo=stacked((n, h, d), ("heads", "head_dim", "embed"), residual),
+            mlp_norm=stacked((d,), ("embed",), one),
+            w_gate=stacked((d, f), ("embed", "mlp")),
+            w_up=stacked((d, f), ("embed", "mlp")),
+            w_down=stacked((f, d), ("mlp", "embed"), residual),
+        ),
+        final_norm=info((d,), ("embed",), one),
+        lm_head=None if cfg.tie_embeddings else info((v, d), ("vocab", "embed")),
+    )
+
+
+def attention_block(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig) -> torch.Tensor:
+    """x + wo(attention(rope(wq n), rope(wk n), wv n)) with n = rms_norm(x)."""
+    with named_scope("attention"):
+        n_BTD = constrain(k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], BLOCK)
+        q_BTNH = k.rope(constrain(k.einsum("btd,dnh->btnh", n_BTD, p.wq), QUERIES), cos, sin, False)
+        k_BSKH = k.rope(constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wk), KEYS), cos, sin, False)
+        v_BSKH = constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wv), KEYS)
+        q_BTNH, k_BSKH, v_BSKH = (name(x, as_) for x, as_ in ((q_BTNH, "query"), (k_BSKH, "key"), (v_BSKH, "value")))
+        o_BTNH = name(k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5)[0], "context")
+        o_BTNH = constrain(o_BTNH, P("batch", "full_seq", "heads", "head_dim"))
+        return x_BTD + name(constrain(k.einsum("btnh,nhd->btd", o_BTNH, p.wo), RESIDUAL), "out_proj")
+
+
+def mlp_block(p: Layer, x_BTD: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+    """x + w_down(silu(w_gate n) * w_up n) with n = rms_norm(x)."""
+    with named_scope("mlp"):
+        n_BTD = constrain(k.rms_norm(x_BTD, p.mlp_norm, cfg.norm_eps)[0], BLOCK)
+        gate_BTF = name(k.einsum("btd,df->btf", n_BTD, p.w_gate), "gate")
+        h_BTF = k.swiglu(gate_BTF, name(k.einsum("btd,df->btf", n_BTD, p.w_up), "up"))
+        return x_BTD + constrain(k.einsum("btf,fd->btd", h_BTF, p.w_down), RESIDUAL)
+
+
+def _layer(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig) -> torch.Tensor:
+    return mlp_block(p, attention_block(p, x_BTD, cos, sin, cfg=cfg), cfg=cfg)
+
+
+def _annotate(leaves: Any, infos: Any, table: str, drop: int = 0) -> Any:
+    def one(path: str, leaf: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
+        with named_scope(path) if path else nullcontext():
+            return constrain(leaf, P(*info.axes[drop:]), table)
+
+    return tree.map_with_path(one, leaves, infos)
+
+
+def gather(params: Params, *, cfg: ModelConfig) -> Params:
+    """The weights that the model reads: in the compute layout, `layers` a list with one Layer each.
+
+    Every weight is annotated once, so a sharded parameter is gathered once per matrix wherever this is called.
+    """
+    infos = abstract_params(cfg)
+    flat, spec = tree.flatten(params.layers)
+    layers = [tree.unflatten(spec, parts) for parts in zip(*(k.unbind(leaf) for leaf in flat), strict=True)]
+    with named_scope("gather"):
+        rest = _annotate(replace(params, layers=()), replace(infos, layers=()), "compute")
+        with named_scope("layers"):
+            for i, layer in enumerate(layers):
+                with named_scope(str(i)):
+                    layers[i] = _annotate(layer, infos.layers, "compute", drop=1)
+    return replace(rest, layers=layers)
+
+
+def reduce(grads: Params, *, cfg: ModelConfig, dtype: torch.dtype | None) -> Params:
+    """The transpose of :func:`gather`, into the layout of the moments and stacked; summed over devices in `dtype`,
+    None meaning the gradients' own."""
+    infos = abstract_params(cfg)
+    with named_scope("reduce"), source_line():
+        cast = partial(tree.map, lambda g: g.to(dtype or g.dtype))
+        rest = _annotate(cast(replace(grads, layers=())), replace(infos, layers=()), "moments")
+        layers = []
+        with named_scope("layers"):
+            for i, layer in enumerate(grads.layers):
+                with named_scope(str(i)):
+                    layers.append(_annotate(cast(layer), infos.layers, "moments", drop=1))
+            return replace(rest, layers=tree.map(lambda *parts: k.stack(parts), *layers))
+
+
+def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+    """Normed output of the last layer, [B, T, D] in the parameters' dtype, for integer tokens [B, T] and parameters
+    from :func:`gather`."""
+    with named_scope("embed"):
+        cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta)
+        x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)
+    with named_scope("layers"):
+        for i, layer in enumerate(params.layers):
+            with named_scope(str(i)):
+                x_BTD = remat(_layer)(layer, x_BTD, cos, sin, cfg=cfg)
+    with named_scope("final_norm"):
+        return constrain(k.rms_norm(x_BTD, params.final_norm, cfg.norm_eps)[0], BLOCK)
+
+
+def head(params: Params) -> torch.Tensor:
+    return params.embed if params.lm_head is None else params.lm_head
+
+
+def logits(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+    """[B, T, V] in the parameters' dtype."""
+    x_BTD = hidden(params, tokens_BT, cfg=cfg)
+    with named_scope("head"):
+        return k.einsum("btd,vd->btv", x_BTD, head(params))
+
+
+def nll(params: Params, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+    """Negative log-likelihood of each target in nats, [B, T] float32."""
+    if cfg.fused_head:
+        x_BTD = hidden(params, tokens_BT, cfg=cfg)
+        with named_scope("head"):
+            return k.head_cross_entropy(x_BTD, head(params), targets_BT)[0]
+    logits_BTV = logits(params, tokens_BT, cfg=cfg)
+    with named_scope("loss"):
+        return k.cross_entropy(logits_BTV, targets_BT)[0]

@@ -1,0 +1,158 @@
+"""Optimizers as (init, update) pairs over trees, in the manner of optax. Schedules run inside the graph.
+
+`update(updates, state, params, grad_norm=...)` returns (updates, state); only :func:`apply_updates` adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels.rms_norm import wide
+from llama_fn import tree
+from llama_fn.config import Config, OptimConfig
+from llama_fn.model.arrays import ArrayInfo, Init
+from sharding import P, constrain, reshard_as
+
+Schedule = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Optimizer(NamedTuple):
+    """`init` maps a tree of ArrayInfo to the abstract state; `update` is pure."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+def _count() -> ArrayInfo:
+    return ArrayInfo((), torch.float32, ())
+
+
+def _stateless(fn: Callable[..., Any]) -> Optimizer:
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        return fn(updates, params, **extra), state
+
+    return Optimizer(lambda params: (), update)
+
+
+def chain(*parts: Optimizer) -> Optimizer:
+    """Apply the parts in order; the state is the tuple of their states."""
+
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        new = []
+        for part, part_state in zip(parts, state, strict=True):
+            updates, part_state = part.update(updates, part_state, params, **extra)
+            new.append(part_state)
+        return updates, tuple(new)
+
+    return Optimizer(lambda params: tuple(part.init(params) for part in parts), update)
+
+
+def global_norm(grads: Any) -> torch.Tensor:
+    """Euclidean norm over every leaf, float32 scalar (float64 if a leaf is)."""
+    # Each leaf's sum is finished over the mesh axes that shard that leaf, so nothing is counted twice.
+    squares = [constrain(torch.sum(torch.square(wide(g))), P()) for g in tree.leaves(grads)]
+    return torch.sqrt(torch.stack(squares).sum())
+
+
+def clip_by_global_norm(limit: float) -> Optimizer:
+    """Scale all updates by min(1, limit / (norm + 1e-6)) (Pascanu et al. 2013, with torch's epsilon)."""
+
+    def clip(updates: Any, params: Any, grad_norm: torch.Tensor, **extra: Any) -> Any:
+        factor = torch.clamp(limit / (grad_norm + 1e-6), max=1.0)
+        return tree.map(lambda g: g * factor, updates)
+
+    return _stateless(clip)
+
+
+class AdamState(NamedTuple):
+    """First moment, second moment (trees like params) and the number of updates made."""
+
+    mu: Any
+    nu: Any
+    count: Any
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
+    """Adam's direction with bias correction (Kingma and Ba 2015, algorithm 1)."""
+
+    def init(params: Any) -> AdamState:
+        zeros = tree.map(lambda info: replace(info, init=Init(), table="moments"), params)
+        return AdamState(zeros, zeros, _count())
+
+    def update(updates: Any, state: AdamState, params: Any, **extra: Any) -> tuple[Any, AdamState]:
+        count = state.count + 1
+        mu = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = tree.map(lambda v, g: b2 * v + (1 - b2) * (g * g), state.nu, updates)
+        correct1, correct2 = 1 - _power(b1, count), 1 - _power(b2, count)
+        direction = tree.map(lambda m, v: (m / correct1) / (torch.sqrt(v / correct2) + eps), mu, nu)
+        return direction, AdamState(mu, nu, count)
+
+    return Optimizer(init, update)
+
+
+def _power(base: float, exponent: torch.Tensor) -> torch.Tensor:
+    return torch.exp(exponent * math.log(base)) if base > 0 else torch.zeros_like(exponent)
+
+
+def add_decayed_weights(rate: float, mask: Any) -> Optimizer:
+    """Decoupled weight decay (Loshchilov and Hutter 2019) where `mask`, a tree of bool like params, is True."""
+
+    def decay(updates: Any, params: Any, **extra: Any) -> Any:
+        return tree.map(lambda u, p, decayed: u + rate * reshard_as(p, u) if decayed else u, updates, params, mask)
+
+    return _stateless(decay)
+
+
+def matrices(params: Any) -> Any:
+    """The mask of what weight decay applies to: every leaf of ArrayInfo but vectors, stacked or not (the norms)."""
+    return tree.map(lambda info: len([axis for axis in info.axes if axis != "layers"]) > 1, params)
+
+
+def scale_by_schedule(schedule: Schedule) -> Optimizer:
+    """Multiply by -schedule(count), count being 1 in the first update."""
+
+    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        count = state + 1
+        rate = schedule(count)
+        return tree.map(lambda u: -rate * u, updates), count
+
+    return Optimizer(lambda params: _count(), update)
+
+
+def warmup_decay(cfg: OptimConfig, total_steps: int) -> Schedule:
+    """Linear warmup to lr over warmup_steps, then cosine or linear to min_lr at decay_steps, then constant.
+
+    Count i is the i-th update, so it uses lr * i / warmup_steps: the value that Megatron logs at iteration i.
+    """
+    warmup, end = cfg.warmup_steps, max(cfg.decay_steps or total_steps, cfg.warmup_steps + 1)
+
+    def schedule(count: torch.Tensor) -> torch.Tensor:
+        done = torch.clamp((count - warmup) / (end - warmup), 0.0, 1.0)
+        if cfg.schedule == "constant":
+            rate = torch.full_like(count, cfg.lr)
+        else:
+            left = 0.5 * (1 + torch.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - done
+            rate = cfg.min_lr + (cfg.lr - cfg.min_lr) * left
+        return torch.where(count < warmup, cfg.lr * count / warmup, rate) if warmup else rate
+
+    return schedule
+
+
+def adamw(cfg: Config, params: Any) -> tuple[Optimizer, Schedule]:
+    """The optimizer of a training run on parameters declared as `params`, and its schedule for the metrics."""
+    o = cfg.optim
+    schedule = warmup_decay(o, cfg.run.steps)
+    parts = [clip_by_global_norm(o.clip)] if o.clip else []
+    parts += [scale_by_adam(o.b1, o.b2, o.eps)]
+    parts += [add_decayed_weights(o.weight_decay, matrices(params))] if o.weight_decay else []
+    return chain(*parts, scale_by_schedule(schedule)), schedule
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """params + updates, each leaf in the parameter's dtype and sharding."""
+    return tree.map(lambda p, u: p + reshard_as(u.to(p.dtype), p), params, updates)

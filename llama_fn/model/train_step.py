@@ -1,0 +1,218 @@
+"""The pure training step: (state, batch) -> (state, metrics), everything of one iteration in one function.
+
+batch: tokens, targets int64 [M, B, T] and loss_mask float32 [M, B, T] (M microbatches of B samples).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import kernels as k
+from kernels.rms_norm import wide
+from llama_fn import tree
+from llama_fn.config import Config
+from llama_fn.config_checks import check
+from llama_fn.model import llama, optim
+from llama_fn.model.arrays import DTYPES, ArrayInfo, Init
+from llama_fn.model.transforms import accumulate, named_scope, phase, repeated, value_and_grad
+from sharding import P, constrain
+
+MAX_LOSS_SCALE = 2.0**32
+
+
+@tree.dataclass
+class Guard:
+    """What protects a run from non-finite numbers: the fp16 loss scale and the counts of what was refused."""
+
+    loss_scale: Any  # [] float32; 1 and constant unless compute_dtype is fp16
+    good_steps: Any  # [] float32, updates since the scale last changed
+    skipped: Any  # [] float32, iterations without an update so far
+    nan: Any  # [] float32, iterations so far whose loss was not finite, or whose update left parameters that are not
+
+
+@tree.dataclass
+class OptState:
+    chain: Any
+    guard: Guard
+
+
+@tree.dataclass
+class TrainState:
+    """Everything needed to continue, except the position in the data."""
+
+    step: Any  # [] int64, iterations done
+    params: llama.Params
+    opt_state: OptState
+
+
+@tree.dataclass
+class Batch:
+    tokens: Any
+    targets: Any
+    loss_mask: Any
+
+
+def abstract_state(cfg: Config) -> TrainState:
+    """The declaration of the state; its init gives iteration 0. UserError for a cfg that is no configuration."""
+    check(cfg)
+    params = llama.abstract_params(cfg.model)
+    scale = cfg.optim.initial_loss_scale if cfg.model.compute_dtype == "fp16" else 1.0
+    zero = ArrayInfo((), torch.float32)
+    guard = Guard(ArrayInfo((), torch.float32, init=Init(value=scale)), zero, zero, zero)
+    return TrainState(
+        step=ArrayInfo((), torch.int64),
+        params=params,
+        opt_state=OptState(optim.adamw(cfg, params)[0].init(params), guard),
+    )
+
+
+def abstract_batch(cfg: Config) -> Batch:
+    check(cfg)
+    m = cfg.data.microbatches
+    shape = (m, cfg.data.global_batch_size // m, cfg.data.seq_len)
+    axes = (None, "batch", "full_seq")
+    ids = ArrayInfo(shape, torch.int64, axes, table="compute")
+    return Batch(ids, ids, ArrayInfo(shape, torch.float32, axes, table="compute"))
+
+
+def _microbatches(batch: Batch) -> list[Batch]:
+    fields = (k.unbind(batch.tokens), k.unbind(batch.targets), k.unbind(batch.loss_mask))
+    return [Batch(*parts) for parts in zip(*fields, strict=True)]
+
+
+def _loss_sum(weights: llama.Params, batch: Batch, cfg: Config) -> torch.Tensor:
+    nll = llama.nll(weights, batch.tokens, batch.targets, cfg=cfg.model)
+    with named_scope("loss"):
+        return k.weighted_sum(nll, batch.loss_mask)
+
+
+def _tokens(batch: Batch) -> torch.Tensor:
+    return torch.clamp(constrain(batch.loss_mask.sum(), P()), min=1.0)
+
+
+def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, llama.Params]]:
+    """(params in compute dtype, batch, cotangent) -> (loss summed over tokens, gradients in the moments' layout).
+
+    Weights are gathered and gradients reduced once for all microbatches, whose gradients add up unreduced, or, where
+    memory is shorter than bandwidth, for each (optim.reduce_per_microbatch).
+    """
+    grad_fn = value_and_grad(lambda weights, batch: _loss_sum(weights, batch, cfg))
+    dtype = {"fp32": torch.float32, "compute": None}[cfg.optim.reduce_dtype]
+    dtype = None if cfg.model.compute_dtype == "fp64" else dtype
+
+    def gathered(params: llama.Params) -> llama.Params:
+        return llama.gather(params, cfg=cfg.model)
+
+    def reduced(grads: llama.Params) -> llama.Params:
+        with phase("backward"):
+            return llama.reduce(grads, cfg=cfg.model, dtype=dtype)
+
+    def alone(params: llama.Params, part: Batch, cotangent: torch.Tensor) -> tuple[torch.Tensor, llama.Params]:
+        loss, grads = grad_fn(gathered(params), part, cotangent=cotangent)
+        return loss, reduced(grads)
+
+    def gradients(params: llama.Params, batch: Batch, cotangent: torch.Tensor) -> tuple[torch.Tensor, llama.Params]:
+        parts = _microbatches(batch)
+        if cfg.optim.reduce_per_microbatch:
+            return accumulate(alone, params, parts, cotangent=cotangent)
+        loss, grads = accumulate(grad_fn, gathered(params), parts, cotangent=cotangent)
+        return loss, reduced(grads)
+
+    return gradients
+
+
+def _cast(params: llama.Params, cfg: Config) -> llama.Params:
+    with named_scope("cast"):
+        return tree.map(lambda p: p.to(DTYPES[cfg.model.compute_dtype]), params)
+
+
+def next_guard(guard: Guard, ok: torch.Tensor, numbers: torch.Tensor, cfg: Config) -> Guard:
+    """Counts of this iteration added; in fp16 the scale halves on overflow, doubles after a window of good ones."""
+    one = torch.ones_like(guard.skipped)
+    skipped = guard.skipped + torch.where(ok, 0.0 * one, one)
+    nan = guard.nan + torch.where(numbers, 0.0 * one, one)
+    if cfg.model.compute_dtype != "fp16":
+        return Guard(guard.loss_scale, guard.good_steps, skipped, nan)
+    good = torch.where(ok, guard.good_steps + 1, 0.0 * one)
+    grow = good >= cfg.optim.loss_scale_window
+    factor = torch.where(ok, torch.where(grow, 2.0 * one, one), 0.5 * one)
+    scale = torch.clamp(guard.loss_scale * factor, 1.0, MAX_LOSS_SCALE)
+    return Guard(scale, torch.where(grow, 0.0 * one, good), skipped, nan)
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    # isfinite has no NPU lowering; x - x is 0 for finite x and nan otherwise.
+    return (x - x) == 0
+
+
+def _all_finite(params: llama.Params) -> torch.Tensor:
+    """Whether every element is: a sum over inf or nan is one of them, whatever is added. (Elements of 1e30, whose sum
+    may overflow, are as good as lost.)"""
+    return _finite(torch.stack([constrain(torch.sum(wide(p)), P()) for p in tree.leaves(params)]).sum())
+
+
+def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, torch.Tensor]]]:
+    """The step for cfg. An iteration whose loss or gradients are not finite leaves params and moments as they were.
+
+    metrics, all float32 scalars: lm_loss (mean nats per unmasked token), grad_norm (before clipping),
+    learning_rate, loss_scale (used in this step), skipped_iterations and nan_iterations (since iteration 0), and
+    nonfinite_params: 1 where the update itself overflowed, which no later step mends. That is seen and not undone:
+    holding the update back until every leaf is known would take a second copy of the state.
+    UserError for a cfg that is no configuration.
+    """
+    check(cfg)
+    optimizer, schedule = optim.adamw(cfg, llama.abstract_params(cfg.model))
+    gradients = _gradients(cfg)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, torch.Tensor]]:
+        guard = state.opt_state.guard
+        compute_params = _cast(state.params, cfg)
+        with named_scope("loss"):
+            tokens = _tokens(batch)
+            weight = guard.loss_scale / tokens
+        loss_sum, grads = gradients(compute_params, batch, weight)
+        with phase("optimizer"), named_scope("optimizer"):
+            loss = constrain(loss_sum, P()) / tokens
+            grads = tree.map(lambda g: wide(g) / guard.loss_scale, grads)
+            norm = optim.global_norm(grads)
+            loss_ok = _finite(loss)
+            ok = loss_ok & _finite(norm)
+            updates, chain = optimizer.update(grads, state.opt_state.chain, state.params, grad_norm=norm)
+            params = optim.apply_updates(state.params, updates)
+            old = (state.params, state.opt_state.chain)
+            params, chain = tree.map(lambda new, was: torch.where(ok, new, was), (params, chain), old)
+            metrics = {
+                "lm_loss": loss,
+                "grad_norm": norm,
+                # The last leaf of the chain is the schedule's own count of updates made.
+                "learning_rate": schedule(state.opt_state.chain[-1] + 1),
+                "loss_scale": guard.loss_scale,
+            }
+            params_ok = _all_finite(params)
+            guard = next_guard(guard, ok, loss_ok & params_ok, cfg)
+            metrics |= {
+                "skipped_iterations": guard.skipped,
+                "nan_iterations": guard.nan,
+                "nonfinite_params": torch.where(params_ok, torch.zeros_like(guard.nan), torch.ones_like(guard.nan)),
+            }
+            return TrainState(state.step + 1, params, OptState(chain, guard)), metrics
+
+    return step
+
+
+def make_eval_step(cfg: Config) -> Callable[[llama.Params, Batch], torch.Tensor]:
+    """(params, batch) -> mean nats per unmasked token, a float32 scalar."""
+    check(cfg)
+    loss_sum = repeated(lambda weights, part: _loss_sum(weights, part, cfg))
+
+    def step(params: llama.Params, batch: Batch) -> torch.Tensor:
+        weights = llama.gather(_cast(params, cfg), cfg=cfg.model)
+        total = [loss_sum(weights, part) for part in _microbatches(batch)]
+        with named_scope("loss"):
+            return constrain(functools.reduce(torch.add, total), P()) / _tokens(batch)
+
+    return step

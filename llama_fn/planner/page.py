@@ -1,0 +1,115 @@
+"""A plan as one HTML page with plots: memory over the step, roofline, communication by axis. Needs matplotlib."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import defaultdict
+from html import escape
+from typing import Any
+
+from llama_fn.errors import UserError
+from llama_fn.html import document, table
+from llama_fn.planner.plan import Plan
+from llama_fn.planner.report import GB
+
+COLOURS = {"forward": "#2f6fb2", "backward": "#d9731a", "optimizer": "#3f8f4f"}
+BOUNDS = {"compute": "#2f6fb2", "memory": "#d9731a", "communication": "#9b3fa0"}
+
+
+def page(found: Plan) -> str:
+    """UserError without matplotlib."""
+    plt = _pyplot()
+    verdict = "fits" if found.fits else "does not fit"
+    h = found.hardware
+    facts = [
+        ("parameters of the model", found.parameters),
+        ("peak of a device, GB", f"{found.peak_bytes / GB:.1f} of {h.hbm_bytes / GB:.0f}: {verdict}"),
+        ("reached at", found.peak_at),
+        ("parameters, optimizer, gradients, GB", " + ".join(
+            f"{size / GB:.2f}" for size in (found.parameters_bytes, found.optimizer_bytes, found.gradients_bytes))),
+        ("kept for the backward of a microbatch, GB", f"{found.activations_bytes / GB:.2f}"),
+        ("step, s", f"{found.step_time_s:.3f} if sending hides behind computing, {found.step_time_alone_s:.3f} if not"),
+        ("tokens/s of a device, MFU", f"{found.tokens_per_second_per_device:,.0f}, {found.mfu:.3f} when hidden"),
+        ("FLOPs of a device", f"{found.hardware_flops:.4g} in the graph, {found.model_flops:.4g} of the model"),
+    ]  # fmt: skip
+    rows = [
+        (r.count, r.kind, r.axis, r.dtype, r.bytes, round(t.seconds * 1e3, 2), r.phase, r.scope, r.source)
+        for t in found.transfers if (r := t.row)
+    ]  # fmt: skip
+    head = ("count", "kind", "axis", "dtype", "bytes each", "ms in all", "phase", "scope", "source")
+    title = f"{found.cfg.model.preset} on {found.mesh}, rules {found.cfg.mesh.rules}, {h.name}"
+    parts = [
+        table(("what", "predicted"), facts),
+        "<h2>Memory over the step</h2>", _image(plt, _memory, found),
+        "<h2>What takes the time</h2>", _image(plt, _roofline, found),
+        "<h2>Over the wire</h2>", _image(plt, _wires, found) + table(head, rows) if rows else "<p>nothing</p>",
+        f"<p>{escape(h.name)}: {escape(h.source)}</p>",
+    ]  # fmt: skip
+    return document(title, "".join(parts))
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the page has plots, for which matplotlib is missing: pip install 'llama_fn[viz]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _image(plt: Any, draw: Any, found: Plan) -> str:
+    figure, axes = plt.subplots(figsize=(11, 3.6), layout="constrained")
+    draw(axes, found)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img style='max-width:100%' alt='{draw.__name__.strip('_')}' src='data:image/svg+xml;base64,{encoded}'>"
+
+
+def _memory(axes: Any, found: Plan) -> None:
+    heights = [moment.bytes / GB for moment in found.timeline]
+    for phase, colour in COLOURS.items():
+        at = [i for i, moment in enumerate(found.timeline) if moment.phase == phase]
+        axes.bar(at, [heights[i] for i in at], width=1, color=colour, label=phase)
+    rest = (found.parameters_bytes + found.optimizer_bytes) / GB
+    axes.axhline(rest, color="#1d2733", linewidth=0.8, linestyle=":")
+    axes.text(0, rest, " parameters and optimizer", va="bottom", fontsize=8)
+    limit = found.hardware.hbm_bytes / GB
+    if limit < 2.5 * max(heights):
+        axes.axhline(limit, color="#c22", linewidth=1)
+        axes.text(0, limit, f" {found.hardware.name}", va="bottom", fontsize=8, color="#c22")
+    axes.set(
+        xlabel="parts of the step, in order (layers; of many microbatches three)", ylabel="GB", xlim=(-1, len(heights))
+    )
+    axes.legend(frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.15), fontsize=8)
+
+
+def _roofline(axes: Any, found: Plan) -> None:
+    """The scopes that take longest, by what bounds them."""
+    longest = sorted(found.places, key=lambda p: -p.seconds)[:12][::-1]
+    names = [f"{p.scope}, {p.phase}" for p in longest]
+    times = [p.seconds for p in longest]
+    axes.barh(names, times, color=[BOUNDS[p.bound] for p in longest])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xlabel="s at the device's peaks", xlim=(0, None))
+    for bound, colour in BOUNDS.items():
+        axes.bar(0, 0, color=colour, label=f"bound by {bound}")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _wires(axes: Any, found: Plan) -> None:
+    by_kind: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for t in found.transfers:
+        by_kind[t.row.kind][t.row.axis] += t.row.bytes * t.row.count / GB
+    names = sorted({t.row.axis for t in found.transfers})
+    left = dict.fromkeys(names, 0.0)
+    for kind, sizes in by_kind.items():
+        axes.barh(names, [sizes[name] for name in names], left=[left[name] for name in names], label=kind)
+        left = {name: left[name] + sizes[name] for name in names}
+    axes.set(xlabel="GB that a device sends in a step, by mesh axis")
+    axes.legend(frameon=False, fontsize=8)

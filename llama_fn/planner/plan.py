@@ -1,0 +1,199 @@
+"""What a run will take, from its graphs alone: memory, FLOPs, communication and time per device, without a weight.
+
+Times are a roofline: an op takes the larger of its FLOPs over the peak and its bytes over the HBM bandwidth, as if
+alone and perfect, every pointwise op reading and writing memory once (compilers fuse them, so this part is an upper
+bound); a collective takes its bytes over the slowest link that its mesh axes cross.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama_fn.compiler import cost, stages
+from llama_fn.compiler.garbage import uncollected
+from llama_fn.config import Config
+from llama_fn.hardware import Hardware
+from llama_fn.model import arrays, train_step
+from llama_fn.planner import rungs
+from llama_fn.planner.survey import (
+    ENDS,
+    MICROBATCHES,
+    Moment,
+    Survey,
+    collectives,
+    extrapolated,
+    peak,
+    survey,
+    timeline,
+    total,
+)
+from sharding import Mesh, table
+from sharding.collectives import axes_of
+
+Traces = dict[Any, stages.Traced]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One row of the table of collectives with what it costs; `seconds` for all `count` of them."""
+
+    row: table.Collective
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """A scope, its layers and microbatches taken together: what it computes, moves and sends, and seconds at peak."""
+
+    scope: str
+    phase: str
+    flops: int
+    bytes: int
+    math_s: float
+    memory_s: float
+    comms_s: float
+
+    @property
+    def seconds(self) -> float:
+        """If the three hide one another."""
+        return max(self.math_s, self.memory_s, self.comms_s)
+
+    @property
+    def bound(self) -> str:
+        """The largest of the three."""
+        times = {"compute": self.math_s, "memory": self.memory_s, "communication": self.comms_s}
+        return max(times, key=times.__getitem__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per device and step; bytes and FLOPs are counted from the lowered graph of one device, seconds are predicted."""
+
+    cfg: Config
+    mesh: Mesh
+    hardware: Hardware
+    parameters: int  # of the whole model
+    parameters_bytes: int
+    optimizer_bytes: int
+    gradients_bytes: int
+    activations_bytes: int
+    peak_bytes: int
+    peak_at: str
+    timeline: list[Moment]  # the step's parts in their order, of microbatches the first, the last and one between
+    model_flops: float
+    hardware_flops: int
+    compute_s: float
+    comms_s: float
+    transfers: list[Transfer]
+    places: list[Place]
+    seconds: float  # that planning took
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.hardware.hbm_bytes
+
+    @property
+    def step_time_s(self) -> float:
+        """Communication behind computation as far as it goes; step_time_alone_s: one after the other."""
+        return max(self.compute_s, self.comms_s)
+
+    @property
+    def step_time_alone_s(self) -> float:
+        return self.compute_s + self.comms_s
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        return self.cfg.data.global_batch_size * self.cfg.data.seq_len / self.mesh.size / self.step_time_s
+
+    @property
+    def mfu(self) -> float:
+        return self.model_flops / self.step_time_s / self.hardware.peak_flops_per_s
+
+
+@uncollected()
+def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = None, ends: int = ENDS) -> Plan:
+    """Trace and lower cfg's step for `mesh`, with fewer layers and microbatches where these repeat (survey.py);
+    UserError where it cannot be partitioned. `traces` keeps what was traced, for plans that share it; fewer `ends` make
+    smaller graphs, and the peak of some plans inexact."""
+    began = time.perf_counter()
+    traces = {} if traces is None else traces
+    layers, microbatches = cfg.model.num_layers, cfg.data.microbatches
+    repeats = layers > 2 * ends + 1 and cfg.mesh.remat != "budget"  # which keeps values in some layers only
+    sizes = (2 * ends, 2 * ends + 1) if repeats else (layers,)
+    lowered = [_lowered(_small(cfg, n, min(microbatches, MICROBATCHES)), mesh, traces) for n in sizes]
+    surveys = [survey(each, hardware, microbatches, ends) for each in lowered]
+    found = extrapolated(surveys[0], surveys[1], layers - 2 * ends) if repeats else surveys[0]
+    arguments = {key[1]: round(size) for key, size in found.items() if key[0] == "argument"}
+    infos = dict(zip(lowered[0].signature.in_paths, lowered[0].signature.in_infos, strict=True))
+    temporary, peak_at = peak(found)
+    transfers = _transfers(found, mesh, hardware)
+    tokens = cfg.data.global_batch_size * cfg.data.seq_len
+    return Plan(
+        cfg, mesh, hardware,
+        parameters=arrays.total_size(train_step.abstract_state(cfg).params),
+        parameters_bytes=sum(size for path, size in arguments.items() if path.startswith("state.params")),
+        optimizer_bytes=sum(size for path, size in arguments.items() if path.startswith("state.opt_state")),
+        # Laid out as either moment, in their dtype.
+        gradients_bytes=sum(size for path, size in arguments.items() if infos[path].table == "moments") // 2,
+        activations_bytes=round(found[("saved",)]),
+        peak_bytes=sum(arguments.values()) + round(temporary), peak_at=peak_at,
+        timeline=timeline(found, sum(arguments.values()), layers, ends),
+        model_flops=cost.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens / mesh.size,
+        hardware_flops=round(total(found, "flops")),
+        compute_s=total(found, "seconds"),
+        comms_s=sum(t.seconds for t in transfers),
+        transfers=transfers, places=_places(found, hardware, transfers), seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _small(cfg: Config, layers: int, microbatches: int) -> Config:
+    """cfg with fewer layers and microbatches, of the same size."""
+    size = cfg.data.global_batch_size // cfg.data.microbatches
+    data = replace(cfg.data, microbatches=microbatches, global_batch_size=microbatches * size)
+    return replace(cfg, model=replace(cfg.model, num_layers=layers), data=data)
+
+
+def _lowered(cfg: Config, mesh: Mesh, traces: Traces) -> stages.Lowered:
+    key = (cfg.model, replace(cfg.data, global_batch_size=0), cfg.optim)
+    sized = (*key, cfg.data.global_batch_size)
+    if key not in traces:
+        traces[key] = traces[sized] = rungs.train(cfg)
+    if sized not in traces:
+        traces[sized] = traces[key].resized(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    return rungs.lower(traces[sized], cfg, mesh)
+
+
+def places_of(lowered: stages.Lowered, hardware: Hardware) -> list[Place]:
+    """What every scope of a whole step computes, moves and sends."""
+    found = survey(lowered, hardware, 1)
+    return _places(found, hardware, _transfers(found, lowered.mesh, hardware))
+
+
+def bandwidth(axes: str, mesh: Mesh, hardware: Hardware) -> float:
+    """Bytes/s of the slowest link among devices that differ along `axes`, ranks filling machine after machine."""
+    group = mesh.groups(axes_of(axes))[0]
+    inside = max(group) - min(group) < hardware.per_machine and mesh.size > 1
+    return hardware.link_bytes_per_s if inside else hardware.network_bytes_per_s
+
+
+def _transfers(found: Survey, mesh: Mesh, hardware: Hardware) -> list[Transfer]:
+    rows = collectives(found)
+    return [Transfer(row, row.bytes * row.count / bandwidth(row.axis, mesh, hardware)) for row in rows]
+
+
+def _places(found: Survey, hardware: Hardware, transfers: Sequence[Transfer]) -> list[Place]:
+    """In the order of the step."""
+    comms: dict[tuple[str, str], float] = defaultdict(float)
+    for t in transfers:
+        comms[t.row.scope, t.row.phase] += t.seconds
+    places = []
+    for key, flops in found.items():
+        if key[0] == "flops":
+            moved = found["moved", *key[1:]]
+            math_s, memory_s = flops / hardware.peak_flops_per_s, moved / hardware.hbm_bytes_per_s
+            places.append(Place(key[1], key[2], round(flops), round(moved), math_s, memory_s, comms[key[1:]]))
+    return places

@@ -1,0 +1,37 @@
+"""From a Config to the rungs of its ladder."""
+
+from __future__ import annotations
+
+from llama_fn.compiler import passes, stages
+from llama_fn.compiler.passes.remat_regions import Remat
+from llama_fn.config import Config
+from llama_fn.errors import UserError
+from llama_fn.model import train_step
+from sharding import Mesh
+
+
+def mesh(cfg: Config) -> Mesh:
+    try:
+        return Mesh.parse(cfg.mesh.axes)
+    except ValueError as error:
+        raise UserError(f"--mesh.axes={cfg.mesh.axes}: {error}") from None
+
+
+def train(cfg: Config) -> stages.Traced:
+    """The training step, its state donated."""
+    wrapped = stages.jit(train_step.make_train_step(cfg), donate=0)
+    return wrapped.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+
+
+def evaluation(cfg: Config) -> stages.Traced:
+    state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
+    return stages.jit(train_step.make_eval_step(cfg)).trace(state.params, batch)
+
+
+def lower(traced: stages.Traced, cfg: Config, mesh: Mesh, watch: passes.Watch = passes.unwatched) -> stages.Lowered:
+    """`traced` for one device of `mesh`, as cfg's mesh section says; UserError where it cannot be partitioned."""
+    m = cfg.mesh
+    names = tuple(name.strip() for name in m.remat_names.split(",") if name.strip())
+    remat = Remat(m.remat, names, int(m.remat_gb * 1e9), m.regather)
+    without = [name for name in m.without.split(",") if name]
+    return traced.lower(mesh, m.rules, without, m.fuse, remat, watch)

@@ -1,0 +1,181 @@
+"""What a lowered step costs, as named numbers, and the same of a larger model from two smaller ones.
+
+Layers repeat, so every number of a step grows linearly with their count once the first and last are told apart, and
+microbatches after the second are alike. A survey is a dict from key to number:
+
+    ("argument", path)                bytes of an input
+    ("flops" | "moved" | "seconds", scope, phase)     layers and microbatches taken together
+    ("count" | "sent", *row, i)       of the i-th collective in such a row
+    ("saved",)                        bytes that one microbatch keeps from its forward to its backward
+    ("live", *place, i)               bytes of temporaries that live at the i-th op of a place
+
+`extrapolated` is exact; tests/llama_fn/test_plan.py compares it with surveys of whole steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.registry import tensor_bytes
+from kernels.scope import without_numbers
+from llama_fn.compat import node_value
+from llama_fn.compiler import cost, ir, stages
+from llama_fn.hardware import Hardware
+from sharding import table
+
+Survey = dict[tuple[Any, ...], float]
+ENDS = 4  # layers at either end that are told apart: a reduction over two axes is done three layers later
+MICROBATCHES = 3  # the first, the last, and one that stands for all between
+_MIDDLE = "microbatch/1/"
+_LAYER = re.compile(r"(?:^|/)layers/(-?\d+)(?=/|$)")
+
+
+def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int, ends: int = ENDS) -> Survey:
+    """`microbatches`: how many the step has; from MICROBATCHES on, `lowered` is of as many. `ends` layers at either end
+    are told apart."""
+    graph = lowered.graph_module.graph
+    found: Survey = defaultdict(float)
+    layers = lowered.signature.in_infos[_stacked(lowered)].shape[0]
+    for path, node in zip(lowered.signature.in_paths, ir.placeholders(graph), strict=True):
+        times = microbatches / min(microbatches, MICROBATCHES) if path.startswith("batch.") else 1
+        found["argument", path] = tensor_bytes(node_value(node)) * times
+    rows: dict[tuple[Any, ...], Counter[int]] = defaultdict(Counter)
+    for node in ir.calls(graph):
+        scope, times = ir.scope_of(node), microbatches - 2 if _alike(node, microbatches) else 1
+        place = (without_numbers(scope), ir.phase_of(node))
+        flops, moved = cost.flops_of(node), cost.moved(node)
+        for name, number in (("flops", flops), ("moved", moved), ("seconds", seconds(flops, moved, hardware))):
+            found[name, *place] += times * number
+        row = table.row_of(node)
+        if row is not None:
+            rows[row.phase, row.scope, row.kind, row.axis, row.dtype, row.source][row.bytes] += times
+    for key, sizes in rows.items():
+        for i, (size, count) in enumerate(sorted(sizes.items())):
+            found["count", *key, i], found["sent", *key, i] = count, size
+    found[("saved",)] = _saved(graph)
+    ordinals: Counter[tuple[Any, ...]] = Counter()
+    for node, live in zip(ir.calls(graph), cost.live_bytes(lowered.graph_module), strict=True):
+        if cost.is_view(node):
+            continue
+        at = place_of(node, layers, ends)
+        found["live", *at, ordinals[at]] = live
+        ordinals[at] += 1
+    return dict(found)
+
+
+def _stacked(lowered: stages.Lowered) -> int:
+    """An input with the layers in its first dimension."""
+    return next(i for i, info in enumerate(lowered.signature.in_infos) if info.axes[:1] == ("layers",))
+
+
+def _alike(node: torch.fx.Node, microbatches: int) -> bool:
+    return microbatches > MICROBATCHES and ir.scope_of(node).startswith(_MIDDLE)
+
+
+def place_of(node: torch.fx.Node, layers: int, ends: int) -> tuple[str, str, int | None, str]:
+    """Phase, scope, layer counted from the nearer end (the last is -1; None in the middle or outside), and target."""
+    scope, layer = ir.scope_of(node), None
+    match = _LAYER.search(scope)
+    if match:
+        index = int(match[1])
+        layer = index if index < ends else index - layers if index >= layers - ends else None
+        scope = f"{scope[: match.start(1)]}{'*' if layer is None else layer}{scope[match.end(1) :]}"
+    return ir.phase_of(node), scope, layer, str(node.target)
+
+
+def extrapolated(small: Survey, larger: Survey, steps: int) -> Survey:
+    """`larger` has one layer more than `small`, which has 2 x ends; the result has `steps` more than `small`."""
+    odd = [key for key in small.keys() ^ larger.keys() if key in small or key[0] != "live" or "/*" not in key[2]]
+    assert not odd, f"not of one structure: {odd[:3]}"
+    return {key: number + steps * (larger[key] - number) for key, number in small.items()}
+
+
+def total(found: Survey, kind: str) -> float:
+    return sum(number for key, number in found.items() if key[0] == kind)
+
+
+def peak(found: Survey) -> tuple[float, str]:
+    """Bytes of temporaries at the most, and where: op and scope."""
+    live = {key: number for key, number in found.items() if key[0] == "live"}
+    if not live:
+        return 0.0, ""
+    at = max(live, key=live.__getitem__)
+    return live[at], f"{at[4]} in {at[2]}"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The most that lives in one part of the step: a layer of a microbatch in one phase, or what stands between."""
+
+    phase: str
+    part: str
+    bytes: int
+
+
+def timeline(found: Survey, base: int, layers: int, ends: int) -> list[Moment]:
+    """The step's parts in their order, `base` bytes being there all the time; layers between the ends in a straight
+    line from the one before to the one after, as what they keep grows by the same from each to the next."""
+    parts: dict[tuple[str, str], float] = {}
+    for key, live in found.items():
+        if key[0] == "live":
+            at = (key[1], _part(key[2]))
+            parts[at] = max(parts.get(at, 0.0), live)
+    moments: list[Moment] = []
+    for (phase, part), live in parts.items():
+        before = moments[-1] if moments else None
+        missing = layers - 2 * ends if f"layers/{ends - 1}" in part and phase == "backward" else 0
+        missing = layers - 2 * ends if f"layers/{-ends}" in part and phase == "forward" else missing
+        for i in range(1, missing + 1) if before else ():
+            height = before.bytes + (base + live - before.bytes) * i / (missing + 1)  # type: ignore[union-attr]
+            moments.append(Moment(phase, _LAYER.sub("/layers/*", part), round(height)))
+        moments.append(Moment(phase, part, round(base + live)))
+    return moments
+
+
+def _part(scope: str) -> str:
+    """microbatch/0/layers/3 of microbatch/0/layers/3/mlp; the first name of what is in no layer."""
+    match = re.match(r"(?:microbatch/\d+/)?layers/-?\d+", scope)
+    return match.group() if match else re.sub(r"(?<=[a-z])/.*", "", re.sub(r"^microbatch/\d+/", "", scope))
+
+
+def collectives(found: Mapping[tuple[Any, ...], float]) -> list[table.Collective]:
+    """In the order of their first appearance."""
+    rows = []
+    for key, count in found.items():
+        if key[0] == "count":
+            phase, scope, kind, axis, dtype, source, _ = key[1:]
+            size = round(found["sent", *key[1:]])
+            rows.append(table.Collective(phase, scope, kind, axis, dtype, size, source, round(count)))
+    return rows
+
+
+def seconds(flops: float, moved: float, hardware: Hardware) -> float:
+    """The larger of an op's FLOPs over the peak and its bytes over the bandwidth of HBM."""
+    return max(flops / hardware.peak_flops_per_s, moved / hardware.hbm_bytes_per_s)
+
+
+def _saved(graph: torch.fx.Graph) -> int:
+    """Bytes that the first microbatch makes in its forward and reads in its backward, gathered and cast weights
+    apart."""
+    kept = {
+        node
+        for node in ir.calls(graph)
+        if ir.phase_of(node) == "forward" and ir.scope_of(node).startswith("microbatch/0/")
+        if "/gather/" not in ir.scope_of(node) and not cost.is_view(node)
+        if any(ir.phase_of(user) == "backward" for user in _readers(node))
+    }
+    return sum(tensor_bytes(node_value(node)) for node in kept)
+
+
+def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Users, those of views of the value included."""
+    found = []
+    for user in node.users:
+        found += _readers(user) if cost.is_view(user) and ir.phase_of(user) == "forward" else [user]
+    return found

@@ -1,0 +1,255 @@
+"""The imperative part of a run, read top to bottom: prepare, compile, restore or begin, then step, log, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama_fn.checkpoint import Found, Store
+from llama_fn.compiler import stages
+from llama_fn.config import Config
+from llama_fn.config_checks import profiled, resolved
+from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.prepare import Parts, open_parts
+from llama_fn.distributed import processes
+from llama_fn.distributed.processes import Processes, by_chief
+from llama_fn.hardware import Hardware
+from llama_fn.inspect.profiling import Profiler
+from llama_fn.launch import launched
+from llama_fn.model import train_step
+from llama_fn.planner import rungs
+from llama_fn.run import health, metrics, prepare, resume, runtime
+from llama_fn.run.display import Display
+from llama_fn.run.workdir_lock import WorkdirLock
+from llama_fn.signals import Interrupted, StopRequest, exit_status
+from sharding import Mesh
+
+log = logging.getLogger("llama_fn.loop")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, once everything is prepared; only the first process of several writes and displays."""
+
+    step: stages.Compiled
+    evaluate: stages.Compiled | None
+    place: prepare.Place
+    batches: BatchIterator
+    validation: list[train_step.Batch]
+    data: Parts
+    store: Store
+    writer: metrics.Writer | None
+    display: Display | None
+    stop: StopRequest
+    hardware: Hardware | None
+    processes: Processes | None
+    profiler: Profiler
+    health: health.Health
+    mesh: Mesh
+
+    def stopping(self) -> int:
+        """The signal that asks to stop; that of any process, so that all stop after the same step."""
+        return self.stop.signal if self.processes is None else self.processes.any(self.stop.signal)
+
+    def save(self, cfg: Config, iteration: int, state: train_step.TrainState) -> None:
+        if self.writer is not None:
+            self.writer.sync()
+        meta = resume.meta(cfg, self.mesh, self.batches, self.data)
+        self.store.save(iteration, state, meta, self.step.lowered.inputs)
+
+
+def run(cfg: Config, flags_text: str = "", backend: prepare.Backend | None = None) -> int:
+    """Train as cfg says, resuming what the work folder holds. Returns the exit status (docs/stopping.md).
+
+    `backend`: what compiles the steps instead of the one that cfg names. UserError for wrong input, Interrupted for a
+    signal before the first step.
+    """
+    cfg, launch = resolved(cfg), launched()
+    mesh = rungs.mesh(cfg)
+    runtime.log_to_terminal(None, quiet=launch.rank != 0)
+    prepare.check_machine(cfg, launch.world)
+    hardware = runtime.setup(cfg.run)
+    if cfg.run.compile_only:
+        prepare.compile_only(cfg, mesh, hardware)
+        return 0
+    prepare.refuse_lonely(cfg, mesh, launch.world)
+    with ExitStack() as held:
+        members = processes.start(mesh, cfg.run.device, cfg.run.timeout_s)
+        if members is not None:
+            held.callback(members.close)
+        stop = held.enter_context(_stoppable())
+        workdir = Path(cfg.run.workdir)
+        by_chief(members, lambda: held.enter_context(_locked(workdir)) and None)
+        store = Store(cfg, workdir / "checkpoints", members)
+        found = store.find(lambda found: resume.refuse_changes(cfg, found))
+        load = lambda: open_parts(cfg, workdir)  # noqa: E731
+        data = load() if members is None else members.in_turn(load)
+        return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, found, data)
+
+
+@contextmanager
+def _stoppable() -> Iterator[StopRequest]:
+    stop = StopRequest().install()
+    try:
+        yield stop
+    except Interrupted:
+        stop.leave()
+        raise
+    finally:
+        stop.remove()
+
+
+@contextmanager
+def _locked(workdir: Path) -> Iterator[WorkdirLock]:
+    prepare.make_writable(workdir)
+    lock = WorkdirLock(workdir).acquire()
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _run(
+    cfg: Config, flags_text: str, backend: prepare.Backend | None, mesh: Mesh, hardware: Hardware | None,
+    members: Processes | None, stop: StopRequest, store: Store, found: Found | None, data: Parts,
+) -> int:  # fmt: skip
+    """The rest of `run`, once it is known what there is."""
+    chief, workdir = members is None or members.chief, Path(cfg.run.workdir)
+    if found is not None:
+        resume.refuse_other_data(cfg, found, data)
+        resume.warn_of_other_digits(cfg, mesh, found)
+    start, consumed, tokens = resume.starting_point(found)
+    samples = data.train_samples(cfg, consumed, max(0, cfg.run.steps - start))
+    if chief:
+        resume.save_flags(workdir, cfg, flags_text)
+    step, evaluate = prepare.compile(cfg, mesh, members, data.valid is not None, backend)
+    if members is not None:
+        members.all_reached("compiled")
+    _, state = resume.restore_or_begin(cfg, store, found, step.lowered)
+    place = prepare.Place(cfg, step, members)
+    with ExitStack() as held:
+        batches = prepare.iterator(cfg, samples, place, consumed, tokens)
+        held.callback(batches.close)
+        validation = prepare.validation_batches(cfg, data.valid_samples(cfg), place)
+        display = Display(cfg.run.steps, start) if chief else None
+        runtime.log_to_terminal(display.console if display else None, quiet=not chief)
+        if (steps := profiled(cfg)) and steps.stop - 1 <= start:
+            log.warning("--run.profile_steps=%s lies before iteration %d, from which this run goes on: nothing is "
+                        "profiled", cfg.run.profile_steps, start)  # fmt: skip
+        writer = metrics.Writer(cfg, workdir, start) if chief else None
+        profiler = Profiler(cfg, 0 if members is None else members.rank, step, hardware)
+        for part in (writer, display, profiler):
+            if part is not None:
+                held.callback(part.close)
+        held.callback(store.settle)
+        watch = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
+        run = Run(
+            step, evaluate, place, batches, validation, data, store, writer, display, stop, hardware, members, profiler,
+            watch, mesh,
+        )  # fmt: skip
+        if display:
+            display.start()
+        stop.train()
+        status = _train(cfg, start, state, run)
+        if members is not None:
+            members.barrier()
+        return status
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An iteration whose metrics are not looked at yet, so that a device never waits for a log line."""
+
+    iteration: int
+    values: dict[str, torch.Tensor]
+    seconds: float
+    consumed: dict[str, int]
+
+
+def _train(cfg: Config, start: int, state: train_step.TrainState, run: Run) -> int:
+    """The loop. Batch n + 1 is prepared in a thread while step n runs; the metrics of step n - 1 are written after
+    step n has been started."""
+    pending: _Pending | None = None
+
+    def look(now: bool = False) -> None:
+        """Write the metrics that are pending, if they are to be logged; `now`: they are needed in any case."""
+        nonlocal pending
+        if pending is None:
+            return
+        logged = pending.iteration % cfg.run.log_every == 0 or pending.iteration == cfg.run.steps
+        if logged or now:
+            numbers = {name: value.item() for name, value in pending.values.items()}
+            run.health.observe(pending.iteration, numbers)
+            if logged and run.writer is not None and run.display is not None:
+                row = metrics.record(
+                    cfg, pending.iteration, numbers, pending.seconds, run.hardware, pending.consumed
+                )  # fmt: skip
+                run.display.record(row, run.writer.write(row))
+        pending = None
+
+    iteration, began, signal, saved, due = start, time.perf_counter(), 0, start, False
+    while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
+        batch, consumed = run.place(next(run.batches)), run.batches.state()
+        if run.processes is not None:
+            run.processes.watch.begin(iteration)
+        run.profiler.before(iteration + 1)
+        state, values = run.step(state, batch)
+        iteration += 1
+        look()
+        if iteration == start + 1 and (memory := runtime.memory_text(cfg.run.device)):
+            log.info("after the first step: %s", memory)
+        ended = time.perf_counter()
+        pending, began = _Pending(iteration, values, ended - began, consumed), ended
+        if run.profiler.after(iteration):  # which takes a while to write what it has
+            began = time.perf_counter()
+        if run.evaluate is not None and iteration % cfg.run.eval_every == 0:
+            look()
+            _validate(run.evaluate, iteration, state, run)
+            began = time.perf_counter()
+        # Behind the validation: a later process goes on after this iteration, and would not make it up.
+        due |= iteration % cfg.run.checkpoint_every == 0 or iteration == cfg.run.steps
+        if due:
+            look(now=True)
+            if run.health.may_save:
+                run.save(cfg, iteration, state)
+                saved, due = iteration, False
+    look(now=True)
+    if signal and iteration > saved and run.health.may_save:
+        run.save(cfg, iteration, state)
+        saved = iteration
+    run.store.close()
+    return _ended(cfg, iteration, saved, signal, run)
+
+
+def _validate(evaluate: stages.Compiled, iteration: int, state: train_step.TrainState, run: Run) -> None:
+    losses = [evaluate(state.params, batch).item() for batch in run.validation]
+    if run.writer is not None:
+        log.info("%s", run.writer.validation(iteration, sum(losses) / len(losses)))
+
+
+def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> int:
+    """Say how the run ended; returns its exit status."""
+    where = run.store.folder / str(saved) if saved else "none"
+    why = run.health.verdict
+    if not why and not run.health.may_save:  # every one of them was worth nothing
+        why = f"the run ended in {run.health.streak} skipped iterations"
+    if why:
+        log.error(
+            "stopped at iteration %d: %s. Later iterations would not mend it, so none is saved; the last good "
+            "checkpoint is %s. Go on from it with another --optim.lr or other data (--run.accept_changes)",
+            iteration, why, where,
+        )  # fmt: skip
+        return health.STATUS
+    if signal:
+        what = f"saved iteration {iteration} in {where}" if iteration else "nothing to save yet"
+        log.info("stopped: %s; the same command goes on from there", what)
+        return exit_status(signal)
+    memory = runtime.memory_text(cfg.run.device)
+    log.info("done: %d iterations, checkpoint %s%s", iteration, where, f"; {memory}" if memory else "")
+    return 0

@@ -1,0 +1,158 @@
+"""Names, units and destinations of a run's numbers: train.log, metrics.jsonl, TensorBoard, the terminal.
+
+metrics.jsonl is the source of truth: one object per logged iteration, each value that JSON has no number for null and
+named in `nonfinite`. skipped_iterations and nan_iterations count since iteration 0. train.log has the same iterations
+in Megatron's format, and a line per validation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_fn.compiler import cost
+from llama_fn.config import Config, flat
+from llama_fn.errors import UserError
+from llama_fn.hardware import Hardware
+from llama_fn.run.log_files import keep_lines, keep_records, set_aside
+from sharding import Mesh
+
+log = logging.getLogger("llama_fn.metrics")
+LINE = (
+    " iteration {iteration:8d}/{steps:8d} | consumed samples: {consumed_samples:12d} |"
+    " consumed tokens: {consumed_tokens:12d} | elapsed time per iteration (ms): {step_time_ms:.1f} |"
+    " learning rate: {learning_rate:.3E} | global batch size: {global_batch_size:5d} | lm loss: {lm_loss:.6E} |"
+    " loss scale: {loss_scale:.1f} | grad norm: {grad_norm:.3f} | actual seqlen: {seq_len:5d} |"
+    " number of skipped iterations: {skipped_iterations:3d} | number of nan iterations: {nan_iterations:3d} |"
+    " samples per second: {samples_per_second:.3f} | TFLOPs: {tflops_hardware:.2f} |"
+)
+
+
+def record(
+    cfg: Config,
+    iteration: int,
+    values: Mapping[str, float],
+    seconds: float,
+    hw: Hardware | None,
+    consumed: Mapping[str, int],
+) -> dict[str, Any]:
+    """The numbers of one iteration. `consumed`: samples and tokens so far, as the iterator counted them.
+
+    tokens_per_second is that of all devices, tflops_hardware
+    AscendSpeed's count per device, mfu a device's model FLOPs against its peak, None where the peak is unknown."""
+    d, m = cfg.data, cfg.model
+    tokens = d.global_batch_size * d.seq_len
+    per_s = tokens / seconds
+    flops = cost.hardware_flops_per_token(m, d.seq_len, cfg.mesh.remat == "full")
+    on_one = per_s / Mesh.parse(cfg.mesh.axes).size
+    return {
+        "iteration": iteration,
+        "consumed_samples": consumed["consumed_samples"],
+        "consumed_tokens": consumed["consumed_tokens"],
+        "lm_loss": values["lm_loss"],
+        "learning_rate": values["learning_rate"],
+        "grad_norm": values["grad_norm"],
+        "loss_scale": values["loss_scale"],
+        "skipped_iterations": int(values["skipped_iterations"]),
+        "nan_iterations": int(values["nan_iterations"]),
+        "nonfinite_params": int(values["nonfinite_params"]),
+        "step_time_ms": seconds * 1e3,
+        "tokens_per_second": per_s,
+        "tflops_hardware": flops * on_one / 1e12,
+        "mfu": None if hw is None else cost.model_flops_per_token(m, d.seq_len) * on_one / hw.peak_flops_per_s,
+    }
+
+
+def line(cfg: Config, row: Mapping[str, Any]) -> str:
+    """The Megatron line of one record."""
+    size = cfg.data.global_batch_size
+    return LINE.format(
+        **row, steps=cfg.run.steps, global_batch_size=size, seq_len=cfg.data.seq_len,
+        samples_per_second=size / row["step_time_ms"] * 1e3,
+    )  # fmt: skip
+
+
+def as_json(row: Mapping[str, Any]) -> str:
+    """A record as JSON, which has no nan and no inf: null, and `nonfinite` says which it is."""
+    odd = {name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps({**row, **dict.fromkeys(odd), "nonfinite": odd}, allow_nan=False)
+
+
+class Writer:
+    """Writes records to every destination. After a resume at iteration `start`, what an earlier process wrote of later
+    iterations is dropped first, as it comes again; a run that begins at 0 sets the logs of an older one aside."""
+
+    def __init__(self, cfg: Config, workdir: Path, start: int) -> None:
+        self.cfg = cfg
+        self.path = workdir / "metrics.jsonl"
+        log_path = workdir / "train.log"
+        if start:
+            keep_records(self.path, start)
+            keep_lines(log_path, start)
+        else:
+            set_aside([self.path, log_path])
+        self.jsonl = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.text = open(log_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.board: Any = None
+        self.wandb: Any = _wandb(cfg, workdir)
+        if cfg.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+    def note(self, text: str) -> None:
+        """A line of train.log that is not a record."""
+        self.text.write(text + "\n")
+
+    def write(self, row: Mapping[str, Any]) -> str:
+        text = line(self.cfg, row)
+        self.jsonl.write(as_json(row) + "\n")
+        self.text.write(text + "\n")
+        for name, value in row.items() if self.board else ():
+            if value is not None and name != "iteration":
+                self.board.add_scalar(f"train/{name}", value, row["iteration"])
+        if self.wandb:
+            self.wandb.log(dict(row), step=row["iteration"])
+        return text
+
+    def validation(self, iteration: int, loss: float) -> str:
+        text = (
+            f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |"
+        )
+        self.note(text)
+        if self.board:
+            self.board.add_scalar("validation/lm_loss", loss, iteration)
+        return text
+
+    def sync(self) -> None:
+        """Until the logs are on disk: before a checkpoint, from which a later process goes on behind them."""
+        for f in (self.jsonl, self.text):
+            f.flush()
+            os.fsync(f.fileno())
+
+    def close(self) -> None:
+        for f in (self.jsonl, self.text, self.board):
+            if f is not None:
+                f.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _wandb(cfg: Config, workdir: Path) -> Any:
+    """A Weights & Biases run, or None. The one thing here that may use the network, and only when asked."""
+    if not cfg.run.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--run.wandb needs the package wandb: pip install 'llama_fn[wandb]'") from None
+    return wandb.init(project=cfg.run.wandb, dir=str(workdir), config=flat(cfg), resume="allow")
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 20.0))

@@ -1,0 +1,117 @@
+"""Going on from a checkpoint: what it must have been made with, and where to begin without one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_fn import config
+from llama_fn.checkpoint import Found, Store
+from llama_fn.compiler.stages import Lowered
+from llama_fn.config import Config
+from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.prepare import Parts
+from llama_fn.errors import UserError
+from llama_fn.files import atomic
+from llama_fn.hardware import total_bytes
+from llama_fn.launch import launched
+from llama_fn.model import arrays, random
+from sharding import Mesh
+
+log = logging.getLogger("llama_fn.resume")
+
+
+def meta(cfg: Config, mesh: Mesh, batches: BatchIterator, data: Parts) -> dict[str, Any]:
+    """What a checkpoint says besides the state."""
+    return {
+        "iterator": batches.state(),
+        "config": config.flat(cfg, "saved"),
+        "data": data.data.fingerprint,
+        "arithmetic": _arithmetic(cfg, mesh),
+    }
+
+
+def _arithmetic(cfg: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the last digits of sums depend on beside the flags."""
+    return {"device": cfg.run.device.split(":")[0], "threads": torch.get_num_threads(), "mesh": str(mesh)}
+
+
+def refuse_changes(cfg: Config, found: Found) -> None:
+    """UserError when a checkpoint was made with flags that give other numbers."""
+    saved = found.meta["config"]
+    changed = {
+        name: (saved.get(name), value)
+        for name, value in config.flat(cfg, "numbers").items()
+        if saved.get(name) != value
+    }
+    if changed and not cfg.run.accept_changes:
+        lines = [f"  --{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items()]
+        raise UserError(
+            f"--run.workdir={cfg.run.workdir} holds iteration {found.step} of a run with other flags:\n"
+            + "\n".join(lines) + "\nGoing on would give other numbers. Restore the flags, name another "
+            "--run.workdir, or accept the change, this once, with --run.accept_changes"
+        )  # fmt: skip
+
+
+def refuse_other_data(cfg: Config, found: Found, data: Parts) -> None:
+    """UserError when a checkpoint was made with data that held other tokens."""
+    was, now = found.meta["data"], data.data.fingerprint
+    if was != now and not cfg.run.accept_changes:
+        told = "{sequences} documents, {tokens} tokens, CRC-32 {index_crc32:x}".format_map
+        raise UserError(
+            f"--data.path={cfg.data.path} is not the data that iteration {found.step} of {cfg.run.workdir} "
+            f"was trained on ({told(was)}; now {told(now)}). Bring it back, name another --run.workdir, or accept the "
+            "change, this once, with --run.accept_changes"
+        )
+
+
+def warn_of_other_digits(cfg: Config, mesh: Mesh, found: Found) -> None:
+    """A word where sums will be done in another order, which is allowed, and not bitwise the same."""
+    was: Mapping[str, Any] = found.meta["arithmetic"]
+    now = _arithmetic(cfg, mesh)
+    changed = [f"{name} {was[name]} before, {now[name]} now" for name in now if was[name] != now[name]]
+    if changed:
+        log.warning("the last digits of the numbers will differ from an uninterrupted run's: %s", "; ".join(changed))
+
+
+def restore_or_begin(cfg: Config, store: Store, found: Found | None, lowered: Lowered) -> tuple[int, Any]:
+    """(iteration, state)."""
+    if found is None:
+        log.info("beginning at iteration 0 with seed %d", cfg.run.seed)
+        parts = store.parts(lowered.inputs)
+        return 0, arrays.materialize(store.infos, random.key(cfg.run.seed), cfg.run.device, parts)
+    state = store.restore(found, lowered.inputs)
+    log.info("resuming from iteration %d of %s", found.step, store.folder)
+    return found.step, state
+
+
+def refuse_too_large(cfg: Config, lowered: Lowered) -> None:
+    """UserError where the state alone is more than this machine's memory, before anything is compiled for it."""
+    needed, memory = lowered.memory_analysis().argument_bytes * launched().local_world, total_bytes()
+    if cfg.run.backend == "interpret":
+        needed *= lowered.mesh.size
+    if cfg.run.device.startswith("cpu") and needed > memory:
+        raise UserError(
+            f"parameters, moments and batch take {needed / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB: "
+            "choose a smaller --model.preset, or more machines (python -m llama_fn.tools.plan says how many)"
+        )
+
+
+def save_flags(workdir: Path, cfg: Config, flags_text: str) -> None:
+    with atomic(workdir / "config.json") as f:
+        json.dump(config.flat(cfg, "saved"), f, indent=1)
+    with atomic(workdir / "flags.txt") as f:
+        f.write(flags_text)
+
+
+def starting_point(found: Found | None) -> tuple[int, int, int]:
+    """Iterations done, samples and tokens consumed."""
+    if found is None:
+        return 0, 0, 0
+    position = found.meta["iterator"]
+    return found.step, position["consumed_samples"], position["consumed_tokens"]
