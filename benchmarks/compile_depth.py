@@ -17,8 +17,9 @@ CODE = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-from llama_fn import stages, train_step
+from llama_fn.compiler import stages
 from llama_fn.config import Config, preset
+from llama_fn.model import train_step
 cfg = Config(model=replace(preset("llama_tiny"), num_layers=int(sys.argv[1]), compute_dtype=sys.argv[3]))
 start = time.perf_counter()
 args = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)

@@ -7,7 +7,6 @@ differentiable op remembers its place and reopens it (:func:`backward_of`).
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +25,6 @@ class Place:
     phase: str = "forward"
     source: str = ""
     region: str = ""
-
-
-def without_numbers(path: str) -> str:
-    """layers/*/mlp of layers/3/mlp: layers, and microbatches, taken together."""
-    return re.sub(r"\b\d+\b", "*", path)
 
 
 _TOP = Place()

@@ -142,6 +142,11 @@ class MeshConfig:
         "sharded weights: gather them again for the backward instead of keeping them whole from the forward",
         False,
     )
+    replicated: str = opt(
+        "",
+        "mesh axes whose devices are copies of one another on purpose, comma-separated; all others must shard",
+        False,
+    )
     rules: str = opt(
         "fsdp_tp", "sharding rules: dp, zero1, fsdp, tp_sp, fsdp_tp or fsdp_tp_ulysses (docs/sharding.md)", False
     )

@@ -59,7 +59,7 @@ print("\n".join(words))
 sums = [row for row in bad.collectives() if row.kind == "all_reduce" and row.axis == "model"]
 asked = {row.source for row in sums if row.scope.startswith("microbatch/*/layers")}
 print("asked for in", sorted(asked))
-assert any("all_reduce over model" in line for line in words) and all("model.py" in source for source in asked)
+assert any("all_reduce over model" in line for line in words) and all("llama.py" in source for source in asked)
 
 # %% [markdown]
 # Fixed: the graph is the one from before, which a test can hold on to.

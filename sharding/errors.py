@@ -10,7 +10,7 @@ class ShardingError(ValueError):
 
 
 def where(node: Any) -> str:
-    """ "einsum in layers/3/mlp, backward (model.py:98)" for a traced node."""
+    """ "einsum in layers/3/mlp, backward (llama.py:98)" for a traced node."""
     labels = node.meta.get("custom", {})
     name = str(node.target).removeprefix("llama_fn.").removesuffix(".default")
     phase = labels.get("phase", "forward")

@@ -22,6 +22,7 @@ import torch
 from kernels.registry import KERNELS, Kernel, of_node
 from kernels.vocab_parallel import FINISHED, SHARDED_VOCABULARY
 from sharding import propagate, reshard
+from sharding.checks import Names
 from sharding.collectives import all_reduce, axes_text, axis_index, own_slice, reduce_scatter
 from sharding.errors import ShardingError, local_shape, where
 from sharding.mesh import Mesh
@@ -53,19 +54,26 @@ class _Partitioner:
         self.new: dict[torch.fx.Node, torch.fx.Node] = {}
         self.layouts: dict[torch.fx.Node, Any] = {}  # P, or a list of them for several results
         self.values = Values.of(next(iter(gm.graph.nodes)).meta["val"])
+        self.names = Names(mesh, rules, ())
         self.at: Any = None  # the traced node that is being carried over
 
     def run(self, inputs: Sequence[tuple[tuple[str | None, ...], str]]) -> Partitioned:
         places = iter(inputs)
+        self.names = Names(self.mesh, self.rules, (axis for axes, _ in inputs for axis in axes if axis))
         for node in self.source.graph.nodes:
             self.at = node
             if node.op == "placeholder":
                 self._placeholder(node, *next(places))
             elif node.op == "output":
                 outputs = self._output(node)
+                continue
             else:
                 self.new[node], self.layouts[node] = self._call(node)
                 self.new[node].meta["sharding"] = _spec_text(self.layouts[node])
+            layouts = self.layouts[node]
+            for layout in layouts if isinstance(layouts, list) else [layouts]:
+                self.names.layout(layout)
+        self.names.finish()
         given = tuple(self.layouts[n] for n in self.source.graph.nodes if n.op == "placeholder")
         return Partitioned(self.graph, given, outputs)
 
@@ -100,6 +108,7 @@ class _Partitioner:
         if record.name == "constrain":
             x, spec, table = node.args
             axes = tuple(None if a == "-" else a for a in str(spec).split(",")) if spec else ()
+            self.names.annotation(axes, where(node))
             target = self.rules.layout(axes, str(table), self.mesh)
             what = f"{_origin(x)}{where(node)}"
             local_shape(tuple(x.meta["val"].shape), target, self.mesh, what, table != "compute")  # type: ignore[union-attr]

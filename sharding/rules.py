@@ -22,12 +22,14 @@ TABLES = ("params", "moments", "compute")
 
 @dataclass(frozen=True)
 class Rules:
-    """Three tables from logical axis to mesh axes, outermost first."""
+    """Three tables from logical axis to mesh axes, outermost first. `replicated`: mesh axes whose devices are meant to
+    be copies of one another."""
 
     name: str
     params: Table
     moments: Table
     compute: Table
+    replicated: tuple[str, ...] = ()
 
     def layout(self, axes: tuple[str | None, ...], table: str, mesh: Mesh) -> P:
         """The sharding over `mesh` of a tensor with these logical axes; ValueError if a mesh axis is used twice."""
@@ -42,7 +44,8 @@ class Rules:
 
 DATA = ("node", "data")
 _HEADS = {"heads": ("model",), "kv_heads": ("model",), "mlp": ("model",), "vocab": ("model",)}
-_DP_COMPUTE = {"batch": DATA}
+_WHOLE: Table = {"attn_seq": (), "head_dim": (), "layers": ()}  # named so that annotations may say it: whole
+_DP_COMPUTE = {"batch": DATA, **_WHOLE}
 _TP_COMPUTE = {
     **_DP_COMPUTE, **_HEADS, "seq": ("model",), "attn_heads": ("model",), "attn_kv_heads": ("model",),
 }  # fmt: skip

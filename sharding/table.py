@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kernels.registry import of_node
-from kernels.scope import without_numbers
+from kernels.scope_names import without_numbers
 from sharding.collectives import communicates, sent_bytes
 from sharding.fused import UNFUSED, sent
 

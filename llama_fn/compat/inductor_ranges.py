@@ -1,7 +1,7 @@
 """Inductor's generated code says which part of the program each kernel is, for profiles.
 
 Before every kernel call inductor writes a comment with the kernel's origin if told to track provenance. Here the
-comment becomes a call of llama_fn.ranges, so the ranges are part of the code, of what is kept on disk too.
+comment becomes a call of llama_fn.compiler.ranges, so the ranges are part of the code, of what is kept on disk too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def ranges_in_code(title: Title, text: str) -> Iterator[None]:
 
     def write_header(self: Any) -> None:
         header(self)
-        self.imports.splice("from llama_fn.ranges import RANGES as _ranges\n")
+        self.imports.splice("from llama_fn.compiler.ranges import RANGES as _ranges\n")
 
     def codegen_invoke_subgraph(self: Any, call: Any) -> None:
         where = labels(_called(call))

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from kernels.scope_names import Scope, layer, parse
 from llama_fn import compat
 from llama_fn.model.arrays import describe
 
+log = logging.getLogger("llama_fn.ir")
+LARGE = 300  # ops of a graph that ought to have layers: one layer with its backward and its part of AdamW has as many
 PHASES = ("forward", "backward", "optimizer")
 
 
 def scope_of(node: torch.fx.Node) -> str:
     return str(compat.labels(node).get("scope", ""))
+
+
+def place_of(node: torch.fx.Node) -> Scope:
+    """Its scope, taken apart."""
+    return parse(scope_of(node))
+
+
+def warn_without_layers(graph: torch.fx.Graph, reader: str, cost: str) -> None:
+    """Say that `reader`, which looks for numbered layers, finds none in a graph that is large enough to have some."""
+    nodes = calls(graph)
+    if len(nodes) >= LARGE and not any(place_of(node).is_layer for node in nodes):
+        log.warning(
+            "%s finds no layer in this graph of %d ops, so %s. It looks for scopes of a name and a number, such as "
+            "%s: name each layer of the model with kernels.scope_names.layer(i)", reader, len(nodes), cost, layer(0),
+        )  # fmt: skip
 
 
 def phase_of(node: torch.fx.Node) -> str:

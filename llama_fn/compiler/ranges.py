@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kernels.scope import without_numbers
+from kernels.scope_names import without_numbers
 from llama_fn.compiler import cost, ir
 
 Key = tuple[str, str]  # scope and phase, layers and microbatches taken together

@@ -37,7 +37,8 @@ from sharding.mesh import Mesh
 from sharding.rules import PRESETS, Rules
 
 
-def _rules(rules: str | Rules) -> Rules:
+def rules_named(rules: str | Rules) -> Rules:
+    """The preset of a name, or the rules themselves; UserError for an unknown name."""
     if isinstance(rules, Rules):
         return rules
     if rules not in PRESETS:
@@ -173,7 +174,7 @@ class Traced(_Graph):
         for name in without:
             if name not in passes.OPTIONAL:
                 raise UserError(f"pass {name!r} cannot be left out. {nearest(name, passes.OPTIONAL)}")
-        mesh, rules = mesh or Mesh(), _rules(rules)
+        mesh, rules = mesh or Mesh(), rules_named(rules)
         start, signature = time.perf_counter(), self.signature
         parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
         left_out = {*without, *([] if fuse else ["fuse"])}

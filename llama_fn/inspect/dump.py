@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from kernels.registry import tensor_bytes
-from kernels.scope import without_numbers
+from kernels.scope_names import without_numbers
 from llama_fn import compat
 from llama_fn.compiler import cost, ir, stages
 from llama_fn.compiler.passes.fuse import report as fusion_report

@@ -16,6 +16,7 @@ import torch
 import kernels as k
 from kernels import checkpoint_name as name
 from kernels.scope import named_scope, source_line
+from kernels.scope_names import GATHER, LAYERS, REDUCE, layer
 from llama_fn import tree
 from llama_fn.config import ModelConfig
 from llama_fn.model.arrays import ArrayInfo, Init
@@ -130,12 +131,11 @@ def gather(params: Params, *, cfg: ModelConfig) -> Params:
     infos = abstract_params(cfg)
     flat, spec = tree.flatten(params.layers)
     layers = [tree.unflatten(spec, parts) for parts in zip(*(k.unbind(leaf) for leaf in flat), strict=True)]
-    with named_scope("gather"):
+    with named_scope(GATHER):
         rest = _annotate(replace(params, layers=()), replace(infos, layers=()), "compute")
-        with named_scope("layers"):
-            for i, layer in enumerate(layers):
-                with named_scope(str(i)):
-                    layers[i] = _annotate(layer, infos.layers, "compute", drop=1)
+        for i, weights in enumerate(layers):
+            with named_scope(layer(i)):
+                layers[i] = _annotate(weights, infos.layers, "compute", drop=1)
     return replace(rest, layers=layers)
 
 
@@ -143,14 +143,14 @@ def reduce(grads: Params, *, cfg: ModelConfig, dtype: torch.dtype | None) -> Par
     """The transpose of :func:`gather`, into the layout of the moments and stacked; summed over devices in `dtype`,
     None meaning the gradients' own."""
     infos = abstract_params(cfg)
-    with named_scope("reduce"), source_line():
+    with named_scope(REDUCE), source_line():
         cast = partial(tree.map, lambda g: g.to(dtype or g.dtype))
         rest = _annotate(cast(replace(grads, layers=())), replace(infos, layers=()), "moments")
         layers = []
-        with named_scope("layers"):
-            for i, layer in enumerate(grads.layers):
-                with named_scope(str(i)):
-                    layers.append(_annotate(cast(layer), infos.layers, "moments", drop=1))
+        for i, gradients in enumerate(grads.layers):
+            with named_scope(layer(i)):
+                layers.append(_annotate(cast(gradients), infos.layers, "moments", drop=1))
+        with named_scope(LAYERS):
             return replace(rest, layers=tree.map(lambda *parts: k.stack(parts), *layers))
 
 
@@ -160,10 +160,9 @@ def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torc
     with named_scope("embed"):
         cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta)
         x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)
-    with named_scope("layers"):
-        for i, layer in enumerate(params.layers):
-            with named_scope(str(i)):
-                x_BTD = remat(_layer)(layer, x_BTD, cos, sin, cfg=cfg)
+    for i, weights in enumerate(params.layers):
+        with named_scope(layer(i)):
+            x_BTD = remat(_layer)(weights, x_BTD, cos, sin, cfg=cfg)
     with named_scope("final_norm"):
         return constrain(k.rms_norm(x_BTD, params.final_norm, cfg.norm_eps)[0], BLOCK)
 

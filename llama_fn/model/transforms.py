@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from kernels.repeat import repeated
 from kernels.rms_norm import wide
 from kernels.scope import named_scope, phase, remat_region, source_line
+from kernels.scope_names import ACCUMULATE, microbatch, of_path
 from llama_fn import tree
 
 __all__ = ["accumulate", "by_leaf", "named_scope", "phase", "remat", "repeated", "value_and_grad"]
@@ -43,9 +43,9 @@ def accumulate(fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[
     once = repeated(fn)
     total: tuple[Any, Any] | None = None
     for i, part in enumerate(parts):
-        with named_scope(f"microbatch/{i}"):
+        with named_scope(microbatch(i)):
             value, grads = once(params, part, **kwargs)
-        with phase("backward"), named_scope(f"microbatch/{i}/accumulate"), source_line():
+        with phase("backward"), named_scope(microbatch(i, ACCUMULATE)), source_line():
             if len(parts) > 1:
                 grads = by_leaf(wide, grads)
             total = (value, grads) if total is None else (total[0] + value, by_leaf(torch.add, total[1], grads))
@@ -57,7 +57,7 @@ def by_leaf(fn: Callable[..., Any], *trees: Any) -> Any:
     """tree.map, each leaf in the scope of its path: layers/3/wq."""
 
     def one(path: str, *leaves: Any) -> Any:
-        with named_scope(re.sub(r"\W+", "/", path).strip("/") or "value"):
+        with named_scope(of_path(path)):
             return fn(*leaves)
 
     return tree.map_with_path(one, *trees)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llama_fn.compiler import passes, stages
 from llama_fn.compiler.passes.remat_regions import Remat
 from llama_fn.config import Config
@@ -33,5 +35,10 @@ def lower(traced: stages.Traced, cfg: Config, mesh: Mesh, watch: passes.Watch = 
     m = cfg.mesh
     names = tuple(name.strip() for name in m.remat_names.split(",") if name.strip())
     remat = Remat(m.remat, names, int(m.remat_gb * 1e9), m.regather)
-    without = [name for name in m.without.split(",") if name]
-    return traced.lower(mesh, m.rules, without, m.fuse, remat, watch)
+    copies = tuple(name.strip() for name in m.replicated.split(",") if name.strip())
+    for name in copies:
+        if name not in dict(mesh.axes):
+            raise UserError(f"--mesh.replicated={m.replicated}: {mesh} has no axis {name}")
+    without = [name.strip() for name in m.without.split(",") if name.strip()]
+    rules = replace(stages.rules_named(m.rules), replicated=copies)
+    return traced.lower(mesh, rules, without, m.fuse, remat, watch)

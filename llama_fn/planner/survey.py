@@ -14,7 +14,6 @@ microbatches after the second are alike. A survey is a dict from key to number:
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,17 +22,16 @@ from typing import Any
 import torch
 
 from kernels.registry import tensor_bytes
-from kernels.scope import without_numbers
+from kernels.scope_names import GATHER, parse, without_numbers
 from llama_fn.compat import node_value
 from llama_fn.compiler import cost, ir, stages
+from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from sharding import table
 
 Survey = dict[tuple[Any, ...], float]
 ENDS = 4  # layers at either end that are told apart: a reduction over two axes is done three layers later
 MICROBATCHES = 3  # the first, the last, and one that stands for all between
-_MIDDLE = "microbatch/1/"
-_LAYER = re.compile(r"(?:^|/)layers/(-?\d+)(?=/|$)")
 
 
 def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int, ends: int = ENDS) -> Survey:
@@ -75,24 +73,27 @@ def _stacked(lowered: stages.Lowered) -> int:
 
 
 def _alike(node: torch.fx.Node, microbatches: int) -> bool:
-    return microbatches > MICROBATCHES and ir.scope_of(node).startswith(_MIDDLE)
+    return microbatches > MICROBATCHES and ir.place_of(node).microbatch == 1
 
 
 def place_of(node: torch.fx.Node, layers: int, ends: int) -> tuple[str, str, int | None, str]:
     """Phase, scope, layer counted from the nearer end (the last is -1; None in the middle or outside), and target."""
-    scope, layer = ir.scope_of(node), None
-    match = _LAYER.search(scope)
-    if match:
-        index = int(match[1])
-        layer = index if index < ends else index - layers if index >= layers - ends else None
-        scope = f"{scope[: match.start(1)]}{'*' if layer is None else layer}{scope[match.end(1) :]}"
-    return ir.phase_of(node), scope, layer, str(node.target)
+    scope, layer = ir.place_of(node), None
+    if scope.layer is None:
+        return ir.phase_of(node), ir.scope_of(node), None, str(node.target)
+    index = scope.layer
+    layer = index if index < ends else index - layers if index >= layers - ends else None
+    return ir.phase_of(node), scope.with_layer(layer), layer, str(node.target)
 
 
 def extrapolated(small: Survey, larger: Survey, steps: int) -> Survey:
     """`larger` has one layer more than `small`, which has 2 x ends; the result has `steps` more than `small`."""
     odd = [key for key in small.keys() ^ larger.keys() if key in small or key[0] != "live" or "/*" not in key[2]]
-    assert not odd, f"not of one structure: {odd[:3]}"
+    if odd:
+        raise UserError(
+            "the planner cannot tell from a few layers what many take: the graphs of two sizes differ in more than "
+            f"their numbers ({odd[0]}). Layers must be alike, and named with kernels.scope_names.layer(i)"
+        )
     return {key: number + steps * (larger[key] - number) for key, number in small.items()}
 
 
@@ -129,19 +130,20 @@ def timeline(found: Survey, base: int, layers: int, ends: int) -> list[Moment]:
     moments: list[Moment] = []
     for (phase, part), live in parts.items():
         before = moments[-1] if moments else None
-        missing = layers - 2 * ends if f"layers/{ends - 1}" in part and phase == "backward" else 0
-        missing = layers - 2 * ends if f"layers/{-ends}" in part and phase == "forward" else missing
+        scope = parse(part)
+        before_gap = {"backward": ends - 1, "forward": -ends}.get(phase)
+        missing = layers - 2 * ends if scope.layer is not None and scope.layer == before_gap else 0
         for i in range(1, missing + 1) if before else ():
             height = before.bytes + (base + live - before.bytes) * i / (missing + 1)  # type: ignore[union-attr]
-            moments.append(Moment(phase, _LAYER.sub("/layers/*", part), round(height)))
+            moments.append(Moment(phase, scope.with_layer(None), round(height)))
         moments.append(Moment(phase, part, round(base + live)))
     return moments
 
 
 def _part(scope: str) -> str:
     """microbatch/0/layers/3 of microbatch/0/layers/3/mlp; the first name of what is in no layer."""
-    match = re.match(r"(?:microbatch/\d+/)?layers/-?\d+", scope)
-    return match.group() if match else re.sub(r"(?<=[a-z])/.*", "", re.sub(r"^microbatch/\d+/", "", scope))
+    found = parse(scope)
+    return found.place if found.is_layer else found.in_microbatch(None).split("/")[0]
 
 
 def collectives(found: Mapping[tuple[Any, ...], float]) -> list[table.Collective]:
@@ -166,8 +168,8 @@ def _saved(graph: torch.fx.Graph) -> int:
     kept = {
         node
         for node in ir.calls(graph)
-        if ir.phase_of(node) == "forward" and ir.scope_of(node).startswith("microbatch/0/")
-        if "/gather/" not in ir.scope_of(node) and not cost.is_view(node)
+        if ir.phase_of(node) == "forward" and ir.place_of(node).microbatch == 0
+        if ir.place_of(node).role != GATHER and not cost.is_view(node)
         if any(ir.phase_of(user) == "backward" for user in _readers(node))
     }
     return sum(tensor_bytes(node_value(node)) for node in kept)

@@ -19,7 +19,7 @@ interpreter.pretend()
 import torch  # noqa: E402
 from compile_worker import config_of  # noqa: E402
 
-from kernels.scope import without_numbers  # noqa: E402
+from kernels.scope_names import without_numbers  # noqa: E402
 from llama_fn import tree  # noqa: E402
 from llama_fn.compiler import cost, ir, stages  # noqa: E402
 from llama_fn.config import Config  # noqa: E402

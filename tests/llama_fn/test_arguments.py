@@ -194,7 +194,7 @@ def test_state_of_an_interrupted_step_is_refused_from_then_on():
 @pytest.mark.parametrize("setting", [["taskset", "-c", "0"], ["env", "TORCHINDUCTOR_COMPILE_THREADS=1"]], ids=str)
 def test_one_cpu_or_one_compile_thread_compiles(setting, tmp_path):
     code = (
-        "import torch\nfrom llama_fn import stages\n"
+        "import torch\nfrom llama_fn.compiler import stages\n"
         "step = stages.jit(lambda x: (x * 2).sum() + torch.ones(3)).trace(torch.ones(3)).lower()\n"
         "from pathlib import Path\n"
         f"for _ in range(2): print(step.compile('inductor', cache=Path({str(tmp_path)!r}))(torch.ones(3)))"

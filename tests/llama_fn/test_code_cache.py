@@ -16,7 +16,7 @@ STEP = """
 import logging, sys, torch
 from pathlib import Path
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
-from llama_fn import stages
+from llama_fn.compiler import stages
 compiled = stages.jit(lambda x: (x * 2).sum() + torch.ones(3)).trace(torch.ones(3)).lower().compile(
     "inductor", cache=Path(sys.argv[1]))
 print(compiled.from_cache, compiled(torch.ones(3)).tolist())

@@ -49,7 +49,7 @@ def test_every_stage_has_a_numbered_text_with_what_a_node_costs(dumped):
     lowered = (folder / texts[-1]).read_text()
     product = re.search(r"= llama_fn.einsum.default\('btd,dnh->btnh'.*", lowered)[0]
     # 2 x 16 tokens on a device, 32 wide, 2 heads of 8 of it.
-    assert "# forward microbatch/0/layers/0/attention model.py:" in product
+    assert "# forward microbatch/0/layers/0/attention llama.py:" in product
     assert f"| {2 * 16 * 2 * 8 * 4} B {2 * 2 * 16 * 32 * 2 * 8} FLOP P('data', None, 'model', None)" in product
     assert "f32[2,16,32]" in lowered and "f32[4,16,32]" in (folder / texts[0]).read_text()
 
@@ -104,7 +104,7 @@ def test_a_difference_is_said_in_words(dumped, tmp_path):
     assert other.returncode == 1
     assert "+2 llama_fn.attention.default recomputed in microbatch/*/layers/*/attention, backward" in other.stdout
     assert re.search(
-        r"\+2 reduce_scatter over model of [\d,]+ bytes float32 in .*, asked for in model.py", other.stdout
+        r"\+2 reduce_scatter over model of [\d,]+ bytes float32 in .*, asked for in llama.py", other.stdout
     )
     assert re.search(r"FLOPs, backward: [\d,]+ -> [\d,]+ \(\+\d", other.stdout) and "peak now at" in other.stdout
     none = diff(dumped[0], tmp_path)

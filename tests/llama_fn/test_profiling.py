@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.scope import without_numbers
+from kernels.scope_names import without_numbers
 from llama_fn import config_checks, tree
 from llama_fn.compiler import cost, ir, ranges
 from llama_fn.hardware import TABLE

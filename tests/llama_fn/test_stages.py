@@ -105,7 +105,7 @@ def test_every_node_has_scope_and_phase_and_placeholders_have_paths(tiny_config)
 
 def test_text_of_a_rung_names_shapes_scopes_and_sources(tiny_config):
     text = traced_step(tiny_config()).as_text()
-    assert "llama_fn.attention.default" in text and "layers/0/attention model.py:" in text
+    assert "llama_fn.attention.default" in text and "layers/0/attention llama.py:" in text
     assert "f32[2,32,4,8]" in text and "return %" in text
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from llama_fn.workdir_lock import WorkdirLock
+from llama_fn.run.workdir_lock import WorkdirLock
 WorkdirLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_purpose import copies
 
 import kernels as k
 from llama_fn import tree
@@ -35,7 +36,7 @@ def step_config(tiny_config, with_data, dtype, kv_heads, **optim):
 
 
 def train(traced, cfg, random_batch, mesh, rules, steps=5):
-    compiled = traced.lower(Mesh.parse(mesh), rules).compile("interpret")
+    compiled = traced.lower(Mesh.parse(mesh), copies(rules, Mesh.parse(mesh))).compile("interpret")
     state = arrays.materialize(train_step.abstract_state(cfg), random.key(0))
     rows = []
     for i in range(steps):
@@ -99,7 +100,7 @@ def test_bytes_at_rest_are_the_total_over_the_shards(rules, tiny_config):
     """Every leaf's bytes on a device times the devices that share it are its bytes, to the byte."""
     cfg = tiny_config(num_heads=4, num_kv_heads=4)
     mesh = Mesh.parse("data:2,context:2,model:2")
-    lowered = traced_step(cfg).lower(mesh, rules)
+    lowered = traced_step(cfg).lower(mesh, copies(rules, mesh))
     nodes = [n for n in lowered.graph_module.graph.nodes if n.op == "placeholder"]
     shards = {"dp": 1, "zero1": 1, "fsdp": 2, "tp_sp": 2, "fsdp_tp": 4, "fsdp_tp_ulysses": 8}[rules]
     for info, node, layout in zip(lowered.signature.in_infos, nodes, lowered.inputs, strict=True):
@@ -137,4 +138,4 @@ def test_errors_say_where_what_and_what_to_write(tiny_config):
         (returned, r"result out is still a pending sum over \['x'\]"),
     ):
         with pytest.raises(UserError, match=text):
-            stages.jit(fn).trace(a, b).lower(MESH, rules)
+            stages.jit(fn).trace(a, b).lower(MESH, copies(rules, MESH))

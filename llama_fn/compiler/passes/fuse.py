@@ -21,7 +21,7 @@ import torch
 
 from kernels.einsum import einsum, stored_layouts
 from kernels.registry import Kernel, of_node
-from kernels.scope import without_numbers
+from kernels.scope_names import without_numbers
 from llama_fn import compat
 from llama_fn.compiler import ir
 from sharding.collectives import all_gather, communicates, reduce_scatter

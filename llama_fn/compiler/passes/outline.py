@@ -13,7 +13,6 @@ that has no twin.
 from __future__ import annotations
 
 import operator
-import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +21,6 @@ import torch
 
 from llama_fn import compat
 from llama_fn.compiler import ir
-
-_PREFIX = re.compile(r"^(?:microbatch/\d+/)?layers/\d+(?=/|$)")
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class Region:
 
 
 def outline(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    ir.warn_without_layers(gm.graph, "outline", "compile time grows with depth")
     groups: dict[str, list[Region]] = defaultdict(list)
     for region in _regions(gm.graph):
         groups[_shape_of(region)].append(region)
@@ -44,7 +42,7 @@ def outline(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
         if len(regions) < 2:
             continue
         regions = [replace(r, inputs=tuple(renamed.get(n, n) for n in r.inputs)) for r in regions]
-        name = f"{re.sub('[^a-z]+', '_', regions[0].name)}_{made}"
+        name = f"{regions[0].name}_{made}"
         made += 1
         gm.add_submodule(name, _subgraph(regions[0]))
         for region in regions:
@@ -58,19 +56,18 @@ def _regions(graph: torch.fx.Graph) -> list[Region]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     members: dict[tuple[str, str], list[torch.fx.Node]] = defaultdict(list)
     for node in ir.calls(graph):
-        match = _PREFIX.match(ir.scope_of(node))
-        if match:
-            members[(match.group(), ir.phase_of(node))].append(node)
+        scope = ir.place_of(node)
+        if scope.is_layer:
+            members[(scope.place, ir.phase_of(node))].append(node)
     regions = []
-    for (prefix, phase), nodes in members.items():
+    for (_, phase), nodes in members.items():
         inside = set(nodes)
         users = {user for node in nodes for user in node.users} - inside
         if any(order[user] < order[nodes[-1]] for user in users):
             continue
         inputs = dict.fromkeys(n for node in nodes for n in ir.operands(node) if n not in inside)
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-        kind = re.sub(r"/?\d+", "", prefix.split("layers")[-1])
-        regions.append(Region(f"layers{kind}_{phase}", tuple(nodes), tuple(inputs), tuple(outputs)))
+        regions.append(Region(f"{ir.place_of(nodes[0]).group}_{phase}", tuple(nodes), tuple(inputs), tuple(outputs)))
     return regions
 
 
@@ -104,9 +101,7 @@ def _subgraph(region: Region) -> torch.fx.GraphModule:
 def _call(gm: torch.fx.GraphModule, name: str, region: Region) -> dict[torch.fx.Node, torch.fx.Node]:
     """Put a call in the region's place; returns which value now stands for each of its outputs."""
     last = region.nodes[-1]
-    prefix = _PREFIX.match(ir.scope_of(last))
-    assert prefix is not None
-    where = {**compat.labels(last), "scope": prefix.group(), "source": ""}
+    where = {**compat.labels(last), "scope": ir.place_of(last).place, "source": ""}
     new: list[torch.fx.Node] = []
     with gm.graph.inserting_after(last):
         body = gm.graph.get_attr(name)

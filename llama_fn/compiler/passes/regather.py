@@ -11,21 +11,18 @@ the forward of each after the first. The last layer's backward follows its forwa
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 
 from kernels.barrier import barrier
 from kernels.registry import tensor_bytes
+from kernels.scope_names import GATHER
 from llama_fn import compat
 from llama_fn.compiler import ir
 from llama_fn.compiler.passes.bucket import SMALL
 from llama_fn.compiler.passes.remat import RECOMPUTED
 from sharding.collectives import all_gather
-
-_GATHER = re.compile(r"^(?:microbatch/\d+/)?(gather/layers/\d+(?:/|$).*)")
-_LAYER = re.compile(r"^((?:microbatch/\d+/)?)layers/\d+(?=/|$)")
 
 
 def regather(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
@@ -33,11 +30,16 @@ def regather(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
         return gm
     visits = _Visits(gm.graph)
     for node in ir.calls(gm.graph):
-        if node.target is not all_gather.op or not _GATHER.match(ir.scope_of(node)):
+        if node.target is not all_gather.op or not _gathers_layer(node):
             continue
         if tensor_bytes(compat.node_value(node)) > SMALL:
             _split(gm.graph, node, visits)
     return gm
+
+
+def _gathers_layer(node: torch.fx.Node) -> bool:
+    scope = ir.place_of(node)
+    return scope.role == GATHER and scope.layer is not None
 
 
 class _Visits:
@@ -55,8 +57,8 @@ class _Visits:
 
     @staticmethod
     def _key(node: torch.fx.Node) -> tuple[str, str] | None:
-        match = _LAYER.match(ir.scope_of(node))
-        return (match.group(), ir.phase_of(node)) if match else None
+        scope = ir.place_of(node)
+        return (scope.place, ir.phase_of(node)) if scope.is_layer else None
 
     def of(self, node: torch.fx.Node) -> int:
         key = self._key(node)
@@ -65,7 +67,7 @@ class _Visits:
     def entering(self, visit: int) -> torch.fx.Node:
         """What a stretch begins with: the activations, or their gradient, that reach its first op."""
         operands = ir.operands(self.firsts[visit])
-        moving = [x for x in operands if ir.scope_of(x).startswith("microbatch/") and not _GATHER.match(ir.scope_of(x))]
+        moving = [x for x in operands if ir.place_of(x).microbatch is not None and not _gathers_layer(x)]
         return max(moving or operands, key=self.order.__getitem__)
 
 
@@ -89,12 +91,9 @@ def _split(graph: torch.fx.Graph, gather: torch.fx.Node, visits: _Visits) -> Non
 def _again(
     graph: torch.fx.Graph, gather: torch.fx.Node, reader: torch.fx.Node, entering: torch.fx.Node
 ) -> torch.fx.Node:
-    match, scope = _LAYER.match(ir.scope_of(reader)), _GATHER.match(ir.scope_of(gather))
-    assert match is not None and scope is not None
     shard: Any = gather.args[0]
-    where = {
-        **compat.labels(gather), "scope": f"{match[1]}{scope[1]}", "phase": ir.phase_of(reader), "note": RECOMPUTED,
-    }  # fmt: skip
+    scope = ir.place_of(gather).in_microbatch(ir.place_of(reader).microbatch)
+    where = {**compat.labels(gather), "scope": scope, "phase": ir.phase_of(reader), "note": RECOMPUTED}
     with graph.inserting_before(reader):
         held = graph.call_function(barrier.op, (shard, entering))
         new = graph.call_function(all_gather.op, (held, *gather.args[1:]))

@@ -16,24 +16,21 @@ what only its neighbours need, which then fills the time until it is done. No va
 from __future__ import annotations
 
 import heapq
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from kernels.registry import of_node
+from kernels.scope_names import GATHER, REDUCE
 from llama_fn.compiler import ir
 from sharding.collectives import communicates, wait
-
-_LAYER = re.compile(r"^(?:microbatch/(\d+)/)?layers/(\d+)(?:/|$)")
-_GATHER = re.compile(r"^(?:microbatch/(\d+)/)?gather/layers/(\d+)(?:/|$)")
-_REDUCE = re.compile(r"^(?:microbatch/\d+/)?reduce(?:/|$)")
 
 
 def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     if ctx.mesh.size == 1:
         return gm
+    ir.warn_without_layers(gm.graph, "schedule", "every weight is gathered before the first product")
     first, *rest = list(_Order(gm.graph))
     assert first is next(iter(gm.graph.nodes))  # an input
     for node in rest:
@@ -43,14 +40,9 @@ def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     return gm
 
 
-def _numbers(match: re.Match[str]) -> tuple[int | None, int]:
-    """Microbatch, if there is one, and layer."""
-    return None if match[1] is None else int(match[1]), int(match[2])
-
-
 def _region(node: torch.fx.Node) -> str:
-    match = _LAYER.match(ir.scope_of(node))
-    return f"{match.group() if match else ''} {ir.phase_of(node)}"
+    scope = ir.place_of(node)
+    return f"{scope.place if scope.is_layer else ''} {ir.phase_of(node)}"
 
 
 def _is_start(node: torch.fx.Node) -> bool:
@@ -58,7 +50,7 @@ def _is_start(node: torch.fx.Node) -> bool:
 
 
 def _is_reduction(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and bool(_REDUCE.match(ir.scope_of(node)))
+    return node.op == "call_function" and ir.place_of(node).role == REDUCE
 
 
 class _Order:
@@ -67,12 +59,13 @@ class _Order:
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.nodes = list(graph.nodes)
         self.done: set[torch.fx.Node] = set()
-        # By phase, microbatch, None where one gather serves all of them, and layer.
-        self.gathers: dict[tuple[str, int | None, int], list[torch.fx.Node]] = {}
+        # By phase, microbatch, None where one gather serves all of them, group of layers and layer.
+        self.gathers: dict[tuple[str, int | None, str, int], list[torch.fx.Node]] = {}
         for node in self.nodes:
-            match = _GATHER.match(ir.scope_of(node))
-            if match:
-                self.gathers.setdefault((ir.phase_of(node), *_numbers(match)), []).append(node)
+            scope = ir.place_of(node)
+            if scope.role == GATHER and scope.layer is not None:
+                key = (ir.phase_of(node), scope.microbatch, scope.group, scope.layer)
+                self.gathers.setdefault(key, []).append(node)
         self.reductions = {node: i for i, node in enumerate(n for n in self.nodes if _is_reduction(n))}
         self.missing = {node: len(node.all_input_nodes) for node in self.reductions}
         self.ready: list[tuple[int, torch.fx.Node]] = []  # a heap of reductions whose operands are all there
@@ -102,14 +95,14 @@ class _Order:
     def _boundary(self, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
         """Between layers, whose ops stay together: reductions, and the gathers of this layer and the next."""
         yield from self._reduce()
-        match = _LAYER.match(ir.scope_of(node))
-        if not match:
+        scope, phase = ir.place_of(node), ir.phase_of(node)
+        if not scope.is_layer or scope.layer is None:
             return
-        (microbatch, layer), phase = _numbers(match), ir.phase_of(node)
+        microbatch, group, layer = scope.microbatch, scope.group, scope.layer
         ahead = layer + (1 if phase == "forward" else -1)
-        places = [(phase, microbatch, layer), (phase, None, layer), (phase, microbatch, ahead), (phase, None, ahead)]
+        places = [(phase, each, group, number) for number in (layer, ahead) for each in (microbatch, None)]
         if microbatch is not None and ahead < 0:
-            places.append(("forward", microbatch + 1, 0))
+            places.append(("forward", microbatch + 1, group, 0))
         for place in places:
             yield from self._all(gather for gather in self.gathers.get(place, ()) if _is_start(gather))
 
