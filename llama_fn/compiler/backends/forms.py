@@ -1,7 +1,7 @@
 """Faster forms of kernels that a backend may use, by kernel and form name.
 
 Kernels bring the forms that are plain torch (`Kernel.impls`); the ones here call fused operators of torch whose names
-are private and live in compat.py. Which form is used is chosen by name and said once at compile time.
+are private and live in llama_fn/compat/. Which form is used is chosen by name and said once at compile time.
 """
 
 from __future__ import annotations
