@@ -12,65 +12,23 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
-import sys
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from llama_fn import tree
+from llama_fn.checkpoint.arrays_by_name import array_checksum, at_path, nested, to_numpy, to_torch
 from llama_fn.checkpoint.integrity import Damaged, is_whole, of_json, seal, unreadable
+from llama_fn.checkpoint.quiet import quieten_orbax
 from llama_fn.errors import UserError
 from llama_fn.model.arrays import describe
 
 log = logging.getLogger("llama_fn.checkpoint")
-
-
-def _to_numpy(t: torch.Tensor) -> np.ndarray:
-    """A view where t is on the CPU: Orbax copies host arrays itself before save() returns."""
-    t = t.detach().to("cpu").contiguous()
-    return t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if t.dtype is torch.bfloat16 else t.numpy()
-
-
-def _to_torch(a: np.ndarray) -> torch.Tensor:
-    a = np.ascontiguousarray(a) if a.ndim else np.asarray(a)
-    return (
-        torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16)
-        if a.dtype == ml_dtypes.bfloat16
-        else torch.from_numpy(a)
-    )
-
-
-def _keys(path: str) -> list[str]:
-    return [key for key in re.split(r"[.\[\]]+", path) if key]
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = _keys(path)
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return nested
-
-
-def _find(nested: Any, path: str) -> Any:
-    for key in _keys(path):
-        nested = nested.get(key) if isinstance(nested, dict) else None
-    return nested
-
-
-def _checksum(a: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)
 
 
 @dataclass(frozen=True)
@@ -89,7 +47,7 @@ class Checkpointer:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        _quiet_orbax()
+        quieten_orbax()
         keep: list[Any] = [policies.LatestN(keep_latest)]
         keep += [policies.EveryNSteps(keep_every)] if keep_every else []
         self.ocp, self.folder, self.saving = ocp, folder.absolute(), 0
@@ -111,12 +69,12 @@ class Checkpointer:
         """Start writing iteration `step`; returns once the state is copied. UserError if the one before failed."""
         self.wait()
         self.saving = step
-        arrays = {path: _to_numpy(leaf) for path, leaf in tree.by_path(state).items()}
-        described = {path: [describe(leaf), _checksum(arrays[path])] for path, leaf in tree.by_path(state).items()}
+        arrays = {path: to_numpy(leaf) for path, leaf in tree.by_path(state).items()}
+        described = {path: [describe(leaf), array_checksum(arrays[path])] for path, leaf in tree.by_path(state).items()}
         meta = {**meta, "arrays": described}
         meta["crc32"] = of_json(meta)
         args = self.ocp.args
-        items = args.Composite(state=args.PyTreeSave(_nest(arrays)), meta=args.JsonSave(meta))
+        items = args.Composite(state=args.PyTreeSave(nested(arrays)), meta=args.JsonSave(meta))
         try:
             self.manager.save(step, args=items, force=True)
         except Exception as error:
@@ -182,9 +140,9 @@ class Checkpointer:
         listed = is_whole(folder)
         meta = self._meta(step)
         if not listed:
-            nested = self._arrays(step)
+            arrays = self._arrays(step)
             for path, (_, crc) in meta["arrays"].items():
-                if (found := _find(nested, path)) is None or _checksum(np.asarray(found)) != crc:
+                if (found := at_path(arrays, path)) is None or array_checksum(np.asarray(found)) != crc:
                     raise Damaged(f"state.{path} has another checksum than when it was saved")
             seal(folder)
         return meta
@@ -234,16 +192,16 @@ class Checkpointer:
     def restore(self, found: Found, abstract: Any, device: str) -> Any:
         """The state of a checkpoint, like `abstract`; UserError naming every leaf that it has otherwise."""
         self.refuse_other_arrays(found, abstract)
-        nested = self._arrays(found.step)
+        arrays = self._arrays(found.step)
 
         def leaf(path: str, info: Any) -> torch.Tensor:
-            array = np.asarray(_find(nested, path))
-            if _checksum(array) != found.meta["arrays"][path][1]:
+            array = np.asarray(at_path(arrays, path))
+            if array_checksum(array) != found.meta["arrays"][path][1]:
                 raise UserError(
                     f"state.{path} is not what was saved, though the files of {self.folder / str(found.step)} are: the "
                     "memory of this machine, or a library, changed it. Nothing was moved; try again"
                 )
-            return _to_torch(array).clone().to(device)
+            return to_torch(array).clone().to(device)
 
         return tree.map_with_path(leaf, abstract)
 
@@ -281,28 +239,3 @@ def _usable(folder: Path) -> None:
         if not entry.is_dir():
             what = f"a link to {os.readlink(entry.path)}, which is not there" if entry.is_symlink() else "no folder"
             raise UserError(f"checkpoint {entry.path} is {what}. Bring it back, or remove it to go on from another one")
-
-
-def _quiet_orbax() -> None:
-    """Keep orbax's INFO lines and its threads' tracebacks from the terminal; a failed save is told once, by us."""
-    from absl import logging as absl_logging
-
-    class OneLineWarnings(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            if "orbax" in record.pathname:
-                record.exc_info, record.exc_text = None, None
-                return logging.WARNING <= record.levelno < logging.ERROR
-            return True
-
-    handler = absl_logging.get_absl_handler()
-    if any(type(f).__name__ == "OneLineWarnings" for f in handler.filters):
-        return
-    handler.addFilter(OneLineWarnings())
-    shown = sys.unraisablehook
-
-    def hook(lost: sys.UnraisableHookArgs) -> None:
-        # A read that failed has closed the event loop that tensorstore's other reads report to, each with a traceback.
-        if str(lost.exc_value) != "Event loop is closed":
-            shown(lost)
-
-    sys.unraisablehook = hook
