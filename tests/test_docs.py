@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 
 from kernels.registry import KERNELS
+from llama_fn.compiler import passes
+from llama_fn.config import Config
+from llama_fn.run import metrics
 
-PAGES = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -38,3 +43,52 @@ def check_relu2(namespace):
     y = namespace["relu2"](x)
     torch.testing.assert_close(y, x.clamp(min=0) ** 2)
     assert torch.autograd.gradcheck(namespace["relu2"], (x,), check_undefined_grad=False)
+
+
+def links(page):
+    return re.findall(r"\]\(([^)#]+)\)", page.read_text())
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    broken = [link for link in links(page) if "://" not in link and not (page.parent / link).exists()]
+    assert not broken
+
+
+def test_the_door_leads_to_every_page():
+    assert {page.name for page in PAGES} - {"index.md"} <= set(links(ROOT / "docs" / "index.md"))
+
+
+def test_the_ten_questions_have_answers_that_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## Ten questions")[1]
+    questions = re.findall(r"^\d+\. .*\?.*\]\(([^)]+)\)", text, re.M)
+    assert len(questions) == 10 and all((ROOT / "docs" / link).exists() for link in questions)
+
+
+def test_every_pass_is_explained_in_the_order_in_which_it_runs():
+    text = (ROOT / "docs" / "passes.md").read_text()
+    files = {path.stem for path in (ROOT / "llama_fn/compiler/passes").glob("*.py")} - {"__init__"}
+    assert files == {Path(link).stem for link in re.findall(r"passes/(\w+\.py)\)", text)}
+    rows = re.findall(r"^\| \[?(\w+)\]?", text.split("## Lowering")[1].split("## In a backend")[0], re.M)
+    assert rows[1:] == ["partition", *(each.__name__ for each in passes.LOWERING)]
+
+
+def test_every_metric_is_explained():
+    cfg = Config()
+    values = dict.fromkeys(
+        (
+            "lm_loss",
+            "learning_rate",
+            "grad_norm",
+            "loss_scale",
+            "skipped_iterations",
+            "nan_iterations",
+            "nonfinite_params",
+        ),
+        1.0,
+    )
+    row = json.loads(
+        metrics.as_json(metrics.record(cfg, 1, values, 1.0, None, {"consumed_samples": 8, "consumed_tokens": 9}))
+    )
+    explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+    assert sorted(explained) == sorted(row)
