@@ -38,6 +38,7 @@ from llama_fn.files import atomic
 from llama_fn.hardware import TABLE, Hardware
 from llama_fn.inspect import explorer, pages
 from llama_fn.inspect.pages import INDEX, SUMMARY
+from llama_fn.model.arrays import SHORT
 
 log = logging.getLogger("llama_fn.dump")
 TRACED, LOWERED, BACKEND, CODE = "traced", "lowered", "backend", "code"
@@ -114,20 +115,38 @@ def _costs(node: torch.fx.Node) -> str:
     return " ".join(filter(None, parts))
 
 
+def _form(node: torch.fx.Node) -> str:
+    """Constants among the arguments, then dtype and sharding of the result: "0.125 -> bf16 P('data', None)"."""
+    constants = [repr(a) for a in (*node.args, *node.kwargs.values()) if _is_constant(a)]
+    values = compat.node_value(node)
+    several = values if isinstance(values, (tuple, list)) else [values]
+    dtypes = dict.fromkeys(SHORT.get(v.dtype, str(v.dtype)) for v in several if isinstance(v, torch.Tensor))
+    return f"{', '.join(constants)} -> {'/'.join(dtypes)} {node.meta.get('sharding', '')}".strip()
+
+
+def _is_constant(argument: Any) -> bool:
+    found: list[torch.fx.Node] = []
+    torch.fx.node.map_arg((argument,), found.append)
+    return not found and argument is not None
+
+
 def summary(lowered: stages.Lowered) -> dict[str, Any]:
-    """Layers and microbatches are taken together: numbers in scopes are stars."""
-    ops: Counter[tuple[str, str, str]] = Counter()
-    flops: Counter[tuple[str, str, str]] = Counter()
+    """Layers and microbatches are taken together: numbers in scopes are stars. `form` is what two ops of one name may
+    differ in: constants, dtype and sharding."""
+    ops: Counter[tuple[str, str, str, str]] = Counter()
+    flops: Counter[tuple[str, str, str, str]] = Counter()
     for node in ir.calls(lowered.graph_module.graph):
         if node.target is operator.getitem:
             continue
         note = f" {RECOMPUTED}" if compat.labels(node).get("note") == RECOMPUTED else ""
-        key = (without_numbers(ir.scope_of(node)), ir.phase_of(node), ir.target_text(node) + note)
+        key = (without_numbers(ir.scope_of(node)), ir.phase_of(node), ir.target_text(node) + note, _form(node))
         ops[key] += 1
         flops[key] += cost.flops_of(node)
-    names = ("scope", "phase", "op", "count", "flops")
+    names = ("scope", "phase", "op", "form", "count", "flops")
     return {
         "title": lowered.title,
+        "mesh": str(lowered.mesh),
+        "rules": lowered.rules.name,
         "ops": [dict(zip(names, (*key, n, flops[key]), strict=True)) for key, n in ops.items()],
         "collectives": [asdict(row) for row in lowered.collectives()],
         "fusion": fusion_report(lowered.graph_module.graph),

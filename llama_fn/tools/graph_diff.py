@@ -5,9 +5,10 @@
     python train.py --flagfile=mine.flags --run.compile_only --run.dump_dir=after
     python -m llama_fn.tools.graph_diff before after
 
-Compares ops by scope and phase, collectives, FLOPs and memory of every rank that both have, layers and microbatches
-taken together; lines of source files may move. Exit status 0 where nothing differs, 1 where something does, 2 for
-wrong input: a repository can test that a refactoring leaves the graph alone.
+Compares mesh and rules, ops by scope and phase with their constants, dtypes and shardings, collectives, FLOPs and
+memory of every rank that both have, layers and microbatches taken together; lines of source files may move. Exit status
+0 where nothing differs, 1 where something does, 2 for wrong input: a repository can test that a refactoring leaves the
+graph alone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def _summary(path: Path) -> dict[str, Any]:
     """UserError for what is no summary, or one of another version of this project."""
     try:
         found: dict[str, Any] = json.loads(path.read_bytes())
-        _ops(found), _collectives(found), dict(found["flops"])
+        _ops(found), _collectives(found), list(_other_forms(found, found)), dict(found["flops"])
+        found["mesh"], found["rules"]
         missing = [name for name in MEMORY if name not in found["memory"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         missing = [str(error)]
@@ -57,12 +59,17 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    """Lines that say what b has and a has not, and the other way round."""
+    """Lines that say what b has and a has not, and the other way round: how it is laid out, then ops and collectives,
+    then ops that are as many as before and no longer the same, then what it all costs."""
+    for name in ("mesh", "rules"):
+        if a[name] != b[name]:
+            yield f"{name}: {a[name]} -> {b[name]}"
     for count_of in (_ops, _collectives):
         before, after = count_of(a), count_of(b)
         for what in dict.fromkeys([*before, *after]):
             if before[what] != after[what]:
                 yield f"{after[what] - before[what]:+d} {what}"
+    yield from _other_forms(a, b)
     for phase in a["flops"]:
         yield from _changed(f"FLOPs, {phase}", a["flops"][phase], b["flops"][phase])
     for name in MEMORY[:3]:
@@ -72,7 +79,27 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ops(summary: Mapping[str, Any]) -> Counter[str]:
-    return Counter({f"{row['op']} in {row['scope']}, {row['phase']}": row["count"] for row in summary["ops"]})
+    found: Counter[str] = Counter()
+    for row in summary["ops"]:
+        found[_name(row)] += row["count"]
+    return found
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['op']} in {row['scope']}, {row['phase']}"
+
+
+def _other_forms(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+    """Ops whose constants, dtype or sharding changed: another attention scale, a product in another dtype."""
+    forms: list[dict[str, Counter[str]]] = [{}, {}]
+    for each, summary in zip(forms, (a, b), strict=True):
+        for row in summary["ops"]:
+            each.setdefault(_name(row), Counter())[row["form"]] += row["count"]
+    for name in filter(forms[1].__contains__, forms[0]):
+        before, after = forms[0][name], forms[1][name]
+        if before.total() == after.total() and before != after:
+            gone, new = (" and ".join(sorted(x)) for x in (before - after, after - before))
+            yield f"{(after - before).total()} of {name}: {gone}  ==>  {new}"
 
 
 def _collectives(summary: Mapping[str, Any]) -> Counter[str]:

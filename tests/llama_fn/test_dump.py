@@ -12,8 +12,10 @@ import pytest
 
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig
 from llama_fn.inspect import dump
+from llama_fn.model import llama
 from llama_fn.planner import rungs
 from llama_fn.run import loop
+from llama_fn.tools.graph_diff import difference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +24,7 @@ def config(folder, **mesh):
     model = ModelConfig(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=48, vocab_size=64)
     return Config(
         model=model, data=DataConfig(seq_len=16, global_batch_size=4),
-        mesh=MeshConfig(axes="data:2,model:2", **mesh),
+        mesh=MeshConfig(**{"axes": "data:2,model:2", **mesh}),
         run=RunConfig(compile_only=True, workdir=str(folder / "run"), dump_dir=str(folder / "dump")),
     )  # fmt: skip
 
@@ -113,3 +115,36 @@ def test_a_difference_is_said_in_words(dumped, tmp_path):
     cut_short.mkdir()
     (cut_short / dump.SUMMARY).write_text("{}")
     assert "cut short" in diff(dumped[0], tmp_path).stderr
+
+
+def summary(**mesh):
+    cfg = config(Path("unused"), **mesh)
+    lowered = rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg))
+    return json.loads(json.dumps(dump.summary(lowered)))
+
+
+def test_faults_that_change_no_op_are_found(monkeypatch):
+    """Another attention scale, a product in another dtype, an order of mesh axes: what counts of ops do not show."""
+    plain = summary()
+    assert not list(difference(plain, summary()))
+    attention = llama.k.attention
+    with monkeypatch.context() as patched:
+        patched.setattr(llama.k, "attention", lambda q, k, v, scale: attention(q, k, v, 2 * scale))
+        lines = list(difference(plain, summary()))
+    scale = 8**-0.5
+    assert len(lines) == 2 and all("llama_fn.attention" in line for line in lines)
+    assert lines[0].startswith("2 of llama_fn.attention.default in microbatch/*/layers/*/attention, forward: ")
+    assert f"{scale} -> f32" in lines[0] and f"==>  {2 * scale} -> f32" in lines[0]
+    product = llama.k.einsum
+
+    def narrow(equation, a, b):
+        if equation != "btf,fd->btd":
+            return product(equation, a, b)
+        return product(equation, a.bfloat16(), b.bfloat16()).float()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llama.k, "einsum", narrow)
+        lines = list(difference(plain, summary()))
+    assert any("'btf,fd->btd' -> f32" in line and "==>  'btf,fd->btd' -> bf16" in line for line in lines)
+    turned = summary(axes="model:2,data:2")
+    assert next(difference(plain, turned)) == "mesh: data:2,model:2 -> model:2,data:2"
