@@ -82,16 +82,16 @@ def backward_of(place: Place) -> Iterator[None]:
 
 
 @contextmanager
-def source_line() -> Iterator[None]:
-    """Record the innermost caller outside kernels/, sharding/ and torch as the source of the ops inside.
+def source_line(line: str = "") -> Iterator[None]:
+    """Record `line` as the source of the ops inside, or the innermost caller outside kernels/, sharding/ and torch.
 
-    Inside a backward the forward's line is already recorded and stays.
+    A line that is recorded already stays: inside a kernel that of the kernel's caller, inside a backward the forward's.
     """
     here = current()
-    if here.phase == "backward" and here.source:
+    if here.source and not line:
         yield
         return
-    with at(replace(here, source=caller())):
+    with at(replace(here, source=line or caller())):
         yield
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 
+from kernels.scope import caller
 from llama_fn import tree
 from llama_fn.model import random
 
@@ -31,7 +32,8 @@ class Init:
 class ArrayInfo:
     """Shape, dtype, logical axes (one name or None per dimension) and init of an array that need not exist.
 
-    `table` is the table of the sharding rules that lays it out between steps: params, moments or compute.
+    `table` is the table of the sharding rules that lays it out between steps: params, moments or compute. `source` is
+    the line of the declaration, by default the one that makes this record; collectives of the array carry it.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +41,7 @@ class ArrayInfo:
     axes: tuple[str | None, ...] = ()
     init: Init = Init()
     table: str = "params"
+    source: str = field(default_factory=caller, compare=False, repr=False)
 
     @property
     def size(self) -> int:

@@ -6,17 +6,14 @@ Letters: B batch, T query, S key, D embed, N query heads, K kv heads, H head dim
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
 import kernels as k
 from kernels import checkpoint_name as name
-from kernels.scope import named_scope, source_line
-from kernels.scope_names import GATHER, LAYERS, REDUCE, layer
+from kernels.scope import caller, named_scope
+from kernels.scope_names import layer
 from llama_fn import tree
 from llama_fn.config import ModelConfig
 from llama_fn.model.arrays import ArrayInfo, Init
@@ -49,7 +46,7 @@ class Params:
     """All parameters; lm_head is None where the embedding is tied."""
 
     embed: Leaf  # [V, D]
-    layers: Any  # a Layer of stacked leaves; after gather() a list of them, one per layer
+    layers: Any  # a Layer of stacked leaves; after weights.gather a list of them, one per layer
     final_norm: Leaf  # [D]
     lm_head: Leaf  # [V, D]
 
@@ -66,10 +63,10 @@ def abstract_params(cfg: ModelConfig) -> Params:
     one = Init(value=1.0)
 
     def info(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
-        return ArrayInfo(shape, dtype, axes, init)
+        return ArrayInfo(shape, dtype, axes, init, source=caller())
 
     def stacked(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
-        return info((layers, *shape), ("layers", *axes), init)
+        return ArrayInfo((layers, *shape), dtype, ("layers", *axes), init, source=caller())
 
     return Params(
         embed=info((v, d), ("vocab", "embed")),
@@ -115,48 +112,9 @@ def _layer(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig) -> torc
     return mlp_block(p, attention_block(p, x_BTD, cos, sin, cfg=cfg), cfg=cfg)
 
 
-def _annotate(leaves: Any, infos: Any, table: str, drop: int = 0) -> Any:
-    def one(path: str, leaf: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
-        with named_scope(path) if path else nullcontext():
-            return constrain(leaf, P(*info.axes[drop:]), table)
-
-    return tree.map_with_path(one, leaves, infos)
-
-
-def gather(params: Params, *, cfg: ModelConfig) -> Params:
-    """The weights that the model reads: in the compute layout, `layers` a list with one Layer each.
-
-    Every weight is annotated once, so a sharded parameter is gathered once per matrix wherever this is called.
-    """
-    infos = abstract_params(cfg)
-    flat, spec = tree.flatten(params.layers)
-    layers = [tree.unflatten(spec, parts) for parts in zip(*(k.unbind(leaf) for leaf in flat), strict=True)]
-    with named_scope(GATHER):
-        rest = _annotate(replace(params, layers=()), replace(infos, layers=()), "compute")
-        for i, weights in enumerate(layers):
-            with named_scope(layer(i)):
-                layers[i] = _annotate(weights, infos.layers, "compute", drop=1)
-    return replace(rest, layers=layers)
-
-
-def reduce(grads: Params, *, cfg: ModelConfig, dtype: torch.dtype | None) -> Params:
-    """The transpose of :func:`gather`, into the layout of the moments and stacked; summed over devices in `dtype`,
-    None meaning the gradients' own."""
-    infos = abstract_params(cfg)
-    with named_scope(REDUCE), source_line():
-        cast = partial(tree.map, lambda g: g.to(dtype or g.dtype))
-        rest = _annotate(cast(replace(grads, layers=())), replace(infos, layers=()), "moments")
-        layers = []
-        for i, gradients in enumerate(grads.layers):
-            with named_scope(layer(i)):
-                layers.append(_annotate(cast(gradients), infos.layers, "moments", drop=1))
-        with named_scope(LAYERS):
-            return replace(rest, layers=tree.map(lambda *parts: k.stack(parts), *layers))
-
-
 def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
     """Normed output of the last layer, [B, T, D] in the parameters' dtype, for integer tokens [B, T] and parameters
-    from :func:`gather`."""
+    from weights.gather."""
     with named_scope("embed"):
         cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta)
         x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)

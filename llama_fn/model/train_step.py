@@ -16,7 +16,7 @@ from kernels.rms_norm import wide
 from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.config_checks import check
-from llama_fn.model import llama, optim
+from llama_fn.model import llama, optim, weights
 from llama_fn.model.arrays import DTYPES, ArrayInfo, Init
 from llama_fn.model.transforms import accumulate, named_scope, phase, repeated, value_and_grad
 from sharding import P, constrain
@@ -84,8 +84,8 @@ def _microbatches(batch: Batch) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*fields, strict=True)]
 
 
-def _loss_sum(weights: llama.Params, batch: Batch, cfg: Config) -> torch.Tensor:
-    nll = llama.nll(weights, batch.tokens, batch.targets, cfg=cfg.model)
+def _loss_sum(gathered: llama.Params, batch: Batch, cfg: Config) -> torch.Tensor:
+    nll = llama.nll(gathered, batch.tokens, batch.targets, cfg=cfg.model)
     with named_scope("loss"):
         return k.weighted_sum(nll, batch.loss_mask)
 
@@ -100,16 +100,18 @@ def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, llama.Params]]:
     Weights are gathered and gradients reduced once for all microbatches, whose gradients add up unreduced, or, where
     memory is shorter than bandwidth, for each (optim.reduce_per_microbatch).
     """
-    grad_fn = value_and_grad(lambda weights, batch: _loss_sum(weights, batch, cfg))
+    grad_fn = value_and_grad(lambda gathered, batch: _loss_sum(gathered, batch, cfg))
     dtype = {"fp32": torch.float32, "compute": None}[cfg.optim.reduce_dtype]
     dtype = None if cfg.model.compute_dtype == "fp64" else dtype
 
+    infos = llama.abstract_params(cfg.model)
+
     def gathered(params: llama.Params) -> llama.Params:
-        return llama.gather(params, cfg=cfg.model)
+        return weights.gather(params, infos)
 
     def reduced(grads: llama.Params) -> llama.Params:
         with phase("backward"):
-            return llama.reduce(grads, cfg=cfg.model, dtype=dtype)
+            return weights.reduce(grads, infos, dtype)
 
     def alone(params: llama.Params, part: Batch, cotangent: torch.Tensor) -> tuple[torch.Tensor, llama.Params]:
         loss, grads = grad_fn(gathered(params), part, cotangent=cotangent)
@@ -207,11 +209,12 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
 def make_eval_step(cfg: Config) -> Callable[[llama.Params, Batch], torch.Tensor]:
     """(params, batch) -> mean nats per unmasked token, a float32 scalar."""
     check(cfg)
-    loss_sum = repeated(lambda weights, part: _loss_sum(weights, part, cfg))
+    infos = llama.abstract_params(cfg.model)
+    loss_sum = repeated(lambda gathered, part: _loss_sum(gathered, part, cfg))
 
     def step(params: llama.Params, batch: Batch) -> torch.Tensor:
-        weights = llama.gather(_cast(params, cfg), cfg=cfg.model)
-        total = [loss_sum(weights, part) for part in _microbatches(batch)]
+        gathered = weights.gather(_cast(params, cfg), infos)
+        total = [loss_sum(gathered, part) for part in _microbatches(batch)]
         with named_scope("loss"):
             return constrain(functools.reduce(torch.add, total), P()) / _tokens(batch)
 

@@ -15,7 +15,7 @@ import torch
 
 from llama_fn import tree
 from llama_fn.config import PRESETS, preset
-from llama_fn.model import arrays, llama, random
+from llama_fn.model import arrays, llama, random, weights
 
 COUNTS = {
     "llama_7b": 6_738_415_616,
@@ -55,11 +55,14 @@ def test_logits_loss_and_gradients_equal_transformers(change, tmp_path, tiny_con
     ids = torch.randint(0, cfg.vocab_size, (3, 20))
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
+    def gathered(params):
+        return weights.gather(params, llama.abstract_params(cfg))
+
     def loss_fn(*leaves):
-        return llama.nll(llama.gather(tree.unflatten(spec, leaves), cfg=cfg), tokens, targets, cfg=cfg).mean()
+        return llama.nll(gathered(tree.unflatten(spec, leaves)), tokens, targets, cfg=cfg).mean()
 
     leaves, spec = tree.flatten(params)
-    logits = llama.logits(llama.gather(params, cfg=cfg), tokens, cfg=cfg)
+    logits = llama.logits(gathered(params), tokens, cfg=cfg)
     loss, pull = torch.func.vjp(loss_fn, *leaves)
     grads = dict(zip(tree.paths(params), pull(torch.ones(())), strict=True))
 
@@ -85,7 +88,7 @@ def test_initial_loss_is_log_vocab_plus_half_the_logit_variance():
     cfg = replace(preset("llama_tiny"), init_scaled=False)
     params = arrays.materialize(llama.abstract_params(cfg), random.key(1))
     ids = torch.randint(0, cfg.vocab_size, (2, 65))
-    loss = llama.nll(llama.gather(params, cfg=cfg), ids[:, :-1], ids[:, 1:], cfg=cfg).mean().item()
+    loss = llama.nll(weights.gather(params, llama.abstract_params(cfg)), ids[:, :-1], ids[:, 1:], cfg=cfg).mean().item()
     expected = math.log(cfg.vocab_size) + cfg.embed_dim * cfg.init_std**2 / 2
     assert abs(loss / expected - 1) < 0.02
 

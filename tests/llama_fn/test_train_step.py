@@ -10,7 +10,7 @@ import torch
 
 from llama_fn import tree
 from llama_fn.config import OptimConfig
-from llama_fn.model import llama, optim, train_step
+from llama_fn.model import llama, optim, train_step, weights
 
 
 def torch_steps(cfg, state, batches):
@@ -30,7 +30,10 @@ def torch_steps(cfg, state, batches):
             group["lr"] = lr_by_hand(o, i, cfg.run.steps)
         flat = tree.map(lambda x: x.flatten(0, 1), batch)
         nll = llama.nll(
-            llama.gather(tree.unflatten(spec, params), cfg=cfg.model), flat.tokens, flat.targets, cfg=cfg.model
+            weights.gather(tree.unflatten(spec, params), llama.abstract_params(cfg.model)),
+            flat.tokens,
+            flat.targets,
+            cfg=cfg.model,
         )
         loss = (nll * flat.loss_mask).sum() / flat.loss_mask.sum()
         adamw.zero_grad()

@@ -5,6 +5,7 @@ After an intended change: UPDATE_GOLDEN=1 python -m pytest tests/sharding/test_c
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from dataclasses import replace
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from llama_fn import tree
 from llama_fn.compiler import stages
 from llama_fn.config import Config, DataConfig, preset
-from llama_fn.model import train_step
+from llama_fn.model import llama, train_step
 from sharding import Mesh, table
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -52,3 +54,17 @@ def test_the_table_of_llama_65b(rules, traced):
         norm = [r for r in rows if r.axis == "data+model"]
         assert [r.count for r in norm] == [1, 1], "the norm of gradients, and whether all new parameters are finite"
         assert {r.kind for r in rows} == {"all_gather", "reduce_scatter", "all_reduce", "all_reduce_max"}
+
+
+def test_gathers_and_reductions_name_the_declaration_of_their_parameter(traced):
+    """What a `with` statement's line cannot tell: "layers.*.w_gate, llama.py:81" is the line that declares w_gate."""
+    declared = inspect.getsource(llama).splitlines()
+    seen = set()
+    for row in traced.lower(Mesh.parse("data:12,model:8"), "fsdp_tp").collectives():
+        if row.scope.startswith(("gather/", "reduce/")):
+            for path, number in re.findall(r"([\w.*]+), llama\.py:(\d+)", row.source):
+                name = path.rpartition(".")[2]
+                assert declared[int(number) - 1].strip().startswith(f"{name}="), row.source
+                seen.add((row.scope.partition("/")[0], path))
+    paths = {re.sub(r"^layers\.", "layers.*.", path) for path in tree.paths(llama.abstract_params(preset("llama_65b")))}
+    assert seen == {(role, path) for role in ("gather", "reduce") for path in paths}

@@ -161,6 +161,6 @@ class _Together:
         node.meta["custom"] = {
             **compat.labels(self.members[0]),
             "scope": scopes.pop() if len(scopes) == 1 else self.scope,
-            "source": " ".join(filter(None, sources)),
+            "source": "; ".join(filter(None, sources)),
         }
         return node

@@ -1,0 +1,74 @@
+"""Between the state and the model: weights are gathered before they are read, gradients reduced before the optimizer.
+
+Both directions come from one declaration: every parameter's ArrayInfo gives the logical axes, and _TABLES says which
+table of the sharding rules lays them out. A collective that comes of it carries the parameter's path and the line of
+its declaration, "layers.*.w_gate, llama.py:81".
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+
+import kernels as k
+from kernels.scope import named_scope, source_line
+from kernels.scope_names import GATHER, LAYERS, REDUCE, layer
+from llama_fn import tree
+from llama_fn.model.arrays import ArrayInfo
+from sharding import P, constrain
+
+
+class Stacked(Protocol):
+    """Parameters, or their declaration: a dataclass tree with a field `layers`, whose leaves have a leading dimension
+    of layers. Of gathered weights `layers` is a list with a tree for each."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def layers(self) -> Any: ...
+
+
+Params = TypeVar("Params", bound=Stacked)
+_TABLES = {GATHER: "compute", REDUCE: "moments"}
+
+
+def gather(params: Params, infos: Params) -> Params:
+    """The weights that the model reads: in the compute layout, `layers` a list with one tree per layer.
+
+    Every weight is annotated once, so a sharded parameter is gathered once per matrix wherever this is called.
+    """
+    flat, spec = tree.flatten(params.layers)
+    layers = [tree.unflatten(spec, parts) for parts in zip(*(k.unbind(leaf) for leaf in flat), strict=True)]
+    return _annotated(replace(params, layers=layers), infos, GATHER)
+
+
+def reduce(grads: Params, infos: Params, dtype: torch.dtype | None) -> Params:
+    """The transpose of :func:`gather`: gradients in the layout of the moments, stacked, summed over devices in `dtype`;
+    None means the gradients' own."""
+    grads = _annotated(grads, infos, REDUCE, dtype)
+    with named_scope(REDUCE), named_scope(LAYERS):
+        return replace(grads, layers=tree.map(lambda *parts: k.stack(parts), *grads.layers))
+
+
+def _annotated(weights: Params, infos: Params, role: str, dtype: torch.dtype | None = None) -> Params:
+    """Each leaf cast, then constrained, in the scope and at the line of its declaration; `layers` is a list here."""
+
+    def leaf(path: str, x: torch.Tensor, info: ArrayInfo, axes: tuple[str | None, ...], where: str) -> torch.Tensor:
+        with named_scope(path), source_line(f"{where}{path}, {info.source}"):
+            return constrain(x.to(dtype or x.dtype), P(*axes), _TABLES[role])
+
+    def of_layer(path: str, x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
+        return leaf(path, x, info, info.axes[1:], f"{LAYERS}.*.")
+
+    def alone(path: str, x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
+        return leaf(path, x, info, info.axes, "")
+
+    with named_scope(role):
+        rest = tree.map_with_path(alone, replace(weights, layers=()), replace(infos, layers=()))
+        layers = []
+        for i, of_one in enumerate(weights.layers):
+            with named_scope(layer(i)):
+                layers.append(tree.map_with_path(of_layer, of_one, infos.layers))
+    return replace(rest, layers=layers)
