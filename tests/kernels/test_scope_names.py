@@ -16,7 +16,7 @@ from llama_fn.compiler import ir, passes
 from llama_fn.compiler.passes.outline import outline
 from llama_fn.errors import UserError
 from llama_fn.hardware import TABLE
-from llama_fn.model import llama
+from llama_fn.model import llama, weights
 from llama_fn.planner import plan, report, rungs
 from sharding import Mesh
 
@@ -68,7 +68,8 @@ def test_no_pattern_over_scopes_stands_elsewhere():
 
 @pytest.fixture
 def blocks(monkeypatch):
-    monkeypatch.setattr(llama, "layer", partial(scope_names.layer, group="blocks"))
+    for module in (llama, weights):
+        monkeypatch.setattr(module, "layer", partial(scope_names.layer, group="blocks"))
 
 
 def config(tiny_config, **mesh):
