@@ -20,7 +20,7 @@ from llama_fn.config import PRESETS as MODELS
 from llama_fn.config import Config, DataConfig, OptimConfig, preset
 from llama_fn.errors import UserError
 from llama_fn.model import arrays, train_step
-from sharding import Mesh, table
+from sharding import Mesh, collectives_table
 from sharding.rules import PRESETS
 
 PLACING = ("bucket", "overlap", "schedule")
@@ -69,7 +69,7 @@ def main() -> None:
             n.meta["val"].numel() * i.dtype.itemsize for n, i in nodes if n.meta["path"].startswith("state")
         )
         print(f"{name:<16} {bytes_here / 1e9:>10.3f} {bytes_here / arrays.total_bytes(state):>13.4f}")
-    print(f"\n{table.as_text(lowered.collectives())}")
+    print(f"\n{collectives_table.as_text(lowered.collectives())}")
 
 
 if __name__ == "__main__":

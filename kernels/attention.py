@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from kernels.registry import Factors, kernel
-from kernels.rms_norm import wide
+from kernels.rms_norm import upcast
 
 MAX_BLOCKS, MIN_BLOCK = 4, 64
 
@@ -42,7 +42,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, start: int) -> torch
     b, kv, g, rows, h = q.shape
     s = k.shape[2]
     raw = torch.matmul(q.reshape(b, kv, g * rows, h), k.transpose(-1, -2)).reshape(b, kv, g, rows, s)
-    return (wide(raw) * scale).masked_fill(_hidden(start, start + rows, q.device), float("-inf"))
+    return (upcast(raw) * scale).masked_fill(_hidden(start, start + rows, q.device), float("-inf"))
 
 
 def _forward(q, k, v, scale, blocks):
@@ -66,7 +66,7 @@ def _forward(q, k, v, scale, blocks):
 def _backward(do, q, k, v, o, lse, scale, blocks):
     kv = k.shape[2]
     qg, dog, ks, vs = _grouped(q, kv), _grouped(do, kv), k.transpose(1, 2), v.transpose(1, 2)
-    delta = _grouped((wide(do) * wide(o)).sum(-1, keepdim=True), kv)  # [B, K, G, T, 1]
+    delta = _grouped((upcast(do) * upcast(o)).sum(-1, keepdim=True), kv)  # [B, K, G, T, 1]
     lse = lse.reshape(*qg.shape[:-1], 1)
     dqs = []
     dk = torch.zeros_like(ks, dtype=lse.dtype, memory_format=torch.contiguous_format)
@@ -78,12 +78,12 @@ def _backward(do, q, k, v, o, lse, scale, blocks):
         flat = (b, kv, g * rows, -1)
         p = torch.exp(_scores(qb, kb, scale, start) - lse[span])
         dp = torch.matmul(dob.reshape(flat), vb.transpose(-1, -2)).reshape(p.shape)
-        ds = (p * (wide(dp) - delta[span]) * scale).to(q.dtype).reshape(flat)
+        ds = (p * (upcast(dp) - delta[span]) * scale).to(q.dtype).reshape(flat)
         p = p.to(q.dtype).reshape(flat)
         dqs.append(torch.matmul(ds, kb).reshape(b, kv, g, rows, h))
         grow = (0, 0, 0, dk.shape[2] - stop)
-        dk = dk + torch.nn.functional.pad(wide(torch.matmul(ds.transpose(-1, -2), qb.reshape(flat))), grow)
-        dv = dv + torch.nn.functional.pad(wide(torch.matmul(p.transpose(-1, -2), dob.reshape(flat))), grow)
+        dk = dk + torch.nn.functional.pad(upcast(torch.matmul(ds.transpose(-1, -2), qb.reshape(flat))), grow)
+        dv = dv + torch.nn.functional.pad(upcast(torch.matmul(p.transpose(-1, -2), dob.reshape(flat))), grow)
     dq = torch.cat(dqs[::-1], -2) if blocks > 1 else dqs[0]
     return (
         _ungrouped(dq),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from kernels.registry import Factors, kernel
-from kernels.rms_norm import wide
+from kernels.rms_norm import upcast
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at a time in the fused form
 
 
 def cross_entropy_reference(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """nll and log-sum-exp, both [B, T] float32 (float64 for float64 logits), from logits [B, T, V], targets [B, T]."""
-    z = wide(logits)
+    z = upcast(logits)
     lse = torch.logsumexp(z, dim=-1)
     return lse - z.gather(-1, targets[..., None]).squeeze(-1), lse
 
@@ -21,7 +21,7 @@ def cross_entropy_bwd_reference(
     g: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor
 ) -> torch.Tensor:
     """dlogits [B, T, V] = g (softmax(logits) - onehot(targets)), g [B, T] being the cotangent of nll."""
-    p = torch.exp(wide(logits) - lse[..., None])
+    p = torch.exp(upcast(logits) - lse[..., None])
     vocab = torch.arange(logits.shape[-1], device=logits.device)
     hit = (vocab == targets[..., None]).to(p.dtype)
     return (g[..., None] * (p - hit)).to(logits.dtype)

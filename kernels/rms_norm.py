@@ -7,30 +7,30 @@ import torch
 from kernels.registry import Factors, kernel
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """float64 stays, everything narrower is computed in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """y [..., D] in x's dtype, and rstd [..., 1] in the computing dtype for the backward."""
-    x_wide = wide(x)
+    x_wide = upcast(x)
     rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
     return (x_wide * rstd).to(x.dtype) * weight, rstd
 
 
 def _abstract(x, weight, eps):
-    return torch.empty_like(x), wide(x[..., :1]).new_empty((*x.shape[:-1], 1))
+    return torch.empty_like(x), upcast(x[..., :1]).new_empty((*x.shape[:-1], 1))
 
 
 def rms_norm_bwd_reference(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx [..., D] and dweight [D]. With n = x * rstd: dx = rstd * (dy w - n mean(dy w n))."""
-    n = wide(x) * rstd
-    g = wide(dy) * wide(weight)
+    n = upcast(x) * rstd
+    g = upcast(dy) * upcast(weight)
     dx = rstd * (g - n * (g * n).mean(-1, keepdim=True))
-    dweight = (wide(dy) * n).sum(list(range(x.dim() - 1)))
+    dweight = (upcast(dy) * n).sum(list(range(x.dim() - 1)))
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.registry import Factors, kernel
-from kernels.rms_norm import wide
+from kernels.rms_norm import upcast
 
 
 def rope_table_reference(
@@ -38,7 +38,7 @@ rope_table = kernel(
 def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     """x [B, T, N, H] with each pair (x[i], x[i + H/2]) turned by its position's angle (`inverse`: turned back)."""
     half = x.shape[-1] // 2
-    first, second = wide(x[..., :half]), wide(x[..., half:])
+    first, second = upcast(x[..., :half]), upcast(x[..., half:])
     cos, sin = cos[:, None, :], sin[:, None, :]
     if inverse:
         sin = -sin
@@ -47,7 +47,7 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, invers
 
 
 def rope_npu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
-    """RotaryMul wants cos and sin as wide as x and in its dtype, so in bf16 the angles are rounded to bf16."""
+    """RotaryMul wants cos and sin as upcast as x and in its dtype, so in bf16 the angles are rounded to bf16."""
     wide_cos, wide_sin = (torch.cat([part, part], -1)[None, :, None, :].to(x.dtype) for part in (cos, sin))
     return torch.ops.npu.npu_rotary_mul(x, wide_cos, -wide_sin if inverse else wide_sin)
 

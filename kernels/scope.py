@@ -18,7 +18,7 @@ import torch.fx.traceback as fx_traceback
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Scope path such as "layers/3/attention", phase, "file.py:line" of the call, and the remat region it is in."""
 
     path: str = ""
@@ -27,27 +27,27 @@ class Place:
     region: str = ""
 
 
-_TOP = Place()
-_PLACE: ContextVar[Place] = ContextVar("llama_fn_place", default=_TOP)
+_TOP = Location()
+_LOCATION: ContextVar[Location] = ContextVar("llama_fn_place", default=_TOP)
 _ROOT = Path(__file__).parent.parent
 _OURS = (str(_ROOT / "kernels"), str(_ROOT / "sharding"), str(_ROOT / "llama_fn" / "compat"))
 _LIBRARIES = ("/torch", "/contextlib", "/functools")
 
 
-def current() -> Place:
-    return _PLACE.get()
+def current() -> Location:
+    return _LOCATION.get()
 
 
 @contextmanager
-def at(place: Place) -> Iterator[None]:
+def at(place: Location) -> Iterator[None]:
     """Put the ops inside at `place`, wherever this is called."""
-    token = _PLACE.set(place)
+    token = _LOCATION.set(place)
     try:
         where = {"scope": place.path, "phase": place.phase, "source": place.source, "region": place.region}
         with fx_traceback.annotate(where):
             yield
     finally:
-        _PLACE.reset(token)
+        _LOCATION.reset(token)
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def backward_of(place: Place) -> Iterator[None]:
+def backward_of(place: Location) -> Iterator[None]:
     """Reopen the scope of a forward op for the ops of its backward."""
     with at(replace(place, phase="backward")):
         yield

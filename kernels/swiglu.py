@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 
 from kernels.registry import Factors, kernel
-from kernels.rms_norm import wide
+from kernels.rms_norm import upcast
 
 
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """[B, T, F]; computed in float32 or wider, returned in the operands' dtype."""
-    g = wide(gate)
-    return (g * torch.sigmoid(g) * wide(up)).to(gate.dtype)
+    g = upcast(gate)
+    return (g * torch.sigmoid(g) * upcast(up)).to(gate.dtype)
 
 
 def swiglu_bwd_reference(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """dgate = dy up s (1 + g (1 - s)) and dup = dy g s, with s = sigmoid(g)."""
-    g, dy_wide = wide(gate), wide(dy)
+    g, dy_wide = upcast(gate), upcast(dy)
     s = torch.sigmoid(g)
-    dgate = dy_wide * wide(up) * s * (1 + g * (1 - s))
+    dgate = dy_wide * upcast(up) * s * (1 + g * (1 - s))
     return dgate.to(gate.dtype), (dy_wide * g * s).to(up.dtype)
 
 

@@ -20,7 +20,7 @@ from kernels.cross_entropy import (
 )
 from kernels.embedding import embedding_bwd_reference, embedding_reference
 from kernels.registry import Factors, kernel
-from kernels.rms_norm import wide
+from kernels.rms_norm import upcast
 
 
 class Emit(Protocol):
@@ -75,7 +75,7 @@ embedding_part_bwd = kernel(
 
 def logits_part_reference(logits: torch.Tensor, targets: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """[2, B, T] in float32 or wider: log-sum-exp over this part, and the target's logit where it holds it, else 0."""
-    z = wide(logits)
+    z = upcast(logits)
     local, inside = _own(targets, index, logits.shape[-1])
     hit = z.gather(-1, local[..., None]).squeeze(-1)
     return torch.stack([torch.logsumexp(z, -1), torch.where(inside, hit, torch.zeros_like(hit))])

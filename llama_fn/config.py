@@ -71,20 +71,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with global-norm clipping and a schedule over iterations."""
+    """AdamW with global-norm clipping and a schedule. The schedule counts updates: iterations that were not skipped."""
 
     lr: float = number(3e-4, "peak learning rate", 0.0)
     min_lr: float = number(3e-5, "learning rate at the end of the decay", 0.0)
     schedule: Literal["cosine", "linear", "constant"] = opt("cosine", "decay after the warmup")
-    warmup_steps: int = number(0, "iterations of linear warmup; iteration i uses lr * i / warmup", 0)
-    decay_steps: int = number(0, "iterations until min_lr, warmup included; 0 means run.steps", 0)
+    warmup_steps: int = number(
+        0, "updates of linear warmup; update i uses lr * i / warmup. Skipped iterations do not count", 0
+    )
+    decay_steps: int = number(0, "updates until min_lr, warmup included; 0 means run.steps", 0)
     b1: float = number(0.9, "decay of the first moment", 0.0, 0.999999999)
     b2: float = number(0.95, "decay of the second moment", 0.0, 0.999999999)
     eps: float = number(1e-8, "AdamW epsilon", 0.0, open=True)
     weight_decay: float = number(0.1, "decoupled weight decay, on matrices only", 0.0)
     clip: float = number(1.0, "largest global gradient norm; 0 means no clipping", 0.0)
     initial_loss_scale: float = number(65536.0, "fp16 only: first loss scale", 1.0)
-    loss_scale_window: int = number(1000, "fp16 only: good iterations before the loss scale doubles", 1)
+    loss_scale_window: int = number(1000, "fp16 only: updates in a row before the loss scale doubles", 1)
     reduce_dtype: Literal["fp32", "compute"] = opt("fp32", "dtype in which gradients are summed over devices")
     reduce_per_microbatch: bool = opt(
         False, "gather weights and reduce gradients for every microbatch instead of once a step: less memory"

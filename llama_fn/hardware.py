@@ -10,9 +10,20 @@ from llama_fn.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
+class Reserved:
+    """Bytes of a device that a process cannot give to its step: what its runtime takes at start, and each communicator
+    besides (one per group of devices that the step's collectives name, and the world's). `source` says from where."""
+
+    runtime_bytes: float = 0.0
+    communicator_bytes: float = 0.0
+    source: str = "nothing is reserved"
+
+
+@dataclass(frozen=True)
 class Hardware:
     """Per device: FLOP/s for bf16 and fp16 with dense operands, HBM bytes and bytes/s, bytes/s that it can send inside
-    a machine and between machines, and how many devices a machine has; `source` says where the numbers are printed."""
+    a machine and between machines, and how many devices a machine has; `source` says where the numbers are printed.
+    `reserved` is the part of HBM that is not the step's."""
 
     name: str
     peak_flops_per_s: float
@@ -22,6 +33,11 @@ class Hardware:
     network_bytes_per_s: float
     source: str
     per_machine: int = 8
+    reserved: Reserved = Reserved()
+
+    def reserved_bytes(self, communicators: int) -> float:
+        """Of one device whose process is a member of so many groups."""
+        return self.reserved.runtime_bytes + communicators * self.reserved.communicator_bytes
 
 
 _CANN = (
@@ -29,9 +45,23 @@ _CANN = (
     "GB/s each way, a 200 Gb/s RoCE port per NPU) as published of the Atlas 800T A2, 800I A2 for B4; not measured by us"
 )
 
+_CANN_RESERVED = Reserved(
+    1e9, 2 * 200 * 2**20,
+    "1 GB for CANN's context and the workspaces of kernels (an estimate: error messages that users of 64 GB NPUs "
+    "posted leave 0.4 to 0.9 GB beside torch's memory), and for each communicator 2 x HCCL_BUFFSIZE, 200 MiB unless "
+    "set (CANN's page of HCCL_BUFFSIZE)",
+)  # fmt: skip
+_CUDA_RESERVED = Reserved(
+    1e9, 700e6,
+    "1 GB for the CUDA context and the workspaces of libraries (0.3 to 0.5 GB of context with lazy loading, "
+    "pytorch/pytorch#107667), and 0.7 GB for each NCCL communicator (544 to 688 MB on A100 with NVLink, "
+    "NVIDIA/nccl#964)",
+)  # fmt: skip
+_CPU_RESERVED = Reserved(0.5e9, 0.0, "0.5 GB for Python and torch in the process (resident after the imports)")
+
 
 def _ascend(name: str, flops: float, hbm_bytes: float = 64e9, hbm_bytes_per_s: float = 1.6e12) -> Hardware:
-    return Hardware(name, flops, hbm_bytes, hbm_bytes_per_s, 196e9, 25e9, _CANN)
+    return Hardware(name, flops, hbm_bytes, hbm_bytes_per_s, 196e9, 25e9, _CANN, reserved=_CANN_RESERVED)
 
 
 TABLE = {
@@ -45,19 +75,22 @@ TABLE = {
             "ascend_a3", 376e12, 64e9, 1.6e12, 196e9, 25e9,
             "one die of an Ascend 910C, a device to torch: half of 752 TFLOP/s dense BF16, 128 GB, 3.2 TB/s, "
             "392 GB/s each way over the bus of a supernode of 384, 400 Gb/s of RDMA (Zuo et al. 2025, Serving Large "
-            "Language Models on Huawei CloudMatrix384); not measured by us", 768,
+            "Language Models on Huawei CloudMatrix384); not measured by us", 768, _CANN_RESERVED,
         ),
         Hardware(
             "a100", 312e12, 80e9, 2.039e12, 300e9, 25e9,
             "NVIDIA A100 80GB SXM data sheet, dense BF16, NVLink 600 GB/s both ways; DGX A100: a 200 Gb/s port per GPU",
+            reserved=_CUDA_RESERVED,
         ),
         Hardware(
             "h100", 989e12, 80e9, 3.35e12, 450e9, 50e9,
             "NVIDIA H100 SXM data sheet, dense BF16, NVLink 900 GB/s both ways; DGX H100: one 400 Gb/s port per GPU",
+            reserved=_CUDA_RESERVED,
         ),
         Hardware(
             "h200", 989e12, 141e9, 4.8e12, 450e9, 50e9,
             "NVIDIA H200 SXM data sheet, dense BF16, NVLink 900 GB/s both ways; DGX H200: one 400 Gb/s port per GPU",
+            reserved=_CUDA_RESERVED,
         ),
     )
 }  # fmt: skip
@@ -86,7 +119,7 @@ def this_cpu(dtype: str = "fp32") -> Hardware:
     memory = total_bytes()
     return Hardware(
         "cpu", rate(lambda: a @ a, 2 * 2048**3), memory, copied, copied / 2, copied / 2,
-        f"measured now with {torch.get_num_threads()} threads, products in {dtype}",
+        f"measured now with {torch.get_num_threads()} threads, products in {dtype}", reserved=_CPU_RESERVED,
     )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from llama_fn import config
 from llama_fn.compiler import stages
 from llama_fn.inspect import dump
 from llama_fn.model import llama
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from llama_fn.tools.graph_diff import difference, load
-from sharding import Mesh, P, table
+from sharding import Mesh, P, collectives_table
 
 cfg = config.Config(
     model=config.ModelConfig(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=4, mlp_dim=128, vocab_size=256),
@@ -23,15 +23,15 @@ mesh = Mesh.parse("data:2,model:2")
 
 def record(name: str) -> stages.Lowered:
     """Trace and lower the step as the model is now, and dump every stage."""
-    traced = rungs.train(cfg)
-    writer = dump.Record(Path("work/notebook/dumps") / name)
-    lowered = traced.lower(mesh, "fsdp_tp", watch=writer.watch(traced))
+    traced = config_stages.train(cfg)
+    writer = dump.DumpWriter(Path("work/notebook/dumps") / name)
+    lowered = traced.lower(mesh, "fsdp_tp", observe=writer.observer(traced))
     writer.finish(lowered)
     return lowered
 
 
 good = record("good")
-print(table.as_text(good.collectives()))
+print(collectives_table.as_text(good.collectives()))
 
 # %% [markdown]
 # Somebody annotates what the blocks pass on as whole in the sequence, "to be safe".

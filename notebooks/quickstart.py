@@ -14,7 +14,7 @@ from llama_fn import config, config_checks
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.prepare import open_parts
 from llama_fn.model import arrays, random, train_step
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from llama_fn.run import runtime
 
 STEPS = 100
@@ -32,10 +32,10 @@ runtime.setup(cfg.run)
 train_data = open_parts(cfg, Path(cfg.run.workdir)).train_samples(cfg, consumed=0, left=STEPS)
 
 # %% [markdown]
-# The ladder. Each rung prints itself and answers `cost_analysis()` and `memory_analysis()`.
+# The ladder. Each stage prints itself and answers `cost_analysis()` and `memory_analysis()`.
 
 # %%
-traced = rungs.train(cfg)
+traced = config_stages.train(cfg)
 lowered = traced.lower()
 print("\n".join(lowered.as_text().splitlines()[:60:6]))
 print(lowered.memory_analysis())
@@ -68,4 +68,4 @@ plt.savefig("work/notebook/loss.png")
 
 # %%
 deeper = replace(cfg, model=replace(cfg.model, num_layers=4))
-print(rungs.train(deeper).lower().cost_analysis().total_flops / lowered.cost_analysis().total_flops)
+print(config_stages.train(deeper).lower().cost_analysis().total_flops / lowered.cost_analysis().total_flops)

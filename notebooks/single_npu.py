@@ -11,7 +11,7 @@ import torch
 
 from llama_fn import config
 from llama_fn.model import arrays, random, train_step
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 
 device, backend = "cpu", "inductor"
 if torch.cuda.is_available():
@@ -31,7 +31,7 @@ cfg = config.Config(
     data=config.DataConfig(seq_len=64, global_batch_size=4),
 )
 options = {"device": device} | ({"cache": Path("work/notebook/compiled")} if backend == "inductor" else {})
-step = rungs.train(cfg).lower().compile(backend, **options)
+step = config_stages.train(cfg).lower().compile(backend, **options)
 
 # %%
 state = arrays.materialize(train_step.abstract_state(cfg), random.key(0), device)

@@ -33,7 +33,7 @@ constrain_op = kernel(
 
 def constrain(x: torch.Tensor, spec: P, table: str = "compute") -> torch.Tensor:
     """x with the sharding that a table of the rules (sharding/rules.py) gives to the LOGICAL axes of `spec`, one per
-    dimension. P() for a scalar: whatever sum is pending is done."""
+    dimension. P() for a scalar: a partial sum is summed up."""
     if len(spec) != x.dim():
         raise ValueError(f"constrain: {spec} has {len(spec)} dimensions, the tensor {tuple(x.shape)} has {x.dim()}")
     return constrain_op(x, spec.encode(), table)

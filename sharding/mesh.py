@@ -39,10 +39,10 @@ class Mesh:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of a rank along every axis; the last axis varies fastest."""
-        found = {}
+        index = {}
         for name, size in reversed(self.axes):
-            rank, found[name] = divmod(rank, size)
-        return found
+            rank, index[name] = divmod(rank, size)
+        return index
 
     def index(self, rank: int, axes: Sequence[str]) -> int:
         """Position of a rank along several axes taken as one, the first the outermost."""
@@ -54,11 +54,11 @@ class Mesh:
 
     def groups(self, axes: Sequence[str]) -> list[list[int]]:
         """Ranks that differ along `axes` only, each group in the order of :meth:`index`."""
-        found: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.size):
             at = self.coordinates(rank)
-            found.setdefault(tuple(v for a, v in at.items() if a not in axes), []).append(rank)
-        return [sorted(group, key=lambda rank: self.index(rank, axes)) for group in found.values()]
+            groups.setdefault(tuple(v for a, v in at.items() if a not in axes), []).append(rank)
+        return [sorted(group, key=lambda rank: self.index(rank, axes)) for group in groups.values()]
 
     @property
     def size(self) -> int:

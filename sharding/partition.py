@@ -22,13 +22,13 @@ import torch
 from kernels.registry import KERNELS, Kernel, of_node
 from kernels.vocab_parallel import FINISHED, SHARDED_VOCABULARY
 from sharding import propagate, reshard
+from sharding.abstract_eval import AbstractEval
 from sharding.checks import Names
 from sharding.collectives import all_reduce, axes_text, axis_index, own_slice, reduce_scatter
 from sharding.errors import ShardingError, local_shape, where
 from sharding.mesh import Mesh
 from sharding.rules import Rules
 from sharding.spec import P
-from sharding.values import Values
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ class _Partitioner:
         self.graph = torch.fx.Graph()
         self.new: dict[torch.fx.Node, torch.fx.Node] = {}
         self.layouts: dict[torch.fx.Node, Any] = {}  # P, or a list of them for several results
-        self.values = Values.of(next(iter(gm.graph.nodes)).meta["val"])
+        self.values = AbstractEval.of(next(iter(gm.graph.nodes)).meta["val"])
         self.names = Names(mesh, rules, ())
         self.at: Any = None  # the traced node that is being carried over
 
@@ -90,7 +90,7 @@ class _Partitioner:
         for result, path in zip(results, node.meta.get("paths") or [""] * len(results), strict=True):
             if self.layouts[result].unreduced:
                 raise ShardingError(
-                    f"result {path} is still a pending sum over {sorted(self.layouts[result].unreduced)}, made by "
+                    f"result {path} is still a partial sum over {sorted(self.layouts[result].unreduced)}, made by "
                     f"{where(result)}. Write constrain(x, P(...)) on it"
                 )
         new = self.graph.node_copy(node, self.new.__getitem__)

@@ -23,7 +23,7 @@ def by_factors(node: Any, record: Kernel, args: list[Any], layouts: list[P], par
     """Layouts of a kernel's results. `args` are the global values, `layouts` those of its tensor operands; `parts` the
     factors that may be sharded though the rule says otherwise."""
     factors = record.factors(*args)
-    found: dict[str, tuple[str, ...]] = {}
+    axes_of: dict[str, tuple[str, ...]] = {}
     given: dict[str, P] = {}
     for letters, layout in zip(factors.operands, layouts, strict=False):
         if letters == ("_",):
@@ -31,20 +31,20 @@ def by_factors(node: Any, record: Kernel, args: list[Any], layouts: list[P], par
         refuse_unreduced(node, layout)
         for dim, letter in enumerate(letters):
             axes = layout.axes(dim)
-            if letter in found and found[letter] != axes:
+            if letter in axes_of and axes_of[letter] != axes:
                 raise ShardingError(
                     f"{where(node)}: its rule {factors.rule!r} needs one sharding for {letter!r}, but the operands are "
                     f"{given[letter]} and {layout}. Write a constrain(...) that gives both the same"
                 )
-            found[letter], given[letter] = axes, layout
+            axes_of[letter], given[letter] = axes, layout
     for letter in sorted(factors.replicated - set(parts)):
-        if found.get(letter):
+        if axes_of.get(letter):
             raise ShardingError(
                 f"{where(node)}: {letter!r} of its rule {factors.rule!r} must be whole on every device, but it is "
-                f"sharded over {'+'.join(found[letter])} in {given[letter]}. Write a constrain(...) before it that "
+                f"sharded over {'+'.join(axes_of[letter])} in {given[letter]}. Write a constrain(...) before it that "
                 "leaves this dimension whole"
             )
-    users = [axis for axes in found.values() for axis in axes]
+    users = [axis for axes in axes_of.values() for axis in axes]
     twice = {axis for axis in users if users.count(axis) > 1}
     if twice:
         raise ShardingError(
@@ -53,8 +53,8 @@ def by_factors(node: Any, record: Kernel, args: list[Any], layouts: list[P], par
         )
     return [
         P.of(
-            [found.get(letter, ()) for letter in letters],
-            [axis for letter, axes in found.items() if letter not in letters for axis in axes],
+            [axes_of.get(letter, ()) for letter in letters],
+            [axis for letter, axes in axes_of.items() if letter not in letters for axis in axes],
         )
         for letters in factors.results
     ]
@@ -63,7 +63,7 @@ def by_factors(node: Any, record: Kernel, args: list[Any], layouts: list[P], par
 def refuse_unreduced(node: Any, layout: P) -> None:
     if layout.unreduced:
         raise ShardingError(
-            f"{where(node)}: an operand is still a pending sum over {'+'.join(sorted(layout.unreduced))} ({layout}) "
+            f"{where(node)}: an operand is still a partial sum over {'+'.join(sorted(layout.unreduced))} ({layout}) "
             "and this op is not linear in it. Write constrain(x, P(...)) on the operand: over a sharded dimension it "
             "becomes a reduce-scatter, over none an all-reduce"
         )
@@ -100,7 +100,7 @@ def _pending(node: Any, layouts: list[P]) -> frozenset[str]:
         return sums[0]
     if node.target in ADDITIVE:
         raise ShardingError(
-            f"{where(node)}: a pending sum and a finished value cannot be added: {layouts}. Write constrain(x, P(...)) "
+            f"{where(node)}: a partial sum and a finished value cannot be added: {layouts}. Write constrain(x, P(...)) "
             "on the pending one"
         )
     refuse_unreduced(node, next(layout for layout in layouts if layout.unreduced))

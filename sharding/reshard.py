@@ -23,7 +23,7 @@ class _Plan:
         self.order = [name for name, _ in mesh.axes]
         self.dims = [list(axes) for axes in source.by_dim]
         self.target = target.by_dim
-        self.pending = set(source.unreduced)
+        self.unreduced = set(source.unreduced)
 
     def _missing(self, dim: int) -> tuple[str, ...]:
         """Axes that the target has after those that the dimension has now; none if the two do not begin alike."""
@@ -34,18 +34,18 @@ class _Plan:
         for dim in range(len(self.dims)):
             axes: list[str] = []
             for axis in self._missing(dim):
-                if axis not in self.pending:
+                if axis not in self.unreduced:
                     break
                 axes.append(axis)
             if axes:
-                self.pending -= set(axes)
+                self.unreduced -= set(axes)
                 self.dims[dim] += axes
                 yield reduce_scatter.op, tuple(axes), (dim,)
 
     def reduces(self) -> Iterator[Step]:
-        if self.pending:
-            axes = tuple(axis for axis in self.order if axis in self.pending)
-            self.pending.clear()
+        if self.unreduced:
+            axes = tuple(axis for axis in self.order if axis in self.unreduced)
+            self.unreduced.clear()
             yield all_reduce.op, axes, ("sum",)
 
     def exchanges(self) -> Iterator[Step]:

@@ -16,10 +16,10 @@ from sharding.collectives import axes_of, unstacked
 from sharding.mesh import Mesh
 from sharding.spec import P
 
-Values = list[torch.Tensor]
+PerDevice = list[torch.Tensor]
 
 
-def _by_group(mesh: Mesh, axes: str, xs: Values, fn: Callable[[Values], Sequence[torch.Tensor]]) -> Values:
+def _by_group(mesh: Mesh, axes: str, xs: PerDevice, fn: Callable[[PerDevice], Sequence[torch.Tensor]]) -> PerDevice:
     out: list[Any] = [None] * len(xs)
     for group in mesh.groups(axes_of(axes)):
         for rank, value in zip(group, fn([xs[rank] for rank in group]), strict=True):
@@ -31,48 +31,48 @@ def _own(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
 
 
-def _all_gather(mesh: Mesh, xs: Values, axes: str, n: int, dim: int) -> Values:
+def _all_gather(mesh: Mesh, xs: PerDevice, axes: str, n: int, dim: int) -> PerDevice:
     return _by_group(mesh, axes, xs, lambda group: [torch.cat(group, dim)] * n)
 
 
-def _reduce_scatter(mesh: Mesh, xs: Values, axes: str, n: int, dim: int) -> Values:
+def _reduce_scatter(mesh: Mesh, xs: PerDevice, axes: str, n: int, dim: int) -> PerDevice:
     return _by_group(mesh, axes, xs, lambda group: _own(reduce(torch.add, group).chunk(n, dim)))
 
 
-def _all_reduce(mesh: Mesh, xs: Values, axes: str, n: int, kind: str) -> Values:
+def _all_reduce(mesh: Mesh, xs: PerDevice, axes: str, n: int, kind: str) -> PerDevice:
     op: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.add if kind == "sum" else torch.maximum
     return _by_group(mesh, axes, xs, lambda group: [reduce(op, group)] * n)
 
 
-def _all_to_all(mesh: Mesh, xs: Values, axes: str, n: int, split: int, concat: int) -> Values:
-    def exchange(group: Values) -> Values:
+def _all_to_all(mesh: Mesh, xs: PerDevice, axes: str, n: int, split: int, concat: int) -> PerDevice:
+    def exchange(group: PerDevice) -> PerDevice:
         pieces = [x.chunk(n, split) for x in group]
         return [torch.cat([sent[i] for sent in pieces], concat) for i in range(n)]
 
     return _by_group(mesh, axes, xs, exchange)
 
 
-def _own_slice(mesh: Mesh, xs: Values, axes: str, n: int, dim: int) -> Values:
+def _own_slice(mesh: Mesh, xs: PerDevice, axes: str, n: int, dim: int) -> PerDevice:
     return _by_group(mesh, axes, xs, lambda group: _own([x.chunk(n, dim)[i] for i, x in enumerate(group)]))
 
 
-def _axis_index(mesh: Mesh, xs: Values, axes: str) -> Values:
+def _axis_index(mesh: Mesh, xs: PerDevice, axes: str) -> PerDevice:
     return [torch.tensor(mesh.index(rank, axes_of(axes)), device=x.device) for rank, x in enumerate(xs)]
 
 
-def _all_gather_start(mesh: Mesh, xs: Values, axes: str, n: int, dim: int) -> Values:
+def _all_gather_start(mesh: Mesh, xs: PerDevice, axes: str, n: int, dim: int) -> PerDevice:
     return _all_gather(mesh, xs, axes, n, 0)
 
 
-def _all_to_all_start(mesh: Mesh, xs: Values, axes: str, n: int, split: int, concat: int) -> Values:
+def _all_to_all_start(mesh: Mesh, xs: PerDevice, axes: str, n: int, split: int, concat: int) -> PerDevice:
     return _all_to_all(mesh, xs, axes, n, split, 0)
 
 
-def _wait(mesh: Mesh, pending: Values, x: torch.Tensor, n: int, dim: int) -> Values:
+def _wait(mesh: Mesh, pending: PerDevice, x: torch.Tensor, n: int, dim: int) -> PerDevice:
     return [unstacked(each, n, dim) for each in pending]
 
 
-COLLECTIVES: dict[str, Callable[..., Values]] = {
+COLLECTIVES: dict[str, Callable[..., PerDevice]] = {
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_reduce": _all_reduce,
@@ -87,13 +87,15 @@ COLLECTIVES: dict[str, Callable[..., Values]] = {
 }
 
 
-def _all_gather_matmul(mesh: Mesh, xs: Values, ws: Values, axes: str, n: int, turn: bool) -> list[Values]:
+def _all_gather_matmul(
+    mesh: Mesh, xs: PerDevice, ws: PerDevice, axes: str, n: int, transposed: bool
+) -> list[PerDevice]:
     whole = _all_gather(mesh, xs, axes, n, 0)
-    return [[x @ (w.t() if turn else w), x] for x, w in zip(whole, ws, strict=True)]
+    return [[x @ (w.t() if transposed else w), x] for x, w in zip(whole, ws, strict=True)]
 
 
-def _matmul_reduce_scatter(mesh: Mesh, xs: Values, ws: Values, axes: str, n: int, turn: bool) -> Values:
-    products = [x @ (w.t() if turn else w) for x, w in zip(xs, ws, strict=True)]
+def _matmul_reduce_scatter(mesh: Mesh, xs: PerDevice, ws: PerDevice, axes: str, n: int, transposed: bool) -> PerDevice:
+    products = [x @ (w.t() if transposed else w) for x, w in zip(xs, ws, strict=True)]
     return _reduce_scatter(mesh, products, axes, n, 0)
 
 

@@ -9,7 +9,7 @@ class P:
     """An immutable partition spec: one axis name, tuple of names or None per dimension, as JAX's PartitionSpec.
 
     Not a tuple, so that a tree of specs has specs for leaves. `unreduced` names the axes over which the value is
-    still a pending sum.
+    still a partial sum.
     """
 
     __slots__ = ("dims", "unreduced")

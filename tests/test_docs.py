@@ -26,7 +26,7 @@ def test_snippets_run(page, capsys):
         exec(compile(snippet, str(page), "exec"), namespace)
     if page.name == "sharding.md":
         printed = capsys.readouterr().out
-        assert "reduce_scatter  model" in printed and "pending sum over model" in printed
+        assert "reduce_scatter  model" in printed and "partial sum over model" in printed
     if page.name == "extending.md":
         printed = capsys.readouterr().out
         whole, halved = (int(number) for number in printed.split()[:2])

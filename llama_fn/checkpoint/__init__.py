@@ -4,7 +4,7 @@ May import the ground, the maths' declarations of arrays, and distributed. Read 
 proves damage.
 """
 
-from llama_fn.checkpoint.orbax import Checkpointer, Found
+from llama_fn.checkpoint.orbax import Checkpointer, SavedStep
 from llama_fn.checkpoint.store import Store
 
-__all__ = ["Checkpointer", "Found", "Store"]
+__all__ = ["Checkpointer", "SavedStep", "Store"]

@@ -32,7 +32,7 @@ log = logging.getLogger("llama_fn.checkpoint")
 
 
 @dataclass(frozen=True)
-class Found:
+class SavedStep:
     """A good checkpoint: its iteration, and all that it holds besides the arrays."""
 
     step: int
@@ -113,7 +113,7 @@ class Checkpointer:
     def steps(self) -> list[int]:
         return sorted(self.manager.all_steps())
 
-    def find(self) -> Found | None:
+    def find(self) -> SavedStep | None:
         """The newest good checkpoint, or None where there is none. One that is proven to be damaged is named, moved
         aside and passed over.
 
@@ -122,7 +122,7 @@ class Checkpointer:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return Found(step, self._proven(step))
+                return SavedStep(step, self._proven(step))
             except Damaged as damage:
                 log.error("checkpoint %s is damaged (%s); trying the one before", self.folder / str(step), damage)
                 self._set_aside(step)
@@ -142,7 +142,7 @@ class Checkpointer:
         if not listed:
             arrays = self._arrays(step)
             for path, (_, crc) in meta["arrays"].items():
-                if (found := at_path(arrays, path)) is None or array_checksum(np.asarray(found)) != crc:
+                if (array := at_path(arrays, path)) is None or array_checksum(np.asarray(array)) != crc:
                     raise Damaged(f"state.{path} has another checksum than when it was saved")
             seal(folder)
         return meta
@@ -189,25 +189,25 @@ class Checkpointer:
             ) from None
         self.manager.reload()
 
-    def restore(self, found: Found, abstract: Any, device: str) -> Any:
+    def restore(self, saved_step: SavedStep, abstract: Any, device: str) -> Any:
         """The state of a checkpoint, like `abstract`; UserError naming every leaf that it has otherwise."""
-        self.refuse_other_arrays(found, abstract)
-        arrays = self._arrays(found.step)
+        self.refuse_other_arrays(saved_step, abstract)
+        arrays = self._arrays(saved_step.step)
 
         def leaf(path: str, info: Any) -> torch.Tensor:
             array = np.asarray(at_path(arrays, path))
-            if array_checksum(array) != found.meta["arrays"][path][1]:
+            if array_checksum(array) != saved_step.meta["arrays"][path][1]:
                 raise UserError(
-                    f"state.{path} is not what was saved, though the files of {self.folder / str(found.step)} are: the "
-                    "memory of this machine, or a library, changed it. Nothing was moved; try again"
+                    f"state.{path} is not what was saved, though the files of {self.folder / str(saved_step.step)} "
+                    "are: the memory of this machine, or a library, changed it. Nothing was moved; try again"
                 )
             return to_torch(array).clone().to(device)
 
         return tree.map_with_path(leaf, abstract)
 
-    def refuse_other_arrays(self, found: Found, abstract: Any) -> None:
+    def refuse_other_arrays(self, saved_step: SavedStep, abstract: Any) -> None:
         """UserError with the paths whose shape or dtype is not that of `abstract`."""
-        saved = {path: text for path, (text, _) in found.meta["arrays"].items()}
+        saved = {path: text for path, (text, _) in saved_step.meta["arrays"].items()}
         wanted = {path: describe(info) for path, info in tree.by_path(abstract).items()}
         lines = [
             f"  state.{path}: saved {saved.get(path, 'nothing')}, needed {wanted.get(path, 'nothing')}"
@@ -217,7 +217,7 @@ class Checkpointer:
         if lines:
             more = [f"  ... and {len(lines) - 20} more"] if lines[20:] else []
             raise UserError(
-                f"{self.folder / str(found.step)} holds the state of another model or optimizer:\n"
+                f"{self.folder / str(saved_step.step)} holds the state of another model or optimizer:\n"
                 + "\n".join([*lines[:20], *more])
                 + "\nRestore the flags, or name another --run.workdir. Nothing was moved"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_fn import tree
-from llama_fn.checkpoint.orbax import Checkpointer, Found
+from llama_fn.checkpoint.orbax import Checkpointer, SavedStep
 from llama_fn.config import Config
 from llama_fn.distributed.processes import Processes, by_chief
 from llama_fn.model import arrays, train_step
@@ -26,33 +26,33 @@ class Store:
         self.infos = train_step.abstract_state(cfg)
         self.checkpointer: Checkpointer | None = None  # the first process's, once it has looked for one
 
-    def find(self, check: Callable[[Found], None]) -> Found | None:
+    def find(self, check: Callable[[SavedStep], None]) -> SavedStep | None:
         """The newest good checkpoint, or None where there is none; UserError where `check` raises it, and where its
         arrays are others than this configuration's."""
 
-        def find() -> Found | None:
+        def find() -> SavedStep | None:
             self.checkpointer = Checkpointer(self.folder, *self.keep)
-            found = self.checkpointer.find()
-            if found is not None:
-                check(found)
-                self.checkpointer.refuse_other_arrays(found, self.infos)
-            return found
+            saved_step = self.checkpointer.find()
+            if saved_step is not None:
+                check(saved_step)
+                self.checkpointer.refuse_other_arrays(saved_step, self.infos)
+            return saved_step
 
         return by_chief(self.processes, find)
 
-    def restore(self, found: Found, layouts: Sequence[P]) -> Any:
+    def restore(self, saved_step: SavedStep, layouts: Sequence[P]) -> Any:
         """This process's part of the state of a checkpoint, sharded by `layouts`."""
         whole: list[Any] = []
 
         def read() -> None:
             assert self.checkpointer is not None
             device = self.device if self.processes is None else "cpu"
-            whole.append(self.checkpointer.restore(found, self.infos, device))
+            whole.append(self.checkpointer.restore(saved_step, self.infos, device))
 
         by_chief(self.processes, read)
         if self.processes is None:
             return whole[0]
-        return self.processes.spread(whole[0] if whole else None, self.infos, self._own(layouts), self.device)
+        return self.processes.scatter_state(whole[0] if whole else None, self.infos, self._own(layouts), self.device)
 
     def save(self, iteration: int, state: Any, meta: dict[str, Any], layouts: Sequence[P]) -> None:
         if self.processes is not None:

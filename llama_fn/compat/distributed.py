@@ -61,12 +61,12 @@ def collective_forms(groups: Mapping[str, Group]) -> Mapping[str, Callable[..., 
     def at_once(name: str) -> Callable[..., torch.Tensor]:
         return lambda x, *args: wait(starts[name](x, *args), x, args[1], put_together(name, args))
 
-    def all_gather_matmul(a: torch.Tensor, b: torch.Tensor, axes: str, n: int, turn: bool) -> Any:
+    def all_gather_matmul(a: torch.Tensor, b: torch.Tensor, axes: str, n: int, transposed: bool) -> Any:
         whole = wait(all_gather_start(a, axes, n, 0), a, n, 0)
-        return torch.mm(whole, b.t() if turn else b), whole
+        return torch.mm(whole, b.t() if transposed else b), whole
 
-    def matmul_reduce_scatter(a: torch.Tensor, b: torch.Tensor, axes: str, n: int, turn: bool) -> torch.Tensor:
-        product = torch.mm(a, b.t() if turn else b)
+    def matmul_reduce_scatter(a: torch.Tensor, b: torch.Tensor, axes: str, n: int, transposed: bool) -> torch.Tensor:
+        product = torch.mm(a, b.t() if transposed else b)
         return wait(reduce_scatter_start(product, axes, n, 0), product, n, 0)
 
     return {

@@ -66,17 +66,17 @@ def all_to_all_single(
 
 
 @torchair.register_fx_node_ge_converter(torch.ops.llama_fn.all_gather_matmul.default)
-def all_gather_matmul(a: Any, b: Any, group_name: str, n: int, turn: bool, meta_outputs: Any = None) -> Any:
+def all_gather_matmul(a: Any, b: Any, group_name: str, n: int, transposed: bool, meta_outputs: Any = None) -> Any:
     """y and the gathered rows."""
     return ge.AllGatherMatmul(
-        a, b, bias=None, group=hcom_name(group_name), gather_index=0, is_trans_a=False, is_trans_b=turn, comm_turn=0,
-        rank_size=n, is_gather_out=True,
+        a, b, bias=None, group=hcom_name(group_name), gather_index=0, is_trans_a=False, is_trans_b=transposed,
+        comm_turn=0, rank_size=n, is_gather_out=True,
     )  # fmt: skip
 
 
 @torchair.register_fx_node_ge_converter(torch.ops.llama_fn.matmul_reduce_scatter.default)
-def matmul_reduce_scatter(a: Any, b: Any, group_name: str, n: int, turn: bool, meta_outputs: Any = None) -> Any:
+def matmul_reduce_scatter(a: Any, b: Any, group_name: str, n: int, transposed: bool, meta_outputs: Any = None) -> Any:
     return ge.MatmulReduceScatter(
-        a, b, bias=None, group=hcom_name(group_name), reduce_op="sum", is_trans_a=False, is_trans_b=turn, comm_turn=0,
-        rank_size=n,
+        a, b, bias=None, group=hcom_name(group_name), reduce_op="sum", is_trans_a=False, is_trans_b=transposed,
+        comm_turn=0, rank_size=n,
     )  # fmt: skip

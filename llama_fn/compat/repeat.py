@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 
-from kernels.scope import Place, at, current
+from kernels.scope import Location, at, current
 from llama_fn import tree
 
 _Nodes = dict[torch.fx.Node, Any]
@@ -59,7 +59,7 @@ class _Body:
     __name__ = "repeated"
 
     def __init__(
-        self, fn: Callable[..., Any], spec: tree.TreeSpec, leaves: Sequence[torch.Tensor], here: Place
+        self, fn: Callable[..., Any], spec: tree.TreeSpec, leaves: Sequence[torch.Tensor], here: Location
     ) -> None:
         def flat_fn(*flat: torch.Tensor) -> list[torch.Tensor]:
             args, kwargs = tree.unflatten(spec, flat)
@@ -67,7 +67,7 @@ class _Body:
             return out
 
         decompositions = get_proxy_mode().decomposition_table  # type: ignore[union-attr]
-        with disable_proxy_modes_tracing(), at(Place(phase=here.phase, source=here.source)):
+        with disable_proxy_modes_tracing(), at(Location(phase=here.phase, source=here.source)):
             gm = with_repeats(make_fx(flat_fn, decompositions, tracing_mode="real")(*map(_like, leaves)))
         self.nodes = list(gm.graph.nodes)
         if any(node.op == "get_attr" for node in self.nodes):

@@ -15,7 +15,7 @@ from kernels.registry import of_node, tensor_bytes
 from llama_fn.compat import node_value
 from llama_fn.compiler import ir
 from llama_fn.config import ModelConfig
-from sharding import table
+from sharding import collectives_table
 from sharding.collectives import wait
 
 VIEWS = (operator.getitem, barrier.op, torch.ops.aten.unbind.int, torch.ops.aten.view.default)
@@ -66,7 +66,7 @@ def flops_of(node: torch.fx.Node) -> int:
 
 def moved(node: torch.fx.Node) -> int:
     """Bytes of HBM that an op reads and writes, each operand once; none for views and for what goes over links."""
-    if is_view(node) or table.kind_of(node):
+    if is_view(node) or collectives_table.kind_of(node):
         return 0
     return tensor_bytes([node_value(n) for n in ir.operands(node)]) + tensor_bytes(node_value(node))
 

@@ -17,8 +17,8 @@ import torch
 from llama_fn import compat
 from llama_fn.compiler import ir
 from llama_fn.model.arrays import ArrayInfo
+from sharding.abstract_eval import AbstractEval
 from sharding.errors import where
-from sharding.values import Values
 
 
 def resized(gm: torch.fx.GraphModule, infos: Sequence[ArrayInfo]) -> torch.fx.GraphModule:
@@ -26,7 +26,7 @@ def resized(gm: torch.fx.GraphModule, infos: Sequence[ArrayInfo]) -> torch.fx.Gr
     graph = torch.fx.Graph()
     values: dict[torch.fx.Node, torch.fx.Node] = {}
     inputs = iter(infos)
-    made = Values.of(compat.node_value(ir.placeholders(gm.graph)[0]))
+    made = AbstractEval.of(compat.node_value(ir.placeholders(gm.graph)[0]))
     for node in gm.graph.nodes:
         new = values[node] = graph.node_copy(node, values.__getitem__)
         new.meta = copy.copy(node.meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,11 @@ import torch
 from llama_fn import compat
 from llama_fn.compiler.arguments import Leaves, refuse_shared, refuse_spoiled
 from llama_fn.model.arrays import ArrayInfo, describe
+
+
+def argument_of(path: str) -> str:
+    """state of state.params.layers.wq."""
+    return re.split(r"[.\[]", path, maxsplit=1)[0]
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Signature:
             (i, f"out[{position}]{path[len(name) :]}")
             for position, name in enumerate(self.argument_names[argument] for argument in self.donated)
             for i, path in enumerate(self.in_paths)
-            if path == name or path.startswith((name + ".", name + "["))
+            if argument_of(path) == name
         ]
 
     @cached_property
@@ -49,17 +55,19 @@ class Signature:
 
     def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any], what: str) -> Leaves:
         """A call's arguments; ValueError naming every path whose leaf is missing, extra, or of another type."""
-        found = Leaves.of(*self._ordered(args, kwargs, what))
-        if found.spec == self.in_spec and all(_matches(x, i) for x, i in zip(found.arrays, self.in_infos, strict=True)):
-            return found
-        given = dict(zip(found.paths, found.arrays, strict=True))
+        leaves = Leaves.of(*self._ordered(args, kwargs, what))
+        if leaves.spec == self.in_spec and all(
+            _matches(x, i) for x, i in zip(leaves.arrays, self.in_infos, strict=True)
+        ):
+            return leaves
+        given = dict(zip(leaves.paths, leaves.arrays, strict=True))
         expected = dict(zip(self.in_paths, self.in_infos, strict=True))
         lines = [
             f"  {path}: expected {describe(expected[path]) if path in expected else 'nothing'}, "
             f"given {describe(given[path]) if path in given else 'nothing'}"
             for path in [*expected, *(p for p in given if p not in expected)]
             if path not in expected or path not in given or not _matches(given[path], expected[path])
-        ] or [f"  trees differ in structure: expected {self.in_spec}, given {found.spec}"]
+        ] or [f"  trees differ in structure: expected {self.in_spec}, given {leaves.spec}"]
         raise ValueError("\n".join([f"{what} was made for other arguments:", *lines[:20], *_more(len(lines) - 20)]))
 
     def inputs(
@@ -119,10 +127,10 @@ class Signature:
         for i, out_path in self.donations:
             result, info = by_path.get(out_path), self.in_infos[i]
             if result is None or not _matches(compat.node_value(result), info):
-                found = "nothing" if result is None else describe(compat.node_value(result))
+                returned = "nothing" if result is None else describe(compat.node_value(result))
                 raise ValueError(
                     f"donated argument {self.in_paths[i]}: the result that takes its buffer, {out_path}, must be "
-                    f"{describe(info)} and is {found}"
+                    f"{describe(info)} and is {returned}"
                 )
 
 

@@ -5,8 +5,8 @@
       .lower(mesh)                  Lowered   the graph of one device
       .compile("inductor")          Compiled  callable
 
-Each rung is immutable, prints itself (`as_text`) and answers `cost_analysis()` and `memory_analysis()`, or None where
-it cannot. A rung keeps what is above it: `compiled.lowered.traced`.
+Each stage is immutable, prints itself (`as_text`) and answers `cost_analysis()` and `memory_analysis()`, or None where
+it cannot. A stage keeps what is above it: `compiled.lowered.traced`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from llama_fn.compiler.passes.fuse import report as fusion_report
 from llama_fn.compiler.passes.partition import partition
 from llama_fn.compiler.passes.remat_regions import Remat
 from llama_fn.compiler.resize import resized, without_extent
-from llama_fn.compiler.signature import Signature
+from llama_fn.compiler.signature import Signature, argument_of
 from llama_fn.compiler.tracing import trace
+from llama_fn.config import MeshConfig
 from llama_fn.errors import UserError, nearest
 from llama_fn.model.arrays import abstract, describe
-from sharding import P, table
+from sharding import P, collectives_table
 from sharding.mesh import Mesh
 from sharding.rules import PRESETS, Rules
 
@@ -92,7 +93,7 @@ def jit(fn: Callable[..., Any], donate: int | tuple[int, ...] = (), **options: A
 
 
 class _Graph(ABC):
-    """What a rung that is a graph answers."""
+    """What a stage that is a graph answers."""
 
     graph_module: torch.fx.GraphModule
 
@@ -160,14 +161,15 @@ class Traced(_Graph):
 
     @uncollected()
     def lower(
-        self, mesh: Mesh | None = None, rules: str | Rules = "dp", without: Collection[str] = (), fuse: bool = False,
-        remat: str | Remat = "none", watch: passes.Watch = passes.unwatched,
+        self, mesh: Mesh | None = None, rules: str | Rules = MeshConfig.rules, without: Collection[str] = (),
+        fuse: bool = False, remat: str | Remat = "none", observe: passes.Observer = passes.unobserved,
         first: Collection[passes.Pass] = (),
     ) -> Lowered:  # fmt: skip
-        """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name.
+        """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name,
+        by default that of the flags.
 
         `without` names passes of passes.OPTIONAL to leave out; `fuse` asks for passes/fuse.py; `remat` is what layers
-        compute again in the backward, or the policy alone; `watch` sees the graph after partitioning and each pass;
+        compute again in the backward, or the policy alone; `observe` sees the graph after partitioning and each pass;
         `first` are passes of your own, run on the graph of one device before ours (docs/extending.md).
         UserError where a dimension is not divisible, or an annotation is missing or wrong.
         """
@@ -181,8 +183,8 @@ class Traced(_Graph):
         chosen = [*first, *(each for each in passes.LOWERING if each.__name__ not in left_out)]
         remat = Remat(remat) if isinstance(remat, str) else remat
         gm = compat.graph_module(self.graph_module, parts.graph)
-        watch("partitioned", gm)
-        gm = passes.run(chosen, gm, passes.Context(mesh, signature.aliases, remat), watch)
+        observe("partitioned", gm)
+        gm = passes.run(chosen, gm, passes.Context(mesh, signature.aliases, remat), observe)
         taken = {o for _, o in signature.aliases}
         outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
         return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
@@ -216,14 +218,23 @@ class Lowered(_Graph):
         results = ir.results(self.traced.graph_module.graph)
         return tuple(tuple(compat.node_value(r).shape) for o, r in enumerate(results) if o not in taken)
 
-    def collectives(self) -> list[table.Collective]:
+    def collectives(self) -> list[collectives_table.Collective]:
         """What goes over the mesh in one step, and which annotation asked for it."""
-        return table.collectives(self.graph_module.graph)
+        return collectives_table.collectives(self.graph_module.graph)
 
     def as_text(self) -> str:
         rows, notes = self.collectives(), fusion_report(self.graph_module.graph)
-        parts = [super().as_text(), table.as_text(rows) if rows else "", *(["\n".join(notes)] if notes else [])]
+        parts = [
+            super().as_text(),
+            collectives_table.as_text(rows) if rows else "",
+            *(["\n".join(notes)] if notes else []),
+        ]
         return "\n\n".join(filter(None, parts))
+
+    def layouts_of(self, argument: str) -> list[P]:
+        """The shardings of the leaves of one argument, by its name: "batch"."""
+        paths = self.signature.in_paths
+        return [layout for path, layout in zip(paths, self.inputs, strict=True) if argument_of(path) == argument]
 
     @cached_property
     def local_signature(self) -> Signature:
@@ -234,7 +245,7 @@ class Lowered(_Graph):
 
     def compile(self, backend: str | Callable[..., backends.Executable] = "inductor", **options: Any) -> Compiled:
         """An executable; `options` are the backend's keyword arguments (see compiler/backends/). A backend is a name or
-        a function of the same form as theirs."""
+        a function of the same signature as theirs."""
         start = time.perf_counter()
         weights = tuple(i for i, x in enumerate(self.signature.in_infos) if x.axes and "batch" not in x.axes)
         shapes = self._output_shapes()

@@ -31,16 +31,16 @@ def documents(path: str, jsonl_key: str) -> Iterator[str]:
     if not path:
         yield from _standard_library()
         return
-    root, found = _existing(path), False
+    root, any_text = _existing(path), False
     for file in _text_files(root):
         try:
             for text in _texts(file, jsonl_key, alone=file == root):
                 if text.strip():
-                    found = True
+                    any_text = True
                     yield text
         except OSError as error:
             raise UserError(f"--data.path: {file} cannot be read: {error.strerror or error}") from None
-    if not found:
+    if not any_text:
         raise UserError(f"--data.path={path} holds no text: expected at least one non-empty document")
 
 
@@ -73,8 +73,8 @@ def _texts(file: Path, key: str, alone: bool) -> Iterator[str]:
     suffix = file.suffix.lower()
     if suffix in json_text.LINES:
         return json_text.from_lines(file, key)
-    found = json_text.from_json(file, key, required=alone) if suffix == ".json" else None
-    return _pieces(_text(file, alone)) if found is None else found
+    documents = json_text.from_json(file, key, required=alone) if suffix == ".json" else None
+    return _pieces(_text(file, alone)) if documents is None else documents
 
 
 def _standard_library() -> Iterator[str]:
@@ -94,7 +94,7 @@ def _text_files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     wanted = TEXT_SUFFIXES | json_text.LINES
-    found, empty, runs = [], 0, set()
+    texts, empty, runs = [], 0, set()
     for file in sorted(root.rglob("*")):
         below = file.relative_to(root)
         if any(part.startswith(".") for part in below.parts) or file.suffix.lower() not in wanted or not file.is_file():
@@ -105,15 +105,15 @@ def _text_files(root: Path) -> list[Path]:
         elif not file.stat().st_size:
             empty += 1
         else:
-            found.append(file)
+            texts.append(file)
     if runs:
         log.info("--data.path=%s: left out, as folders of runs: %s", root, ", ".join(sorted(map(str, runs))))
-    if not found:
+    if not texts:
         raise UserError(
             f"--data.path={root}: the folder holds no text files ({', '.join(sorted(wanted - {''}))})"
             + (f"; {empty} empty ones were passed over" if empty else "")
         )
-    return found
+    return texts
 
 
 def _text(file: Path, alone: bool) -> str:

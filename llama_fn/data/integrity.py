@@ -65,9 +65,9 @@ def check_index(
 
 
 def _refuse(idx: Path, first: int, wrong: np.ndarray, what: Any) -> None:
-    found = np.flatnonzero(wrong)
-    if found.size:
-        i = first + int(found[0])
+    bad = np.flatnonzero(wrong)
+    if bad.size:
+        i = first + int(bad[0])
         raise UserError(f"{idx}: sequence {i} {what(i)}. The file is damaged: copy it again, or make it anew")
 
 
@@ -108,8 +108,8 @@ def read_sums(prefix: Path) -> dict[str, Any]:
     """[size, CRC-32 of every block] by the name of the file; empty where nobody wrote sums."""
     path = sums_path(prefix)
     try:
-        found = json.loads(path.read_bytes())
-        good = found["crc32"] == _crc(found["files"]) and found["block_bytes"] == BLOCK_BYTES
+        listed = json.loads(path.read_bytes())
+        good = listed["crc32"] == _crc(listed["files"]) and listed["block_bytes"] == BLOCK_BYTES
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError):
@@ -121,7 +121,7 @@ def read_sums(prefix: Path) -> dict[str, Any]:
             f"{path} is damaged, and so does not tell whether the data beside it is what was written. Delete "
             f"{prefix.name}.* to make it anew, or this file alone to use the data unchecked"
         )
-    files: dict[str, Any] = found["files"]
+    files: dict[str, Any] = listed["files"]
     return files
 
 
@@ -132,9 +132,9 @@ def _crc(value: Any) -> int:
 def check_file(path: Path, listed: list[Any], each: Any = lambda block: None) -> None:
     """UserError naming the first block of a file that has not its listed sum; `each` sees every block."""
     size, blocks = listed
-    found, said = path.stat().st_size, time.monotonic()
-    if found != size:
-        raise UserError(f"{path} has {found} bytes and was written with {size}: it is damaged. {_anew(path)}")
+    size_now, said = path.stat().st_size, time.monotonic()
+    if size_now != size:
+        raise UserError(f"{path} has {size_now} bytes and was written with {size}: it is damaged. {_anew(path)}")
     with open(path, "rb") as f:
         for n, crc in enumerate(blocks):
             block = f.read(BLOCK_BYTES)
@@ -181,28 +181,28 @@ def verified(prefix: Path, files: Iterable[Path], tokens: np.ndarray, memory: Pa
     known = remembered.get(str(bin_path.resolve()), {})
     if isinstance(known, dict) and known.get("stamp") == stamp:
         return Extremes(known["smallest"], known["largest"])
-    listed, found = read_sums(prefix), Extremes()
+    listed, extremes = read_sums(prefix), Extremes()
     if idx.name in listed:
         check_file(idx, listed[idx.name])
     if bin_path.name in listed:
-        check_file(bin_path, listed[bin_path.name], lambda block: found.add(np.frombuffer(block, tokens.dtype)))
+        check_file(bin_path, listed[bin_path.name], lambda block: extremes.add(np.frombuffer(block, tokens.dtype)))
     else:
         step, said = BLOCK_BYTES // tokens.itemsize, time.monotonic()
         for first in range(0, len(tokens), step):
-            found.add(tokens[first : first + step])
+            extremes.add(tokens[first : first + step])
             said = _progress(bin_path, first * tokens.itemsize, bin_path.stat().st_size, said)
-    remembered[str(bin_path.resolve())] = {"stamp": stamp, "smallest": found.smallest, "largest": found.largest}
+    remembered[str(bin_path.resolve())] = {"stamp": stamp, "smallest": extremes.smallest, "largest": extremes.largest}
     with atomic(memory) as f:
         json.dump(remembered, f)
-    return found
+    return extremes
 
 
 def _remembered(memory: Path) -> dict[str, Any]:
     try:
-        found = json.loads(memory.read_bytes())
+        entries = json.loads(memory.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def refuse_other_tokens(
@@ -214,9 +214,9 @@ def refuse_other_tokens(
     step = BLOCK_BYTES // tokens.itemsize
     for first in range(0, len(tokens), step):
         part = tokens[first : first + step]
-        found = np.flatnonzero((part < 0) | (part >= vocab_size))
-        if found.size:
-            at = first + int(found[0])
+        bad = np.flatnonzero((part < 0) | (part >= vocab_size))
+        if bad.size:
+            at = first + int(bad[0])
             sequence = int(np.searchsorted(offsets, at * tokens.itemsize, side="right")) - 1
             raise UserError(
                 f"{bin_path}: sequence {sequence} holds token {tokens[at]}, --model.vocab_size is {vocab_size}: the "

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llama_fn import compat, tree
-from llama_fn.distributed.watch import Watch
+from llama_fn.distributed.watchdog import Watchdog
 from llama_fn.errors import SaidElsewhere, UserError
 from llama_fn.launch import launched
 from llama_fn.model import arrays
@@ -31,7 +31,7 @@ class Processes:
 
     mesh: Mesh
     rank: int
-    watch: Watch
+    watchdog: Watchdog
     backend: str
     _groups: dict[str, compat.Group] = field(default_factory=dict, repr=False)
 
@@ -82,7 +82,7 @@ class Processes:
         whole = [self.whole(x, layout, info.shape) for x, layout, info in zipped]
         return tree.unflatten(spec, whole) if self.chief else None
 
-    def spread(self, whole: Any, infos: Any, layouts: Sequence[P], device: str) -> Any:
+    def scatter_state(self, whole: Any, infos: Any, layouts: Sequence[P], device: str) -> Any:
         """Every process's part of rank 0's tree of global tensors; one leaf at a time is whole elsewhere."""
         given = iter(tree.leaves(whole) if self.chief else ())
 
@@ -98,7 +98,7 @@ class Processes:
         """`fn()` by the first process of every machine, then by the others, who find what it left on disk.
 
         A UserError of one ends all. They wait at a store, not in a collective, whose time limit tokenizing a large
-        corpus would pass; the watch still sees who dies.
+        corpus would pass; the watchdog still sees who dies.
         """
         first, value, error = launched().local_rank == 0, None, None
         if first:
@@ -106,8 +106,8 @@ class Processes:
                 value = fn()
             except UserError as wrong:
                 error = wrong
-        self.watch.tell("in_turn", "failed" if error else "done")
-        failed = "failed" in self.watch.all_told("in_turn")
+        self.watchdog.report("in_turn", "failed" if error else "done")
+        failed = "failed" in self.watchdog.wait_for_all("in_turn")
         if error is not None:
             raise error
         if failed:
@@ -117,8 +117,8 @@ class Processes:
     def all_reached(self, what: str) -> None:
         """Wait until every process has come to `what`, once for each; for what may take minutes longer on one than on
         another, which a collective's time limit would count."""
-        self.watch.tell(what, "done")
-        self.watch.all_told(what)
+        self.watchdog.report(what, "done")
+        self.watchdog.wait_for_all(what)
 
     def barrier(self) -> None:
         dist.barrier()
@@ -147,7 +147,7 @@ class Processes:
 
     def close(self) -> None:
         """Leave together: nobody is missed by those who are still saving."""
-        self.watch.close()
+        self.watchdog.close()
         dist.destroy_process_group()
 
 
@@ -175,4 +175,4 @@ def start(mesh: Mesh, device: str, timeout_s: int) -> Processes | None:
     dist.init_process_group(whole, timeout=timedelta(seconds=timeout_s))
     if backend == "gloo":
         compat.register_gloo_collectives()
-    return Processes(mesh, rank, Watch(rank, world, timeout_s).start(), backend)
+    return Processes(mesh, rank, Watchdog(rank, world, timeout_s).start(), backend)

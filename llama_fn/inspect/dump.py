@@ -35,7 +35,7 @@ from llama_fn.compiler import cost, ir, stages
 from llama_fn.compiler.passes.fuse import report as fusion_report
 from llama_fn.compiler.passes.remat import RECOMPUTED
 from llama_fn.files import atomic
-from llama_fn.hardware import TABLE, Hardware
+from llama_fn.hardware import Hardware
 from llama_fn.inspect import explorer, pages
 from llama_fn.inspect.pages import INDEX, SUMMARY
 from llama_fn.model.arrays import SHORT
@@ -63,17 +63,17 @@ def _write(path: Path, content: str) -> None:
         f.write(content)
 
 
-class Record:
+class DumpWriter:
     """Writes the stages of one step into a folder as they come; what an earlier dump left there goes first."""
 
     def __init__(self, folder: Path, hardware: Hardware | None = None) -> None:
-        """`hardware`: whose peaks the overlay of times takes, an Ascend 910B1's if it is not known."""
-        self.folder, self.count, self.hardware = folder, 0, hardware or TABLE["ascend_910b1"]
+        """`hardware`: whose peaks the overlay of times takes; None: there is no such overlay."""
+        self.folder, self.count, self.hardware = folder, 0, hardware
         for old in sorted(folder.glob("*"), key=lambda path: path.name != INDEX):  # the index first
             if old.name in (INDEX, SUMMARY) or _OURS.fullmatch(old.name):
                 old.unlink()
 
-    def watch(self, traced: stages.Traced) -> Callable[[str, torch.fx.GraphModule], None]:
+    def observer(self, traced: stages.Traced) -> Callable[[str, torch.fx.GraphModule], None]:
         """Record `traced`; what is returned sees the stages of lowering it."""
         self.graph(TRACED, traced.graph_module)
         return self.graph
@@ -97,11 +97,11 @@ class Record:
             self._next(BACKEND, compiled.as_text() + "\n")
             if compiled.executable.code:
                 self._next(CODE, compiled.executable.code)
-        found = summary(lowered)
-        _write(self.folder / SUMMARY, json.dumps(found, indent=1))
+        numbers = summary(lowered)
+        _write(self.folder / SUMMARY, json.dumps(numbers, indent=1))
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
         sizes = {path.name: path.stat().st_size for path in files}
-        _write(self.folder / INDEX, pages.page(lowered.title, found, sizes))
+        _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware))
         log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
 
 
@@ -125,9 +125,9 @@ def _form(node: torch.fx.Node) -> str:
 
 
 def _is_constant(argument: Any) -> bool:
-    found: list[torch.fx.Node] = []
-    torch.fx.node.map_arg((argument,), found.append)
-    return not found and argument is not None
+    nodes: list[torch.fx.Node] = []
+    torch.fx.node.map_arg((argument,), nodes.append)
+    return not nodes and argument is not None
 
 
 def summary(lowered: stages.Lowered) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A graph as JSON for Google's model-explorer (ai-edge-model-explorer): layers collapse, overlays colour nodes.
 
-model-explorer rank_0/08_lowered.json       then "Add per-node data": 08_lowered.time.json, .bytes.json, .flops.json
+model-explorer rank_0/NN_lowered.json       then "Add per-node data": NN_lowered.time.json, .bytes.json, .flops.json
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from llama_fn.model.arrays import describe
 from llama_fn.planner import survey
 
 
-def files(gm: torch.fx.GraphModule, name: str, hardware: Hardware) -> dict[str, Any]:
-    """File ending -> content: the graph, and what to lay over it: µs at the peaks of `hardware`, bytes, FLOPs."""
+def files(gm: torch.fx.GraphModule, name: str, hardware: Hardware | None) -> dict[str, Any]:
+    """File ending -> content: the graph, and what to lay over it: bytes, FLOPs, and µs at the peaks of `hardware` where
+    it is known."""
     calls = ir.calls(gm.graph)
     nodes = [_node(node) for node in gm.graph.nodes]
-    times = {n.name: survey.seconds(cost.flops_of(n), cost.moved(n), hardware) * 1e6 for n in calls}
     overlays: dict[str, dict[str, float]] = {
-        ".time": {name: us for name, us in times.items() if us},
         ".bytes": {n.name: size for n in calls if not cost.is_view(n) and (size := tensor_bytes(compat.node_value(n)))},
         ".flops": {n.name: flops for n in calls if (flops := cost.flops_of(n))},
     }
+    if hardware is not None:
+        times = {n.name: survey.seconds(cost.flops_of(n), cost.moved(n), hardware) * 1e6 for n in calls}
+        overlays[".time"] = {name: us for name, us in times.items() if us}
     return {"": {"label": name, "graphs": [{"id": name, "nodes": nodes}]}} | {
         ending: {name: {"results": {node: {"value": value} for node, value in values.items()}, "gradient": _COLOURS}}
         for ending, values in overlays.items()

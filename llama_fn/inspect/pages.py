@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from llama_fn.hardware import Hardware
 from llama_fn.html import document, table
 
 INDEX, SUMMARY = "index.html", "summary.json"  # here, so that graph_diff need not import torch
 
 
-def page(title: str, summary: Mapping[str, Any], files: Mapping[str, int]) -> str:
+def page(title: str, summary: Mapping[str, Any], files: Mapping[str, int], hardware: Hardware | None) -> str:
     memory, flops = summary["memory"], summary["flops"]
     by_op: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in summary["ops"]:
@@ -20,11 +21,11 @@ def page(title: str, summary: Mapping[str, Any], files: Mapping[str, int]) -> st
         by_op[row["op"]][1] += row["flops"]
     links = ((f"<a href='{escape(name)}'>{escape(name)}</a>", size) for name, size in files.items())
     graphs = [name for name in files if name.endswith(".json") and name.count(".") == 1 and name[:2].isdigit()]
+    times = f"<code>.time.json</code> (µs at the peaks of {escape(hardware.name)}), " if hardware else ""
     parts = [
         "<h2>Stages</h2>", table(("file", "bytes"), links),
         f"<p>In a browser, layers collapsed: <code>model-explorer {' '.join(map(escape, graphs))}</code>; the files "
-        "<code>.time.json</code> (µs at the device's peaks), <code>.bytes.json</code> and <code>.flops.json</code> "
-        "colour its nodes (Add per-node data).</p>",
+        f"{times}<code>.bytes.json</code> and <code>.flops.json</code> colour its nodes (Add per-node data).</p>",
         "<h2>Memory of one device, bytes</h2>", table(("what", "size"), memory.items()),
         "<h2>FLOPs of one device</h2>", table(("phase", "FLOPs"), flops.items()),
         "<h2>Collectives</h2>",

@@ -38,24 +38,24 @@ class Row:
 
 def rows(measured: Mapping[Key, float], lowered: stages.Lowered, hardware: Hardware) -> list[Row]:
     """The longest first. `measured` in seconds per step."""
-    places = {(p.scope, p.phase): p for p in plan.places_of(lowered, hardware)}
-    found = []
-    for key in dict.fromkeys([*measured, *places]):
-        place = places.get(key)
+    scopes = {(p.scope, p.phase): p for p in plan.scope_costs(lowered, hardware)}
+    rows = []
+    for key in dict.fromkeys([*measured, *scopes]):
+        place = scopes.get(key)
         predicted = place.seconds if place else 0.0
         if measured.get(key, 0.0) or predicted:
             bound = place.bound if place and predicted else ""
-            found.append(Row(*key, measured.get(key, 0.0) * 1e3, predicted * 1e3, bound))
-    return sorted(found, key=lambda row: -max(row.measured_ms, row.predicted_ms))
+            rows.append(Row(*key, measured.get(key, 0.0) * 1e3, predicted * 1e3, bound))
+    return sorted(rows, key=lambda row: -max(row.measured_ms, row.predicted_ms))
 
 
-def as_text(found: Sequence[Row], hardware: Hardware) -> str:
+def as_text(rows: Sequence[Row], hardware: Hardware) -> str:
     lines = [
         "milliseconds of a step by scope, measured, and predicted by the roofline, every op reading and writing memory",
         f"{hardware.name}: {hardware.source}",
         f"{'measured':>10} {'predicted':>10} {'ratio':>6}  {'bound':13}  {'phase':9}  scope",
     ]
-    for row in [*found, Row("all", "", sum(r.measured_ms for r in found), sum(r.predicted_ms for r in found), "")]:
+    for row in [*rows, Row("all", "", sum(r.measured_ms for r in rows), sum(r.predicted_ms for r in rows), "")]:
         ratio = f"{row.measured_ms / row.predicted_ms:6.2f}" if row.predicted_ms >= 1e-3 else f"{'':6}"
         numbers = f"{row.measured_ms:10.3f} {row.predicted_ms:10.3f} {ratio}"
         lines.append(f"{numbers}  {row.bound:13}  {row.phase:9}  {row.scope}")
@@ -99,11 +99,11 @@ def as_trace(kernels: Iterable[Kernel]) -> dict[str, Any]:
 
 
 def _by_scope(durations: Iterable[tuple[str, float]], steps: int) -> dict[Key, float]:
-    found: dict[Key, float] = defaultdict(float)
+    seconds: dict[Key, float] = defaultdict(float)
     for name, us in durations:
         for key, share in (shares_of(name) or {ELSEWHERE: 1.0}).items():
-            found[key] += us * share / 1e6 / steps
-    return dict(found)
+            seconds[key] += us * share / 1e6 / steps
+    return dict(seconds)
 
 
 def _own_time(ranges: Iterable[Event]) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.rms_norm import wide
+from kernels.rms_norm import upcast
 from llama_fn import tree
 from llama_fn.config import Config, OptimConfig
 from llama_fn.model.arrays import ArrayInfo, Init
@@ -55,7 +55,7 @@ def chain(*parts: Optimizer) -> Optimizer:
 def global_norm(grads: Any) -> torch.Tensor:
     """Euclidean norm over every leaf, float32 scalar (float64 if a leaf is)."""
     # Each leaf's sum is finished over the mesh axes that shard that leaf, so nothing is counted twice.
-    squares = [constrain(torch.sum(torch.square(wide(g))), P()) for g in tree.leaves(grads)]
+    squares = [constrain(torch.sum(torch.square(upcast(g))), P()) for g in tree.leaves(grads)]
     return torch.sqrt(torch.stack(squares).sum())
 
 
@@ -143,14 +143,28 @@ def warmup_decay(cfg: OptimConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def adamw(cfg: Config, params: Any) -> tuple[Optimizer, Schedule]:
-    """The optimizer of a training run on parameters declared as `params`, and its schedule for the metrics."""
+class AdamW(NamedTuple):
+    """An optimizer, and the learning rate of the next update by its state, for the metrics: a float32 scalar."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    learning_rate: Callable[[Any], torch.Tensor]
+
+
+def adamw(cfg: Config, params: Any) -> AdamW:
+    """The optimizer of a training run on parameters declared as `params`: clip, Adam, weight decay, schedule."""
     o = cfg.optim
     schedule = warmup_decay(o, cfg.run.steps)
     parts = [clip_by_global_norm(o.clip)] if o.clip else []
     parts += [scale_by_adam(o.b1, o.b2, o.eps)]
     parts += [add_decayed_weights(o.weight_decay, matrices(params))] if o.weight_decay else []
-    return chain(*parts, scale_by_schedule(schedule)), schedule
+    whole = chain(*parts, scale_by_schedule(schedule))
+
+    def learning_rate(state: Any) -> torch.Tensor:
+        *_, updates_made = state  # scale_by_schedule is the chain's last part, and its state is this count
+        return schedule(updates_made + 1)
+
+    return AdamW(whole.init, whole.update, learning_rate)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import kernels as k
-from kernels.rms_norm import wide
+from kernels.rms_norm import upcast
 from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.config_checks import check
@@ -66,7 +66,7 @@ def abstract_state(cfg: Config) -> TrainState:
     return TrainState(
         step=ArrayInfo((), torch.int64),
         params=params,
-        opt_state=OptState(optim.adamw(cfg, params)[0].init(params), guard),
+        opt_state=OptState(optim.adamw(cfg, params).init(params), guard),
     )
 
 
@@ -154,7 +154,7 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
 def _all_finite(params: llama.Params) -> torch.Tensor:
     """Whether every element is: a sum over inf or nan is one of them, whatever is added. (Elements of 1e30, whose sum
     may overflow, are as good as lost.)"""
-    return _finite(torch.stack([constrain(torch.sum(wide(p)), P()) for p in tree.leaves(params)]).sum())
+    return _finite(torch.stack([constrain(torch.sum(upcast(p)), P()) for p in tree.leaves(params)]).sum())
 
 
 def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, torch.Tensor]]]:
@@ -167,7 +167,7 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
     UserError for a cfg that is no configuration.
     """
     check(cfg)
-    optimizer, schedule = optim.adamw(cfg, llama.abstract_params(cfg.model))
+    optimizer = optim.adamw(cfg, llama.abstract_params(cfg.model))
     gradients = _gradients(cfg)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, torch.Tensor]]:
@@ -179,7 +179,7 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
         loss_sum, grads = gradients(compute_params, batch, weight)
         with phase("optimizer"), named_scope("optimizer"):
             loss = constrain(loss_sum, P()) / tokens
-            grads = tree.map(lambda g: wide(g) / guard.loss_scale, grads)
+            grads = tree.map(lambda g: upcast(g) / guard.loss_scale, grads)
             norm = optim.global_norm(grads)
             loss_ok = _finite(loss)
             ok = loss_ok & _finite(norm)
@@ -190,8 +190,7 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
             metrics = {
                 "lm_loss": loss,
                 "grad_norm": norm,
-                # The last leaf of the chain is the schedule's own count of updates made.
-                "learning_rate": schedule(state.opt_state.chain[-1] + 1),
+                "learning_rate": optimizer.learning_rate(state.opt_state.chain),
                 "loss_scale": guard.loss_scale,
             }
             params_ok = _all_finite(params)

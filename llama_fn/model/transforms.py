@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kernels.repeat import repeated
-from kernels.rms_norm import wide
+from kernels.rms_norm import upcast
 from kernels.scope import named_scope, phase, remat_region, source_line
 from kernels.scope_names import ACCUMULATE, microbatch, of_path
 from llama_fn import tree
@@ -47,7 +47,7 @@ def accumulate(fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[
             value, grads = once(params, part, **kwargs)
         with phase("backward"), named_scope(microbatch(i, ACCUMULATE)), source_line():
             if len(parts) > 1:
-                grads = by_leaf(wide, grads)
+                grads = by_leaf(upcast, grads)
             total = (value, grads) if total is None else (total[0] + value, by_leaf(torch.add, total[1], grads))
     assert total is not None
     return total

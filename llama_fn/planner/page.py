@@ -11,39 +11,40 @@ from typing import Any
 from llama_fn.errors import UserError
 from llama_fn.html import document, table
 from llama_fn.planner.plan import Plan
-from llama_fn.planner.report import GB
+from llama_fn.planner.report import GB, verdict
 
 COLOURS = {"forward": "#2f6fb2", "backward": "#d9731a", "optimizer": "#3f8f4f"}
 BOUNDS = {"compute": "#2f6fb2", "memory": "#d9731a", "communication": "#9b3fa0"}
 
 
-def page(found: Plan) -> str:
+def page(plan: Plan) -> str:
     """UserError without matplotlib."""
     plt = _pyplot()
-    verdict = "fits" if found.fits else "does not fit"
-    h = found.hardware
+    h = plan.hardware
     facts = [
-        ("parameters of the model", found.parameters),
-        ("peak of a device, GB", f"{found.peak_bytes / GB:.1f} of {h.hbm_bytes / GB:.0f}: {verdict}"),
-        ("reached at", found.peak_at),
+        ("parameters of the model", plan.parameters),
+        ("peak of a device, GB", f"{plan.peak_bytes / GB:.1f}"),
+        ("reserved for the runtime, GB", f"{plan.reserved_bytes / GB:.1f}: {h.reserved.source}"),
+        ("memory of a device, GB", f"{h.hbm_bytes / GB:.0f}: the step {verdict(plan)}"),
+        ("reached at", plan.peak_at),
         ("parameters, optimizer, gradients, GB", " + ".join(
-            f"{size / GB:.2f}" for size in (found.parameters_bytes, found.optimizer_bytes, found.gradients_bytes))),
-        ("kept for the backward of a microbatch, GB", f"{found.activations_bytes / GB:.2f}"),
-        ("step, s", f"{found.step_time_s:.3f} if sending hides behind computing, {found.step_time_alone_s:.3f} if not"),
-        ("tokens/s of a device, MFU", f"{found.tokens_per_second_per_device:,.0f}, {found.mfu:.3f} when hidden"),
-        ("FLOPs of a device", f"{found.hardware_flops:.4g} in the graph, {found.model_flops:.4g} of the model"),
+            f"{size / GB:.2f}" for size in (plan.parameters_bytes, plan.optimizer_bytes, plan.gradients_bytes))),
+        ("kept for the backward of a microbatch, GB", f"{plan.activations_bytes / GB:.2f}"),
+        ("step, s", f"{plan.step_time_s:.3f} if sending hides behind computing, {plan.step_time_alone_s:.3f} if not"),
+        ("tokens/s of a device, MFU", f"{plan.tokens_per_second_per_device:,.0f}, {plan.mfu:.3f} when hidden"),
+        ("FLOPs of a device", f"{plan.hardware_flops:.4g} in the graph, {plan.model_flops:.4g} of the model"),
     ]  # fmt: skip
     rows = [
         (r.count, r.kind, r.axis, r.dtype, r.bytes, round(t.seconds * 1e3, 2), r.phase, r.scope, r.source)
-        for t in found.transfers if (r := t.row)
+        for t in plan.transfers if (r := t.row)
     ]  # fmt: skip
     head = ("count", "kind", "axis", "dtype", "bytes each", "ms in all", "phase", "scope", "source")
-    title = f"{found.cfg.model.preset} on {found.mesh}, rules {found.cfg.mesh.rules}, {h.name}"
+    title = f"{plan.cfg.model.preset} on {plan.mesh}, rules {plan.cfg.mesh.rules}, {h.name}"
     parts = [
         table(("what", "predicted"), facts),
-        "<h2>Memory over the step</h2>", _image(plt, _memory, found),
-        "<h2>What takes the time</h2>", _image(plt, _roofline, found),
-        "<h2>Over the wire</h2>", _image(plt, _wires, found) + table(head, rows) if rows else "<p>nothing</p>",
+        "<h2>Memory over the step</h2>", _image(plt, _memory, plan),
+        "<h2>What takes the time</h2>", _image(plt, _roofline, plan),
+        "<h2>Over the wire</h2>", _image(plt, _wires, plan) + table(head, rows) if rows else "<p>nothing</p>",
         f"<p>{escape(h.name)}: {escape(h.source)}</p>",
     ]  # fmt: skip
     return document(title, "".join(parts))
@@ -60,9 +61,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _image(plt: Any, draw: Any, found: Plan) -> str:
+def _image(plt: Any, draw: Any, plan: Plan) -> str:
     figure, axes = plt.subplots(figsize=(11, 3.6), layout="constrained")
-    draw(axes, found)
+    draw(axes, plan)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
@@ -71,27 +72,27 @@ def _image(plt: Any, draw: Any, found: Plan) -> str:
     return f"<img style='max-width:100%' alt='{draw.__name__.strip('_')}' src='data:image/svg+xml;base64,{encoded}'>"
 
 
-def _memory(axes: Any, found: Plan) -> None:
-    heights = [moment.bytes / GB for moment in found.timeline]
+def _memory(axes: Any, plan: Plan) -> None:
+    heights = [moment.bytes / GB for moment in plan.timeline]
     for phase, colour in COLOURS.items():
-        at = [i for i, moment in enumerate(found.timeline) if moment.phase == phase]
+        at = [i for i, moment in enumerate(plan.timeline) if moment.phase == phase]
         axes.bar(at, [heights[i] for i in at], width=1, color=colour, label=phase)
-    rest = (found.parameters_bytes + found.optimizer_bytes) / GB
+    rest = (plan.parameters_bytes + plan.optimizer_bytes) / GB
     axes.axhline(rest, color="#1d2733", linewidth=0.8, linestyle=":")
     axes.text(0, rest, " parameters and optimizer", va="bottom", fontsize=8)
-    limit = found.hardware.hbm_bytes / GB
+    limit = (plan.hardware.hbm_bytes - plan.reserved_bytes) / GB
     if limit < 2.5 * max(heights):
         axes.axhline(limit, color="#c22", linewidth=1)
-        axes.text(0, limit, f" {found.hardware.name}", va="bottom", fontsize=8, color="#c22")
+        axes.text(0, limit, f" {plan.hardware.name}, less what is reserved", va="bottom", fontsize=8, color="#c22")
     axes.set(
         xlabel="parts of the step, in order (layers; of many microbatches three)", ylabel="GB", xlim=(-1, len(heights))
     )
     axes.legend(frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.15), fontsize=8)
 
 
-def _roofline(axes: Any, found: Plan) -> None:
+def _roofline(axes: Any, plan: Plan) -> None:
     """The scopes that take longest, by what bounds them."""
-    longest = sorted(found.places, key=lambda p: -p.seconds)[:12][::-1]
+    longest = sorted(plan.scopes, key=lambda p: -p.seconds)[:12][::-1]
     names = [f"{p.scope}, {p.phase}" for p in longest]
     times = [p.seconds for p in longest]
     axes.barh(names, times, color=[BOUNDS[p.bound] for p in longest])
@@ -102,11 +103,11 @@ def _roofline(axes: Any, found: Plan) -> None:
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
-def _wires(axes: Any, found: Plan) -> None:
+def _wires(axes: Any, plan: Plan) -> None:
     by_kind: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for t in found.transfers:
+    for t in plan.transfers:
         by_kind[t.row.kind][t.row.axis] += t.row.bytes * t.row.count / GB
-    names = sorted({t.row.axis for t in found.transfers})
+    names = sorted({t.row.axis for t in plan.transfers})
     left = dict.fromkeys(names, 0.0)
     for kind, sizes in by_kind.items():
         axes.barh(names, [sizes[name] for name in names], left=[left[name] for name in names], label=kind)

@@ -18,7 +18,7 @@ from llama_fn.compiler.garbage import uncollected
 from llama_fn.config import Config
 from llama_fn.hardware import Hardware
 from llama_fn.model import arrays, train_step
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from llama_fn.planner.survey import (
     ENDS,
     MICROBATCHES,
@@ -31,7 +31,7 @@ from llama_fn.planner.survey import (
     timeline,
     total,
 )
-from sharding import Mesh, table
+from sharding import Mesh, collectives_table
 from sharding.collectives import axes_of
 
 Traces = dict[Any, stages.Traced]
@@ -41,12 +41,12 @@ Traces = dict[Any, stages.Traced]
 class Transfer:
     """One row of the table of collectives with what it costs; `seconds` for all `count` of them."""
 
-    row: table.Collective
+    row: collectives_table.Collective
     seconds: float
 
 
 @dataclass(frozen=True)
-class Place:
+class ScopeCost:
     """A scope, its layers and microbatches taken together: what it computes, moves and sends, and seconds at peak."""
 
     scope: str
@@ -89,12 +89,23 @@ class Plan:
     compute_s: float
     comms_s: float
     transfers: list[Transfer]
-    places: list[Place]
+    scopes: list[ScopeCost]
     seconds: float  # that planning took
 
     @property
+    def reserved_bytes(self) -> int:
+        """What the runtime takes: a communicator for each group that a collective names, and one of the world."""
+        groups = {t.row.axis for t in self.transfers}
+        return round(self.hardware.reserved_bytes(len(groups) + (self.mesh.size > 1)))
+
+    @property
+    def spare_bytes(self) -> int:
+        """What is left of the device's memory; negative where that is too small."""
+        return round(self.hardware.hbm_bytes) - self.reserved_bytes - self.peak_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.hardware.hbm_bytes
+        return self.spare_bytes >= 0
 
     @property
     def step_time_s(self) -> float:
@@ -126,11 +137,11 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
     sizes = (2 * ends, 2 * ends + 1) if repeats else (layers,)
     lowered = [_lowered(_small(cfg, n, min(microbatches, MICROBATCHES)), mesh, traces) for n in sizes]
     surveys = [survey(each, hardware, microbatches, ends) for each in lowered]
-    found = extrapolated(surveys[0], surveys[1], layers - 2 * ends) if repeats else surveys[0]
-    arguments = {key[1]: round(size) for key, size in found.items() if key[0] == "argument"}
+    costs = extrapolated(surveys[0], surveys[1], layers - 2 * ends) if repeats else surveys[0]
+    arguments = {key[1]: round(size) for key, size in costs.items() if key[0] == "argument"}
     infos = dict(zip(lowered[0].signature.in_paths, lowered[0].signature.in_infos, strict=True))
-    temporary, peak_at = peak(found)
-    transfers = _transfers(found, mesh, hardware)
+    temporary, peak_at = peak(costs)
+    transfers = _transfers(costs, mesh, hardware)
     tokens = cfg.data.global_batch_size * cfg.data.seq_len
     return Plan(
         cfg, mesh, hardware,
@@ -139,14 +150,14 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
         optimizer_bytes=sum(size for path, size in arguments.items() if path.startswith("state.opt_state")),
         # Laid out as either moment, in their dtype.
         gradients_bytes=sum(size for path, size in arguments.items() if infos[path].table == "moments") // 2,
-        activations_bytes=round(found[("saved",)]),
+        activations_bytes=round(costs[("saved",)]),
         peak_bytes=sum(arguments.values()) + round(temporary), peak_at=peak_at,
-        timeline=timeline(found, sum(arguments.values()), layers, ends),
+        timeline=timeline(costs, sum(arguments.values()), layers, ends),
         model_flops=cost.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens / mesh.size,
-        hardware_flops=round(total(found, "flops")),
-        compute_s=total(found, "seconds"),
+        hardware_flops=round(total(costs, "flops")),
+        compute_s=total(costs, "seconds"),
         comms_s=sum(t.seconds for t in transfers),
-        transfers=transfers, places=_places(found, hardware, transfers), seconds=time.perf_counter() - began,
+        transfers=transfers, scopes=_scopes(costs, hardware, transfers), seconds=time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -161,16 +172,16 @@ def _lowered(cfg: Config, mesh: Mesh, traces: Traces) -> stages.Lowered:
     key = (cfg.model, replace(cfg.data, global_batch_size=0), cfg.optim)
     sized = (*key, cfg.data.global_batch_size)
     if key not in traces:
-        traces[key] = traces[sized] = rungs.train(cfg)
+        traces[key] = traces[sized] = config_stages.train(cfg)
     if sized not in traces:
         traces[sized] = traces[key].resized(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
-    return rungs.lower(traces[sized], cfg, mesh)
+    return config_stages.lower(traces[sized], cfg, mesh)
 
 
-def places_of(lowered: stages.Lowered, hardware: Hardware) -> list[Place]:
+def scope_costs(lowered: stages.Lowered, hardware: Hardware) -> list[ScopeCost]:
     """What every scope of a whole step computes, moves and sends."""
-    found = survey(lowered, hardware, 1)
-    return _places(found, hardware, _transfers(found, lowered.mesh, hardware))
+    costs = survey(lowered, hardware, 1)
+    return _scopes(costs, hardware, _transfers(costs, lowered.mesh, hardware))
 
 
 def bandwidth(axes: str, mesh: Mesh, hardware: Hardware) -> float:
@@ -180,20 +191,20 @@ def bandwidth(axes: str, mesh: Mesh, hardware: Hardware) -> float:
     return hardware.link_bytes_per_s if inside else hardware.network_bytes_per_s
 
 
-def _transfers(found: Survey, mesh: Mesh, hardware: Hardware) -> list[Transfer]:
-    rows = collectives(found)
+def _transfers(costs: Survey, mesh: Mesh, hardware: Hardware) -> list[Transfer]:
+    rows = collectives(costs)
     return [Transfer(row, row.bytes * row.count / bandwidth(row.axis, mesh, hardware)) for row in rows]
 
 
-def _places(found: Survey, hardware: Hardware, transfers: Sequence[Transfer]) -> list[Place]:
+def _scopes(costs: Survey, hardware: Hardware, transfers: Sequence[Transfer]) -> list[ScopeCost]:
     """In the order of the step."""
     comms: dict[tuple[str, str], float] = defaultdict(float)
     for t in transfers:
         comms[t.row.scope, t.row.phase] += t.seconds
-    places = []
-    for key, flops in found.items():
+    scopes = []
+    for key, flops in costs.items():
         if key[0] == "flops":
-            moved = found["moved", *key[1:]]
+            moved = costs["moved", *key[1:]]
             math_s, memory_s = flops / hardware.peak_flops_per_s, moved / hardware.hbm_bytes_per_s
-            places.append(Place(key[1], key[2], round(flops), round(moved), math_s, memory_s, comms[key[1:]]))
-    return places
+            scopes.append(ScopeCost(key[1], key[2], round(flops), round(moved), math_s, memory_s, comms[key[1:]]))
+    return scopes

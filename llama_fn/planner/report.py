@@ -6,91 +6,100 @@ from dataclasses import asdict
 from typing import Any
 
 from llama_fn.planner.plan import Plan
-from sharding import table
+from sharding import collectives_table
 
 GB = 1e9
 
 
-def as_json(found: Plan) -> dict[str, Any]:
+def as_json(plan: Plan) -> dict[str, Any]:
     """The keys that other programs may rely on; bytes, FLOPs and seconds are per device and step."""
     return {
-        "devices": found.mesh.size,
-        "mesh": str(found.mesh),
-        "rules": found.cfg.mesh.rules,
-        "hardware": found.hardware.name,
-        "parameters": found.parameters,
-        "parameters_bytes": found.parameters_bytes,
-        "optimizer_bytes": found.optimizer_bytes,
-        "gradients_bytes": found.gradients_bytes,
-        "activations_bytes": found.activations_bytes,
-        "peak_bytes": found.peak_bytes,
-        "peak_at": found.peak_at,
-        "fits": found.fits,
-        "timeline": [asdict(moment) for moment in found.timeline],
-        "model_flops": found.model_flops,
-        "hardware_flops": found.hardware_flops,
-        "compute_s": found.compute_s,
-        "communication_s": found.comms_s,
-        "step_time_s": found.step_time_s,
-        "step_time_without_overlap_s": found.step_time_alone_s,
-        "tokens_per_second_per_device": found.tokens_per_second_per_device,
-        "mfu": found.mfu,
-        "collectives": [asdict(t.row) | {"seconds": t.seconds} for t in found.transfers],
-        "scopes": [asdict(p) | {"bound": p.bound} for p in found.places],
-        "planning_s": found.seconds,
+        "devices": plan.mesh.size,
+        "mesh": str(plan.mesh),
+        "rules": plan.cfg.mesh.rules,
+        "hardware": plan.hardware.name,
+        "parameters": plan.parameters,
+        "parameters_bytes": plan.parameters_bytes,
+        "optimizer_bytes": plan.optimizer_bytes,
+        "gradients_bytes": plan.gradients_bytes,
+        "activations_bytes": plan.activations_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "peak_at": plan.peak_at,
+        "reserved_bytes": plan.reserved_bytes,
+        "spare_bytes": plan.spare_bytes,
+        "fits": plan.fits,
+        "timeline": [asdict(moment) for moment in plan.timeline],
+        "model_flops": plan.model_flops,
+        "hardware_flops": plan.hardware_flops,
+        "compute_s": plan.compute_s,
+        "communication_s": plan.comms_s,
+        "step_time_s": plan.step_time_s,
+        "step_time_without_overlap_s": plan.step_time_alone_s,
+        "tokens_per_second_per_device": plan.tokens_per_second_per_device,
+        "mfu": plan.mfu,
+        "collectives": [asdict(t.row) | {"seconds": t.seconds} for t in plan.transfers],
+        "scopes": [asdict(p) | {"bound": p.bound} for p in plan.scopes],
+        "planning_s": plan.seconds,
     }
 
 
-def as_text(found: Plan) -> str:
-    h = found.hardware
-    verdict = "fits" if found.fits else "DOES NOT FIT"
+def as_text(plan: Plan) -> str:
+    h = plan.hardware
     lines = [
-        f"{found.cfg.model.preset}, {found.parameters:,} parameters, {found.cfg.model.compute_dtype}, batch "
-        f"{found.cfg.data.global_batch_size} x {found.cfg.data.seq_len} in {found.cfg.data.microbatches} microbatches",
-        f"{found.mesh} ({found.mesh.size} devices), rules {found.cfg.mesh.rules}, {h.name}: {h.source}",
+        f"{plan.cfg.model.preset}, {plan.parameters:,} parameters, {plan.cfg.model.compute_dtype}, batch "
+        f"{plan.cfg.data.global_batch_size} x {plan.cfg.data.seq_len} in {plan.cfg.data.microbatches} microbatches",
+        f"{plan.mesh} ({plan.mesh.size} devices), rules {plan.cfg.mesh.rules}, {h.name}: {h.source}",
         "",
         "memory per device, GB",
-        f"  parameters   {found.parameters_bytes / GB:9.3f}",
-        f"  optimizer    {found.optimizer_bytes / GB:9.3f}",
-        f"  gradients    {found.gradients_bytes / GB:9.3f}  once reduced",
-        f"  activations  {found.activations_bytes / GB:9.3f}  saved for the backward",
-        f"  peak         {found.peak_bytes / GB:9.3f}  of {h.hbm_bytes / GB:.0f}: {verdict}; at {found.peak_at}",
-        f"  over the step {_sparkline([moment.bytes for moment in found.timeline])}",
+        f"  parameters   {plan.parameters_bytes / GB:9.3f}",
+        f"  optimizer    {plan.optimizer_bytes / GB:9.3f}",
+        f"  gradients    {plan.gradients_bytes / GB:9.3f}  once reduced",
+        f"  activations  {plan.activations_bytes / GB:9.3f}  saved for the backward",
+        f"  peak         {plan.peak_bytes / GB:9.3f}  at {plan.peak_at}",
+        f"  reserved     {plan.reserved_bytes / GB:9.3f}  {h.reserved.source}",
+        f"  device       {h.hbm_bytes / GB:9.3f}  the step {verdict(plan)}",
+        f"  over the step {_sparkline([moment.bytes for moment in plan.timeline])}",
         "",
         "per device and step",
-        f"  FLOPs        {found.hardware_flops:.4e} in the graph, {found.model_flops:.4e} of the model (for MFU)",
-        f"  computing    {found.compute_s:9.3f} s at least, pointwise ops unfused",
-        f"  sending      {found.comms_s:9.3f} s",
-        f"  step         {found.step_time_s:9.3f} s if one hides the other, {found.step_time_alone_s:.3f} s if not",
-        f"  tokens/s     {found.tokens_per_second_per_device:9.1f}, MFU {found.mfu:.3f}, when hidden",
+        f"  FLOPs        {plan.hardware_flops:.4e} in the graph, {plan.model_flops:.4e} of the model (for MFU)",
+        f"  computing    {plan.compute_s:9.3f} s at least, pointwise ops unfused",
+        f"  sending      {plan.comms_s:9.3f} s",
+        f"  step         {plan.step_time_s:9.3f} s if one hides the other, {plan.step_time_alone_s:.3f} s if not",
+        f"  tokens/s     {plan.tokens_per_second_per_device:9.1f}, MFU {plan.mfu:.3f}, when hidden",
         "",
-        *_roofline(found),
+        *_roofline(plan),
         "",
     ]
-    rows = [t.row for t in found.transfers]
+    rows = [t.row for t in plan.transfers]
     if rows:
-        lines += [table.as_text(rows), *_by_axis(found), ""]
-    return "\n".join([*lines, f"planned in {found.seconds:.1f} s"])
+        lines += [collectives_table.as_text(rows), *_by_axis(plan), ""]
+    return "\n".join([*lines, f"planned in {plan.seconds:.1f} s"])
 
 
-def _roofline(found: Plan) -> list[str]:
+def verdict(plan: Plan) -> str:
+    if plan.fits:
+        return f"fits with {plan.spare_bytes / GB:.1f} GB to spare"
+    return f"DOES NOT FIT: {-plan.spare_bytes / GB:.1f} GB are missing"
+
+
+def _roofline(plan: Plan) -> list[str]:
     """The scopes that take longest, with what bounds them."""
     head = f"{'ms compute':>11} {'ms memory':>11} {'ms sending':>11}  {'bound':13}  {'phase':9}  scope"
-    longest = sorted(found.places, key=lambda p: -p.seconds)[:15]
+    longest = sorted(plan.scopes, key=lambda p: -p.seconds)[:15]
     return [head] + [
         f"{p.math_s * 1e3:11.2f} {p.memory_s * 1e3:11.2f} {p.comms_s * 1e3:11.2f}  {p.bound:13}  {p.phase:9}  {p.scope}"
         for p in longest
     ]
 
 
-def _by_axis(found: Plan) -> list[str]:
+def _by_axis(plan: Plan) -> list[str]:
     totals: dict[str, float] = {}
-    for t in found.transfers:
+    for t in plan.transfers:
         totals[t.row.axis] = totals.get(t.row.axis, 0.0) + t.seconds
     return [f"time over {axis}: {seconds:.3f} s" for axis, seconds in totals.items()]
 
 
 def _sparkline(values: list[int]) -> str:
     top = max(values, default=1)
-    wide = [max(values[i * len(values) // 60 : (i + 1) * len(values) // 60 + 1]) for i in range(60)] if values else []
-    return "".join("▁▂▃▄▅▆▇█"[min(7, v * 8 // (top + 1))] for v in wide)
+    upcast = [max(values[i * len(values) // 60 : (i + 1) * len(values) // 60 + 1]) for i in range(60)] if values else []
+    return "".join("▁▂▃▄▅▆▇█"[min(7, v * 8 // (top + 1))] for v in upcast)

@@ -19,7 +19,7 @@ from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from llama_fn.model import arrays, train_step
-from llama_fn.planner import plan, rungs, survey
+from llama_fn.planner import config_stages, plan, survey
 from llama_fn.planner.report import GB
 from sharding.errors import ShardingError, local_shape
 from sharding.rules import PRESETS
@@ -74,11 +74,11 @@ def search(
     Meshes are planned by so many processes; with more than one, the caller's module is imported by each.
     """
     families = list(_families(cfg, devices))
-    found: dict[int, list[Tried]] = {}
+    done: dict[int, list[Tried]] = {}
     for i, tried in _each(families, hardware, processes):
-        found[i] = tried
-        progress(f"{len(found)} of {len(families)} meshes and rules tried, the last {tried[-1].where}")
-    everything = [tried for _, each in sorted(found.items()) for tried in each]
+        done[i] = tried
+        progress(f"{len(done)} of {len(families)} meshes and rules tried, the last {tried[-1].where}")
+    everything = [tried for _, each in sorted(done.items()) for tried in each]
     return _verified(
         sorted(everything, key=lambda t: -t.plan.tokens_per_second_per_device if t.plan else 1.0), hardware
     )
@@ -127,22 +127,22 @@ _TRACES = plan.Traces()  # of this process
 def _try(family: Sequence[Config], hardware: Hardware) -> list[Tried]:
     """The first option that fits each size of microbatch, or why none does. What is too much for one size is too much
     for a larger one, and where the most frugal option is too much for the smallest, nothing fits."""
-    found: list[Tried] = []
+    tries: list[Tried] = []
     first = 0
     for base in family:
         options = list(_options(base))
         tried = _plan(options[min(first, len(options) - 1)], hardware)
-        if tried.plan is None and not found:
+        if tried.plan is None and not tries:
             frugal = _plan(options[-1], hardware)
             if frugal.plan is None:
                 return [frugal]
         while tried.plan is None and first + 1 < len(options):
             first += 1
             tried = _plan(options[first], hardware)
-        found.append(tried)
+        tries.append(tried)
         if tried.plan is None:
             break
-    return found
+    return tries
 
 
 def _options(base: Config) -> Iterator[Config]:
@@ -159,29 +159,34 @@ def _plan(cfg: Config, hardware: Hardware, ends: int = ENDS) -> Tried:
     if reason:
         return Tried(cfg, None, reason)
     try:
-        made = plan.make(cfg, rungs.mesh(cfg), hardware, _TRACES, ends)
+        made = plan.make(cfg, config_stages.mesh(cfg), hardware, _TRACES, ends)
     except UserError as error:
         return Tried(cfg, None, str(error))
     if made.fits:
         return Tried(cfg, made)
     tried = Tried(cfg, None)
-    return replace(tried, why=f"peak {made.peak_bytes / GB:.1f} GB of {hardware.hbm_bytes / GB:.0f} with {tried.how}")
+    room = (hardware.hbm_bytes - made.reserved_bytes) / GB
+    return replace(tried, why=f"peak {made.peak_bytes / GB:.1f} GB where {room:.1f} are free, with {tried.how}")
 
 
-def _verified(found: list[Tried], hardware: Hardware) -> list[Tried]:
+def _verified(tries: list[Tried], hardware: Hardware) -> list[Tried]:
     """The best planned again as the planner does by itself; the next one if it does not fit after all."""
-    for i, tried in enumerate(found):
+    for i, tried in enumerate(tries):
         if tried.plan is None:
             break
-        found[i] = _plan(tried.cfg, hardware, survey.ENDS)
-        if found[i].plan is not None:
+        tries[i] = _plan(tried.cfg, hardware, survey.ENDS)
+        if tries[i].plan is not None:
             break
-    return sorted(found, key=lambda t: t.plan is None)
+    return sorted(tries, key=lambda t: t.plan is None)
 
 
 def _why_not(cfg: Config, hardware: Hardware) -> str:
     """Without tracing, "" if nothing: a dimension that does not divide, or what lives through the step is too much."""
-    state, what, limit = train_step.abstract_state(cfg), "the state", hardware.hbm_bytes
+    state, what, limit = (
+        train_step.abstract_state(cfg),
+        "the state",
+        hardware.hbm_bytes - hardware.reserved.runtime_bytes,
+    )
     try:
         size = _local_bytes(cfg, state)
         if size <= limit and cfg.data.microbatches > 1 and not cfg.optim.reduce_per_microbatch:
@@ -191,12 +196,12 @@ def _why_not(cfg: Config, hardware: Hardware) -> str:
     except (ShardingError, ValueError) as error:
         return str(error)
     takes = "takes" if what == "the state" else "take"
-    return f"{what} alone {takes} {size / GB:.1f} GB of {limit / GB:.0f}" if size > limit else ""
+    return f"{what} alone {takes} {size / GB:.1f} GB where {limit / GB:.1f} are free" if size > limit else ""
 
 
 def _local_bytes(cfg: Config, infos: Any) -> int:
     """Of one device's part of a tree."""
-    mesh, rules, size = rungs.mesh(cfg), PRESETS[cfg.mesh.rules], 0
+    mesh, rules, size = config_stages.mesh(cfg), PRESETS[cfg.mesh.rules], 0
     for path, info in zip(tree.paths(infos, "state"), tree.leaves(infos), strict=True):
         layout = rules.layout(info.axes or (None,) * len(info.shape), info.table, mesh)
         size += arrays.total_bytes(replace(info, shape=local_shape(info.shape, layout, mesh, path, True)))

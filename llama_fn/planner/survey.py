@@ -27,7 +27,7 @@ from llama_fn.compat import node_value
 from llama_fn.compiler import cost, ir, stages
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
-from sharding import table
+from sharding import collectives_table
 
 Survey = dict[tuple[Any, ...], float]
 ENDS = 4  # layers at either end that are told apart: a reduction over two axes is done three layers later
@@ -38,33 +38,33 @@ def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int, ends:
     """`microbatches`: how many the step has; from MICROBATCHES on, `lowered` is of as many. `ends` layers at either end
     are told apart."""
     graph = lowered.graph_module.graph
-    found: Survey = defaultdict(float)
+    costs: Survey = defaultdict(float)
     layers = lowered.signature.in_infos[_stacked(lowered)].shape[0]
     for path, node in zip(lowered.signature.in_paths, ir.placeholders(graph), strict=True):
         times = microbatches / min(microbatches, MICROBATCHES) if path.startswith("batch.") else 1
-        found["argument", path] = tensor_bytes(node_value(node)) * times
+        costs["argument", path] = tensor_bytes(node_value(node)) * times
     rows: dict[tuple[Any, ...], Counter[int]] = defaultdict(Counter)
     for node in ir.calls(graph):
         scope, times = ir.scope_of(node), microbatches - 2 if _alike(node, microbatches) else 1
         place = (without_numbers(scope), ir.phase_of(node))
         flops, moved = cost.flops_of(node), cost.moved(node)
         for name, number in (("flops", flops), ("moved", moved), ("seconds", seconds(flops, moved, hardware))):
-            found[name, *place] += times * number
-        row = table.row_of(node)
+            costs[name, *place] += times * number
+        row = collectives_table.row_of(node)
         if row is not None:
             rows[row.phase, row.scope, row.kind, row.axis, row.dtype, row.source][row.bytes] += times
     for key, sizes in rows.items():
         for i, (size, count) in enumerate(sorted(sizes.items())):
-            found["count", *key, i], found["sent", *key, i] = count, size
-    found[("saved",)] = _saved(graph)
+            costs["count", *key, i], costs["sent", *key, i] = count, size
+    costs[("saved",)] = _saved(graph)
     ordinals: Counter[tuple[Any, ...]] = Counter()
     for node, live in zip(ir.calls(graph), cost.live_bytes(lowered.graph_module), strict=True):
         if cost.is_view(node):
             continue
         at = place_of(node, layers, ends)
-        found["live", *at, ordinals[at]] = live
+        costs["live", *at, ordinals[at]] = live
         ordinals[at] += 1
-    return dict(found)
+    return dict(costs)
 
 
 def _stacked(lowered: stages.Lowered) -> int:
@@ -97,13 +97,13 @@ def extrapolated(small: Survey, larger: Survey, steps: int) -> Survey:
     return {key: number + steps * (larger[key] - number) for key, number in small.items()}
 
 
-def total(found: Survey, kind: str) -> float:
-    return sum(number for key, number in found.items() if key[0] == kind)
+def total(costs: Survey, kind: str) -> float:
+    return sum(number for key, number in costs.items() if key[0] == kind)
 
 
-def peak(found: Survey) -> tuple[float, str]:
+def peak(costs: Survey) -> tuple[float, str]:
     """Bytes of temporaries at the most, and where: op and scope."""
-    live = {key: number for key, number in found.items() if key[0] == "live"}
+    live = {key: number for key, number in costs.items() if key[0] == "live"}
     if not live:
         return 0.0, ""
     at = max(live, key=live.__getitem__)
@@ -119,11 +119,11 @@ class Moment:
     bytes: int
 
 
-def timeline(found: Survey, base: int, layers: int, ends: int) -> list[Moment]:
+def timeline(costs: Survey, base: int, layers: int, ends: int) -> list[Moment]:
     """The step's parts in their order, `base` bytes being there all the time; layers between the ends in a straight
     line from the one before to the one after, as what they keep grows by the same from each to the next."""
     parts: dict[tuple[str, str], float] = {}
-    for key, live in found.items():
+    for key, live in costs.items():
         if key[0] == "live":
             at = (key[1], _part(key[2]))
             parts[at] = max(parts.get(at, 0.0), live)
@@ -142,18 +142,18 @@ def timeline(found: Survey, base: int, layers: int, ends: int) -> list[Moment]:
 
 def _part(scope: str) -> str:
     """microbatch/0/layers/3 of microbatch/0/layers/3/mlp; the first name of what is in no layer."""
-    found = parse(scope)
-    return found.place if found.is_layer else found.in_microbatch(None).split("/")[0]
+    parsed = parse(scope)
+    return parsed.place if parsed.is_layer else parsed.in_microbatch(None).split("/")[0]
 
 
-def collectives(found: Mapping[tuple[Any, ...], float]) -> list[table.Collective]:
+def collectives(costs: Mapping[tuple[Any, ...], float]) -> list[collectives_table.Collective]:
     """In the order of their first appearance."""
     rows = []
-    for key, count in found.items():
+    for key, count in costs.items():
         if key[0] == "count":
             phase, scope, kind, axis, dtype, source, _ = key[1:]
-            size = round(found["sent", *key[1:]])
-            rows.append(table.Collective(phase, scope, kind, axis, dtype, size, source, round(count)))
+            size = round(costs["sent", *key[1:]])
+            rows.append(collectives_table.Collective(phase, scope, kind, axis, dtype, size, source, round(count)))
     return rows
 
 
@@ -177,7 +177,7 @@ def _saved(graph: torch.fx.Graph) -> int:
 
 def _readers(node: torch.fx.Node) -> list[torch.fx.Node]:
     """Users, those of views of the value included."""
-    found = []
+    readers = []
     for user in node.users:
-        found += _readers(user) if cost.is_view(user) and ir.phase_of(user) == "forward" else [user]
-    return found
+        readers += _readers(user) if cost.is_view(user) and ir.phase_of(user) == "forward" else [user]
+    return readers

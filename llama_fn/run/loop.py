@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from llama_fn.checkpoint import Found, Store
+from llama_fn.checkpoint import SavedStep, Store
 from llama_fn.compiler import stages
 from llama_fn.config import Config
 from llama_fn.config_checks import profiled, resolved
@@ -23,8 +23,9 @@ from llama_fn.hardware import Hardware
 from llama_fn.inspect.profiling import Profiler
 from llama_fn.launch import launched
 from llama_fn.model import train_step
-from llama_fn.planner import rungs
-from llama_fn.run import health, metrics, prepare, resume, runtime
+from llama_fn.planner import config_stages
+from llama_fn.run import compiling, health, machine_checks, metrics, resume, runtime
+from llama_fn.run.batches import ToDevice, iterator, validation_batches
 from llama_fn.run.display import Display
 from llama_fn.run.workdir_lock import WorkdirLock
 from llama_fn.signals import Interrupted, StopRequest, exit_status
@@ -39,7 +40,7 @@ class Run:
 
     step: stages.Compiled
     evaluate: stages.Compiled | None
-    place: prepare.Place
+    to_device: ToDevice
     batches: BatchIterator
     validation: list[train_step.Batch]
     data: Parts
@@ -64,21 +65,21 @@ class Run:
         self.store.save(iteration, state, meta, self.step.lowered.inputs)
 
 
-def run(cfg: Config, flags_text: str = "", backend: prepare.Backend | None = None) -> int:
+def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = None) -> int:
     """Train as cfg says, resuming what the work folder holds. Returns the exit status (docs/stopping.md).
 
     `backend`: what compiles the steps instead of the one that cfg names. UserError for wrong input, Interrupted for a
     signal before the first step.
     """
     cfg, launch = resolved(cfg), launched()
-    mesh = rungs.mesh(cfg)
+    mesh = config_stages.mesh(cfg)
     runtime.log_to_terminal(None, quiet=launch.rank != 0)
-    prepare.check_machine(cfg, launch.world)
+    machine_checks.check_machine(cfg, launch.world)
     hardware = runtime.setup(cfg.run)
     if cfg.run.compile_only:
-        prepare.compile_only(cfg, mesh, hardware)
+        compiling.compile_only(cfg, mesh, hardware)
         return 0
-    prepare.refuse_lonely(cfg, mesh, launch.world)
+    machine_checks.check_processes(cfg, mesh, launch.world)
     with ExitStack() as held:
         members = processes.start(mesh, cfg.run.device, cfg.run.timeout_s)
         if members is not None:
@@ -107,7 +108,7 @@ def _stoppable() -> Iterator[StopRequest]:
 
 @contextmanager
 def _locked(workdir: Path) -> Iterator[WorkdirLock]:
-    prepare.make_writable(workdir)
+    machine_checks.make_writable(workdir)
     lock = WorkdirLock(workdir).acquire()
     try:
         yield lock
@@ -116,8 +117,8 @@ def _locked(workdir: Path) -> Iterator[WorkdirLock]:
 
 
 def _run(
-    cfg: Config, flags_text: str, backend: prepare.Backend | None, mesh: Mesh, hardware: Hardware | None,
-    members: Processes | None, stop: StopRequest, store: Store, found: Found | None, data: Parts,
+    cfg: Config, flags_text: str, backend: compiling.Backend | None, mesh: Mesh, hardware: Hardware | None,
+    members: Processes | None, stop: StopRequest, store: Store, found: SavedStep | None, data: Parts,
 ) -> int:  # fmt: skip
     """The rest of `run`, once it is known what there is."""
     chief, workdir = members is None or members.chief, Path(cfg.run.workdir)
@@ -128,15 +129,15 @@ def _run(
     samples = data.train_samples(cfg, consumed, max(0, cfg.run.steps - start))
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
-    step, evaluate = prepare.compile(cfg, mesh, members, data.valid is not None, backend)
+    step, evaluate = compiling.compile(cfg, mesh, hardware, members, data.valid is not None, backend)
     if members is not None:
         members.all_reached("compiled")
-    _, state = resume.restore_or_begin(cfg, store, found, step.lowered)
-    place = prepare.Place(cfg, step, members)
+    state = resume.restore_or_begin(cfg, store, found, step.lowered)
+    to_device = ToDevice(cfg, step, members)
     with ExitStack() as held:
-        batches = prepare.iterator(cfg, samples, place, consumed, tokens)
+        batches = iterator(cfg, samples, to_device, consumed, tokens)
         held.callback(batches.close)
-        validation = prepare.validation_batches(cfg, data.valid_samples(cfg), place)
+        validation = validation_batches(cfg, data.valid_samples(cfg), to_device)
         display = Display(cfg.run.steps, start) if chief else None
         runtime.log_to_terminal(display.console if display else None, quiet=not chief)
         if (steps := profiled(cfg)) and steps.stop - 1 <= start:
@@ -148,10 +149,10 @@ def _run(
             if part is not None:
                 held.callback(part.close)
         held.callback(store.settle)
-        watch = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
+        monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = Run(
-            step, evaluate, place, batches, validation, data, store, writer, display, stop, hardware, members, profiler,
-            watch, mesh,
+            step, evaluate, to_device, batches, validation, data, store, writer, display, stop, hardware, members,
+            profiler, monitor, mesh,
         )  # fmt: skip
         if display:
             display.start()
@@ -195,9 +196,9 @@ def _train(cfg: Config, start: int, state: train_step.TrainState, run: Run) -> i
 
     iteration, began, signal, saved, due = start, time.perf_counter(), 0, start, False
     while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
-        batch, consumed = run.place(next(run.batches)), run.batches.state()
+        batch, consumed = run.to_device(next(run.batches)), run.batches.state()
         if run.processes is not None:
-            run.processes.watch.begin(iteration)
+            run.processes.watchdog.begin(iteration)
         run.profiler.before(iteration + 1)
         state, values = run.step(state, batch)
         iteration += 1

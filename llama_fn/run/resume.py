@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llama_fn import config
-from llama_fn.checkpoint import Found, Store
+from llama_fn.checkpoint import SavedStep, Store
 from llama_fn.compiler.stages import Lowered
 from llama_fn.config import Config
 from llama_fn.data.iterator import BatchIterator
@@ -41,9 +41,9 @@ def _arithmetic(cfg: Config, mesh: Mesh) -> dict[str, Any]:
     return {"device": cfg.run.device.split(":")[0], "threads": torch.get_num_threads(), "mesh": str(mesh)}
 
 
-def refuse_changes(cfg: Config, found: Found) -> None:
+def refuse_changes(cfg: Config, checkpoint: SavedStep) -> None:
     """UserError when a checkpoint was made with flags that give other numbers."""
-    saved = found.meta["config"]
+    saved = checkpoint.meta["config"]
     changed = {
         name: (saved.get(name), value)
         for name, value in config.flat(cfg, "numbers").items()
@@ -52,42 +52,42 @@ def refuse_changes(cfg: Config, found: Found) -> None:
     if changed and not cfg.run.accept_changes:
         lines = [f"  --{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items()]
         raise UserError(
-            f"--run.workdir={cfg.run.workdir} holds iteration {found.step} of a run with other flags:\n"
+            f"--run.workdir={cfg.run.workdir} holds iteration {checkpoint.step} of a run with other flags:\n"
             + "\n".join(lines) + "\nGoing on would give other numbers. Restore the flags, name another "
             "--run.workdir, or accept the change, this once, with --run.accept_changes"
         )  # fmt: skip
 
 
-def refuse_other_data(cfg: Config, found: Found, data: Parts) -> None:
+def refuse_other_data(cfg: Config, checkpoint: SavedStep, data: Parts) -> None:
     """UserError when a checkpoint was made with data that held other tokens."""
-    was, now = found.meta["data"], data.data.fingerprint
+    was, now = checkpoint.meta["data"], data.data.fingerprint
     if was != now and not cfg.run.accept_changes:
-        told = "{sequences} documents, {tokens} tokens, CRC-32 {index_crc32:x}".format_map
+        describe = "{sequences} documents, {tokens} tokens, CRC-32 {index_crc32:x}".format_map
         raise UserError(
-            f"--data.path={cfg.data.path} is not the data that iteration {found.step} of {cfg.run.workdir} "
-            f"was trained on ({told(was)}; now {told(now)}). Bring it back, name another --run.workdir, or accept the "
-            "change, this once, with --run.accept_changes"
+            f"--data.path={cfg.data.path} is not the data that iteration {checkpoint.step} of {cfg.run.workdir} "
+            f"was trained on ({describe(was)}; now {describe(now)}). Bring it back, name another --run.workdir, or "
+            "accept the change, this once, with --run.accept_changes"
         )
 
 
-def warn_of_other_digits(cfg: Config, mesh: Mesh, found: Found) -> None:
+def warn_of_other_digits(cfg: Config, mesh: Mesh, checkpoint: SavedStep) -> None:
     """A word where sums will be done in another order, which is allowed, and not bitwise the same."""
-    was: Mapping[str, Any] = found.meta["arithmetic"]
+    was: Mapping[str, Any] = checkpoint.meta["arithmetic"]
     now = _arithmetic(cfg, mesh)
     changed = [f"{name} {was[name]} before, {now[name]} now" for name in now if was[name] != now[name]]
     if changed:
         log.warning("the last digits of the numbers will differ from an uninterrupted run's: %s", "; ".join(changed))
 
 
-def restore_or_begin(cfg: Config, store: Store, found: Found | None, lowered: Lowered) -> tuple[int, Any]:
-    """(iteration, state)."""
-    if found is None:
+def restore_or_begin(cfg: Config, store: Store, checkpoint: SavedStep | None, lowered: Lowered) -> Any:
+    """The state of the checkpoint, or of iteration 0."""
+    if checkpoint is None:
         log.info("beginning at iteration 0 with seed %d", cfg.run.seed)
         parts = store.parts(lowered.inputs)
-        return 0, arrays.materialize(store.infos, random.key(cfg.run.seed), cfg.run.device, parts)
-    state = store.restore(found, lowered.inputs)
-    log.info("resuming from iteration %d of %s", found.step, store.folder)
-    return found.step, state
+        return arrays.materialize(store.infos, random.key(cfg.run.seed), cfg.run.device, parts)
+    state = store.restore(checkpoint, lowered.inputs)
+    log.info("resuming from iteration %d of %s", checkpoint.step, store.folder)
+    return state
 
 
 def refuse_too_large(cfg: Config, lowered: Lowered) -> None:
@@ -109,9 +109,9 @@ def save_flags(workdir: Path, cfg: Config, flags_text: str) -> None:
         f.write(flags_text)
 
 
-def starting_point(found: Found | None) -> tuple[int, int, int]:
+def starting_point(checkpoint: SavedStep | None) -> tuple[int, int, int]:
     """Iterations done, samples and tokens consumed."""
-    if found is None:
+    if checkpoint is None:
         return 0, 0, 0
-    position = found.meta["iterator"]
-    return found.step, position["consumed_samples"], position["consumed_tokens"]
+    position = checkpoint.meta["iterator"]
+    return checkpoint.step, position["consumed_samples"], position["consumed_tokens"]

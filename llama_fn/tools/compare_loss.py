@@ -52,20 +52,20 @@ def read_losses(path: Path) -> dict[int, float]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} does not exist: name a run's work folder or its metrics.jsonl")
-    found: dict[int, float] = {}
+    losses: dict[int, float] = {}
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(text)
             loss = row["lm_loss"]  # null where it was not finite
-            found[int(row["iteration"])] = math.nan if loss is None else float(loss)
+            losses[int(row["iteration"])] = math.nan if loss is None else float(loss)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is not a record with iteration and lm_loss: {error!r}") from None
-    bad = [i for i, loss in found.items() if not math.isfinite(loss) or loss <= 0]
+    bad = [i for i, loss in losses.items() if not math.isfinite(loss) or loss <= 0]
     if bad:
         raise UserError(
-            f"{path}: the loss of iteration {bad[0]} is {found[bad[0]]}; a relative error needs a positive one"
+            f"{path}: the loss of iteration {bad[0]} is {losses[bad[0]]}; a relative error needs a positive one"
         )
-    return found
+    return losses
 
 
 def compare(losses: Mapping[int, float], references: Mapping[int, float]) -> Comparison:
@@ -75,7 +75,7 @@ def compare(losses: Mapping[int, float], references: Mapping[int, float]) -> Com
     return Comparison(both, [losses[i] for i in both], [references[i] for i in both])
 
 
-def charts(found: Comparison, names: tuple[str, str], bound: float, out: Path) -> None:
+def charts(comparison: Comparison, names: tuple[str, str], bound: float, out: Path) -> None:
     """loss_chart.png: both losses; compare_chart.png: the relative error and the bound."""
     try:
         import matplotlib
@@ -88,40 +88,40 @@ def charts(found: Comparison, names: tuple[str, str], bound: float, out: Path) -
 
     out.mkdir(parents=True, exist_ok=True)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(found.iterations, found.references, label=names[1], color="tab:gray", linewidth=2.5)
-    axes.plot(found.iterations, found.losses, label=names[0], color="tab:red", linewidth=1)
+    axes.plot(comparison.iterations, comparison.references, label=names[1], color="tab:gray", linewidth=2.5)
+    axes.plot(comparison.iterations, comparison.losses, label=names[0], color="tab:red", linewidth=1)
     axes.set(xlabel="iteration", ylabel="lm loss (nats per token)")
     axes.legend()
     figure.savefig(out / LOSS_CHART, dpi=120)
     pyplot.close(figure)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(
-        found.iterations,
-        found.errors,
+        comparison.iterations,
+        comparison.errors,
         color="tab:blue",
         linewidth=1,
-        label=f"peak {found.peak:.4f}, mean {found.mean:.4f}",
+        label=f"peak {comparison.peak:.4f}, mean {comparison.mean:.4f}",
     )
     axes.axhline(bound, color="tab:red", linestyle="--", label=f"bound {bound}")
-    axes.set(xlabel="iteration", ylabel="relative error of the loss", ylim=(0, max(bound, found.peak) * 1.25))
+    axes.set(xlabel="iteration", ylabel="relative error of the loss", ylim=(0, max(bound, comparison.peak) * 1.25))
     axes.set_title(f"{names[0]} against {names[1]}", fontsize="medium")
     axes.legend()
     figure.savefig(out / COMPARE_CHART, dpi=120)
     pyplot.close(figure)
 
 
-def report(found: Comparison, every: int, bound: float) -> str:
+def report(comparison: Comparison, every: int, bound: float) -> str:
     """A line per `every` iterations and the last, then the verdict."""
     lines = [f"{'iteration':>9}  {'loss':>12}  {'reference':>12}  {'relative error':>14}"]
-    rows = list(zip(found.iterations, found.losses, found.references, found.errors, strict=True))
+    rows = list(zip(comparison.iterations, comparison.losses, comparison.references, comparison.errors, strict=True))
     for n, (i, a, b, error) in enumerate(rows):
         if n % every == 0 or n == len(rows) - 1:
             lines.append(f"{i:9d}  {a:12.6f}  {b:12.6f}  {error:14.6f}")
-    worst = found.iterations[found.errors.index(found.peak)]
-    verdict = "below" if found.peak < bound else "NOT below"
+    worst = comparison.iterations[comparison.errors.index(comparison.peak)]
+    verdict = "below" if comparison.peak < bound else "NOT below"
     lines.append(
-        f"{len(rows)} iterations: peak relative error {found.peak:.6f} at iteration {worst}, mean {found.mean:.6f}; "
-        f"{verdict} the bound {bound}"
+        f"{len(rows)} iterations: peak relative error {comparison.peak:.6f} at iteration {worst}, "
+        f"mean {comparison.mean:.6f}; {verdict} the bound {bound}"
     )
     return "\n".join(lines)
 
@@ -136,12 +136,12 @@ def compare_runs(argv: list[str]) -> int:
     a, b, out = Path(argv[1]), Path(argv[2]), Path(FLAGS.out)
     if FLAGS.charts:
         check_writable(out / LOSS_CHART)
-    found = compare(read_losses(a), read_losses(b))
-    print(report(found, FLAGS.every, FLAGS.bound))
+    comparison = compare(read_losses(a), read_losses(b))
+    print(report(comparison, FLAGS.every, FLAGS.bound))
     if FLAGS.charts:
-        charts(found, (FLAGS.names[0], FLAGS.names[1]), FLAGS.bound, out)
+        charts(comparison, (FLAGS.names[0], FLAGS.names[1]), FLAGS.bound, out)
         print(f"charts: {out / LOSS_CHART}, {out / COMPARE_CHART}")
-    return 0 if found.peak < FLAGS.bound else 1
+    return 0 if comparison.peak < FLAGS.bound else 1
 
 
 def main(argv: list[str]) -> None:

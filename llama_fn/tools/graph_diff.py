@@ -32,22 +32,22 @@ MEMORY = ("argument_bytes", "result_bytes", "peak_bytes", "peak_at")
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """Summaries by the folder that holds them: ranks, and below them the evaluation step."""
-    found = {str(path.parent.relative_to(folder)): path for path in sorted(folder.rglob(SUMMARY))}
-    if not found:
+    summaries = {str(path.parent.relative_to(folder)): path for path in sorted(folder.rglob(SUMMARY))}
+    if not summaries:
         raise UserError(f"{folder} holds no {SUMMARY}: give a folder that --run.dump_dir wrote")
-    for path in found.values():
+    for path in summaries.values():
         if not path.with_name(INDEX).exists():
             raise UserError(f"{path.parent} has no {INDEX}: the dump was cut short; write it again")
-    return {name: _summary(path) for name, path in found.items()}
+    return {name: _summary(path) for name, path in summaries.items()}
 
 
 def _summary(path: Path) -> dict[str, Any]:
     """UserError for what is no summary, or one of another version of this project."""
     try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        _ops(found), _collectives(found), list(_other_forms(found, found)), dict(found["flops"])
-        found["mesh"], found["rules"]
-        missing = [name for name in MEMORY if name not in found["memory"]]
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+        _ops(summary), _collectives(summary), list(_other_forms(summary, summary)), dict(summary["flops"])
+        summary["mesh"], summary["rules"]
+        missing = [name for name in MEMORY if name not in summary["memory"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         missing = [str(error)]
     if missing:
@@ -55,7 +55,7 @@ def _summary(path: Path) -> dict[str, Any]:
             f"{path} is not the summary of a dump that this version wrote (it lacks {', '.join(missing)}). Write it "
             "again with --run.dump_dir"
         )
-    return found
+    return summary
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
@@ -79,10 +79,10 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ops(summary: Mapping[str, Any]) -> Counter[str]:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in summary["ops"]:
-        found[_name(row)] += row["count"]
-    return found
+        counts[_name(row)] += row["count"]
+    return counts
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -103,12 +103,12 @@ def _other_forms(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _collectives(summary: Mapping[str, Any]) -> Counter[str]:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in summary["collectives"]:
         what = f"{row['kind']} over {row['axis']} of {row['bytes']:,} bytes {row['dtype']}"
         source = re.sub(r":\d+", "", row["source"])
-        found[f"{what} in {row['scope']}, {row['phase']}, asked for in {source}"] += row["count"]
-    return found
+        counts[f"{what} in {row['scope']}, {row['phase']}, asked for in {source}"] += row["count"]
+    return counts
 
 
 def _changed(what: str, a: float, b: float) -> Iterator[str]:

@@ -57,11 +57,11 @@ def make_plan(argv: list[str]) -> int:
     if FLAGS.search:
         _start_imports()
     from llama_fn import hardware
-    from llama_fn.planner import page, plan, report, rungs
+    from llama_fn.planner import config_stages, page, plan, report
 
     if FLAGS.search:
         return _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
-    found = plan.make(cfg, rungs.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
+    found = plan.make(cfg, config_stages.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
     print(report.as_text(found))
     if FLAGS.json:
         with atomic(Path(FLAGS.json)) as f:

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig, preset
 from llama_fn.distributed.processes import Processes
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from sharding import Mesh
 
 
@@ -38,7 +38,7 @@ def member(mesh: Mesh) -> Processes | None:
     if mesh.size == 1:
         return None
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.size)
-    return Processes(mesh, 0, watch=None, backend="fake")  # type: ignore[arg-type]
+    return Processes(mesh, 0, watchdog=None, backend="fake")  # type: ignore[arg-type]
 
 
 def made(job: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def made(job: dict[str, Any]) -> dict[str, Any]:
         return replay
 
     mesh = Mesh.parse(job.get("mesh", ""))
-    lowered = (rungs.evaluation if job.get("evaluation") else rungs.train)(cfg).lower(mesh, "fsdp_tp")
+    lowered = (config_stages.evaluation if job.get("evaluation") else config_stages.train)(cfg).lower(mesh, "fsdp_tp")
     memory += [torch.zeros(shape) for shape in lowered._output_shapes()]
     with mock.patch.object(compile_fx, "cudagraphify", replayed):
         step = lowered.compile("inductor", device="cuda", cache=None, processes=member(mesh))

@@ -27,13 +27,13 @@ from llama_fn.hardware import TABLE  # noqa: E402
 from llama_fn.inspect import profile_table  # noqa: E402
 from llama_fn.inspect.profiling import Profiler  # noqa: E402
 from llama_fn.model import arrays, random, train_step  # noqa: E402
-from llama_fn.planner import rungs  # noqa: E402
+from llama_fn.planner import config_stages  # noqa: E402
 
 
 def ran(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     cfg = config_of({**job, "embed_dim": 32, "mlp_dim": 48, "num_layers": 2, "seq_len": 16})
     cfg = replace(cfg, run=replace(cfg.run, profile_steps="1:1", workdir=str(folder), device="cpu"))
-    lowered = rungs.train(cfg).lower()
+    lowered = config_stages.train(cfg).lower()
     steps = {
         "cuda": on_cpu(lowered.compile("inductor", device="cuda", cache=None, profiled=True)),
         "eager": lowered.compile("eager"),

@@ -104,11 +104,11 @@ def error(got, want):
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_float64_reference(name, dtype):
     fn, oracle, shapes = CASES[name]
-    wide = [rand(*shape, seed=i).to(dtype).double().requires_grad_() for i, shape in enumerate(shapes)]
-    want = oracle(*wide)
+    upcast = [rand(*shape, seed=i).to(dtype).double().requires_grad_() for i, shape in enumerate(shapes)]
+    want = oracle(*upcast)
     weight = rand(*want.shape, seed=99).to(dtype)
-    want_grads = torch.autograd.grad(want, wide, weight.double())
-    got, pull = torch.func.vjp(fn, *(x.detach().to(dtype) for x in wide))
+    want_grads = torch.autograd.grad(want, upcast, weight.double())
+    got, pull = torch.func.vjp(fn, *(x.detach().to(dtype) for x in upcast))
     got_grads = pull(weight.to(got.dtype))
     tolerance = TOLERANCE[dtype] if name != "rope" or dtype != torch.float64 else 1e-5  # the table is float32
     assert error(got, want) < tolerance

@@ -17,7 +17,7 @@ from llama_fn.compiler.passes.outline import outline
 from llama_fn.errors import UserError
 from llama_fn.hardware import TABLE
 from llama_fn.model import llama, weights
-from llama_fn.planner import plan, report, rungs
+from llama_fn.planner import config_stages, plan, report
 from sharding import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def config(tiny_config, **mesh):
 
 def order(cfg):
     """Ops of the lowered and of the outlined step, without the names of scopes."""
-    lowered = rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg))
+    lowered = config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg))
     outlined = outline(passes.copy_graph(lowered.graph_module), None)
     texts = [[ir.target_text(node) for node in ir.calls(gm.graph)] for gm in (lowered.graph_module, outlined)]
     return [*texts, len(list(outlined.children()))]
@@ -88,10 +88,10 @@ def order(cfg):
 
 def test_layers_of_another_name_keep_overlap_outlining_and_planning(tiny_config, request, caplog):
     cfg = config(tiny_config)
-    want, planned = order(cfg), plan.make(cfg, rungs.mesh(cfg), TABLE["ascend_910b1"])
+    want, planned = order(cfg), plan.make(cfg, config_stages.mesh(cfg), TABLE["ascend_910b1"])
     request.getfixturevalue("blocks")
     assert order(cfg) == want and want[2] >= 2
-    again = plan.make(cfg, rungs.mesh(cfg), TABLE["ascend_910b1"])
+    again = plan.make(cfg, config_stages.mesh(cfg), TABLE["ascend_910b1"])
     told = [report.as_json(each) | {"planning_s": 0} for each in (again, planned)]
     assert json.dumps(told[0], default=str).replace("blocks", "layers") == json.dumps(told[1], default=str)
     assert not [r for r in caplog.records if "finds no layer" in r.message]

@@ -13,7 +13,7 @@ import pytest
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig
 from llama_fn.inspect import dump
 from llama_fn.model import llama
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from llama_fn.run import loop
 from llama_fn.tools.graph_diff import difference
 
@@ -50,7 +50,7 @@ def test_every_stage_has_a_numbered_text_with_what_a_node_costs(dumped):
     assert [int(name[:2]) for name in texts] == list(range(len(texts)))
     lowered = (folder / texts[-1]).read_text()
     product = re.search(r"= llama_fn.einsum.default\('btd,dnh->btnh'.*", lowered)[0]
-    # 2 x 16 tokens on a device, 32 wide, 2 heads of 8 of it.
+    # 2 x 16 tokens on a device, 32 upcast, 2 heads of 8 of it.
     assert "# forward microbatch/0/layers/0/attention llama.py:" in product
     assert f"| {2 * 16 * 2 * 8 * 4} B {2 * 2 * 16 * 32 * 2 * 8} FLOP P('data', None, 'model', None)" in product
     assert "f32[2,16,32]" in lowered and "f32[4,16,32]" in (folder / texts[0]).read_text()
@@ -87,9 +87,9 @@ def test_a_new_dump_takes_the_old_index_away_first(dumped, tmp_path):
     (tmp_path / "99_old.txt").write_text("old")
     (tmp_path / "mine.txt").write_text("kept")
     cfg = config(tmp_path)
-    traced = rungs.train(cfg)
-    record = dump.Record(tmp_path)
-    record.watch(traced)
+    traced = config_stages.train(cfg)
+    record = dump.DumpWriter(tmp_path)
+    record.observer(traced)
     assert not (tmp_path / dump.INDEX).exists() and not (tmp_path / "99_old.txt").exists()
     assert (tmp_path / "mine.txt").exists()
 
@@ -119,7 +119,7 @@ def test_a_difference_is_said_in_words(dumped, tmp_path):
 
 def summary(**mesh):
     cfg = config(Path("unused"), **mesh)
-    lowered = rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg))
+    lowered = config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg))
     return json.loads(json.dumps(dump.summary(lowered)))
 
 

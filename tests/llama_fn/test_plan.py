@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, preset
-from llama_fn.hardware import TABLE
-from llama_fn.planner import plan
+from llama_fn.hardware import TABLE, Reserved
+from llama_fn.planner import plan, report
 from sharding import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
-NPU = TABLE["ascend_910b1"]
+NPU = replace(TABLE["ascend_910b1"], reserved=Reserved())
 CFG = Config(model=ModelConfig(num_layers=2), data=DataConfig(seq_len=64, global_batch_size=4, microbatches=2))
 
 
@@ -62,7 +62,7 @@ def test_times_follow_from_the_hardware():
     assert a.step_time_s == max(a.compute_s, a.comms_s) and a.step_time_alone_s == a.compute_s + a.comms_s
     assert a.comms_s == pytest.approx(sum(t.row.bytes * t.row.count for t in a.transfers) / NPU.link_bytes_per_s)
     assert a.mfu == pytest.approx(a.model_flops / a.step_time_s / NPU.peak_flops_per_s)
-    assert sum(p.flops for p in a.places) == a.hardware_flops
+    assert sum(p.flops for p in a.scopes) == a.hardware_flops
 
 
 @pytest.mark.parametrize(("name", "microbatches"), [("llama_tiny", 1), ("llama_tiny", 2), ("llama_60m", 2)])
@@ -92,7 +92,7 @@ def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_ba
 )
 def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbatches, often, more):
     """Against the whole graph of 11 layers: its liveness, its FLOPs, its table of collectives."""
-    from llama_fn.planner import rungs
+    from llama_fn.planner import config_stages
 
     model = ModelConfig(num_layers=11, embed_dim=512, num_heads=4, num_kv_heads=4, mlp_dim=1024, vocab_size=64)
     cfg = Config(
@@ -101,7 +101,7 @@ def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbat
         optim=OptimConfig(reduce_per_microbatch=often), mesh=MeshConfig(axes=mesh, rules=rules, **more),
     )  # fmt: skip
     found = plan.make(cfg, Mesh.parse(mesh), NPU)
-    lowered = rungs.lower(rungs.train(cfg), cfg, Mesh.parse(mesh))
+    lowered = config_stages.lower(config_stages.train(cfg), cfg, Mesh.parse(mesh))
     memory = lowered.memory_analysis()
     assert found.peak_bytes == memory.peak_bytes and max(m.bytes for m in found.timeline) == memory.peak_bytes
     assert found.hardware_flops == lowered.cost_analysis().total_flops
@@ -111,7 +111,7 @@ def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbat
 @pytest.mark.slow
 def test_every_number_of_a_survey_grows_by_the_same_from_layer_to_layer():
     """What lives at each op included, in three microbatches. With fewer layers told apart at the ends it does not."""
-    from llama_fn.planner import rungs
+    from llama_fn.planner import config_stages
     from llama_fn.planner.survey import ENDS, extrapolated, survey
 
     mesh = Mesh.parse("data:2,model:2")
@@ -124,7 +124,7 @@ def test_every_number_of_a_survey_grows_by_the_same_from_layer_to_layer():
             mesh=MeshConfig(axes=str(mesh), remat="dots", regather=True),
             optim=OptimConfig(reduce_per_microbatch=True),
         )  # fmt: skip
-        return survey(rungs.lower(rungs.train(cfg), cfg, mesh), NPU, 3)
+        return survey(config_stages.lower(config_stages.train(cfg), cfg, mesh), NPU, 3)
 
     found, whole = extrapolated(of(2 * ENDS), of(2 * ENDS + 1), 2), of(2 * ENDS + 2)
     assert found == pytest.approx({key: whole[key] for key in found}, rel=1e-12)
@@ -139,12 +139,12 @@ def test_flops_are_those_that_torch_counts():
     from llama_fn.compiler.backends import forms
     from llama_fn.compiler.passes.expand import expand
     from llama_fn.model import arrays, random, train_step
-    from llama_fn.planner import rungs
+    from llama_fn.planner import config_stages
 
     m, d = CFG.model, CFG.data
     ids = torch.randint(0, m.vocab_size, (d.microbatches, d.global_batch_size // d.microbatches, d.seq_len))
     state = arrays.materialize(train_step.abstract_state(CFG), random.key(0))
-    plain = expand(passes.copy_graph(rungs.train(CFG).lower().graph_module), {}, forms.finder({}), {})
+    plain = expand(passes.copy_graph(config_stages.train(CFG).lower().graph_module), {}, forms.finder({}), {})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(*tree.leaves((state, train_step.Batch(ids, ids, torch.ones(ids.shape)))))
     half = 7 * d.global_batch_size * m.num_heads * m.head_dim * d.seq_len**2 * m.num_layers
@@ -271,3 +271,19 @@ def test_the_tool_prints_writes_and_judges(tmp_path):
     assert "Did you mean ascend_910b2?" in run("--hardware=ascend_910b22").stderr
     wrong = run("--mesh.axes=model:3", "--mesh.rules=tp_sp")
     assert wrong.returncode == 2 and "do not divide" in wrong.stderr
+
+
+def test_what_the_runtime_takes_is_not_the_steps():
+    """A device that holds the step's peak and nothing more does not fit once the runtime and each communicator take
+    their part: data, model, both together for the norm, and the world."""
+    found = plan.make(CFG, Mesh.parse("data:2,model:2"), NPU)
+    assert {t.row.axis for t in found.transfers} == {"data", "model", "data+model"}
+    reserved = Reserved(1000, 10)
+    exact, short = (
+        replace(found, hardware=replace(NPU, hbm_bytes=found.peak_bytes + 1040 - less, reserved=reserved))
+        for less in (0, 1)
+    )
+    assert exact.reserved_bytes == 1040 and exact.spare_bytes == 0 and exact.fits
+    assert not short.fits and "GB are missing" in report.as_text(short)
+    assert "fits with" in report.as_text(replace(found, hardware=TABLE["ascend_910b1"]))
+    assert all(h.reserved.runtime_bytes > 0 and h.reserved.communicator_bytes > 0 for h in TABLE.values())

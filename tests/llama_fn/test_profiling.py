@@ -17,7 +17,7 @@ from llama_fn.compiler import cost, ir, ranges
 from llama_fn.hardware import TABLE
 from llama_fn.inspect import profile_table
 from llama_fn.inspect.profiling import Profiler
-from llama_fn.planner import plan, rungs
+from llama_fn.planner import config_stages, plan
 from sharding import Mesh
 
 HARDWARE = TABLE["a100"]
@@ -73,7 +73,7 @@ def steps_in(events):
 
 def test_the_trace_holds_the_steps_asked_for(tiny_run, profile, tmp_path):
     cfg = tiny_run("2:3")
-    events, table, _ = profile(cfg, rungs.train(cfg).lower().compile("eager"), 5)
+    events, table, _ = profile(cfg, config_stages.train(cfg).lower().compile("eager"), 5)
     assert steps_in(events) == {"step 2", "step 3"}
     assert HARDWARE.name in table
     assert (tmp_path / "profile" / "rank_0_steps_2_3.json").exists()
@@ -81,14 +81,14 @@ def test_the_trace_holds_the_steps_asked_for(tiny_run, profile, tmp_path):
 
 def test_a_run_that_ends_early_keeps_what_it_has(tiny_run, profile, tmp_path):
     cfg = tiny_run("2:9")
-    events, _, _ = profile(cfg, rungs.train(cfg).lower().compile("eager"), 3, rank=1)
+    events, _, _ = profile(cfg, config_stages.train(cfg).lower().compile("eager"), 3, rank=1)
     assert steps_in(events) == {"step 2", "step 3"}
     assert (tmp_path / "profile" / "rank_1_steps_2_9.json").exists()
 
 
 def test_nothing_is_written_unless_asked_for(tiny_run, profile, tmp_path):
     cfg = tiny_run("")
-    assert profile(cfg, rungs.train(cfg).lower().compile("eager"), 3)[0] == []
+    assert profile(cfg, config_stages.train(cfg).lower().compile("eager"), 3)[0] == []
     assert not (tmp_path / "profile").exists()
 
 
@@ -101,7 +101,7 @@ def working_scopes(lowered):
 @pytest.mark.parametrize(("backend", "mesh"), [("eager", ""), ("interpret", "data:2,model:2")])
 def test_ranges_carry_scopes_node_by_node(backend, mesh, tiny_run, profile):
     cfg = tiny_run()
-    lowered = rungs.train(cfg).lower(Mesh.parse(mesh), "fsdp_tp")
+    lowered = config_stages.train(cfg).lower(Mesh.parse(mesh), "fsdp_tp")
     events, _, _ = profile(cfg, lowered.compile(backend), 3)
     check_nesting(events)
     nodes = ir.calls(lowered.graph_module.graph)
@@ -110,7 +110,7 @@ def test_ranges_carry_scopes_node_by_node(backend, mesh, tiny_run, profile):
 
 def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, profile, tmp_path):
     cfg = tiny_run()
-    lowered = rungs.train(cfg).lower()
+    lowered = config_stages.train(cfg).lower()
     plain = lowered.compile("inductor", cache=tmp_path)
     named = [lowered.compile("inductor", cache=tmp_path, profiled=True) for _ in range(2)]
     assert "_ranges" not in plain.executable.code
@@ -134,7 +134,7 @@ def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, pr
 
 @pytest.mark.slow
 def test_scopes_that_differ_are_not_taken_from_the_cache(tiny_run, tmp_path):
-    lowered = rungs.train(tiny_run()).lower()
+    lowered = config_stages.train(tiny_run()).lower()
     lowered.compile("inductor", cache=tmp_path, profiled=True)
     for node in ir.calls(lowered.graph_module.graph):
         where = dict(node.meta["custom"])
@@ -205,8 +205,8 @@ def test_kernels_of_an_npu_count_by_the_names_of_ge_ops(tmp_path):
 
 
 def test_the_table_sets_every_scope_beside_its_prediction(tiny_run):
-    lowered = rungs.train(tiny_run()).lower()
-    places = plan.places_of(lowered, HARDWARE)
+    lowered = config_stages.train(tiny_run()).lower()
+    places = plan.scope_costs(lowered, HARDWARE)
     found = profile_table.rows({("new", "forward"): 1.0}, lowered, HARDWARE)
     assert (found[0].scope, found[0].measured_ms, found[0].predicted_ms) == ("new", 1000.0, 0.0)
     assert sum(r.predicted_ms for r in found) == pytest.approx(sum(1e3 * max(p.math_s, p.memory_s) for p in places))

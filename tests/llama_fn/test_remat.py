@@ -16,7 +16,7 @@ from llama_fn.compiler import cost, ir
 from llama_fn.compiler.passes.remat import recomputed
 from llama_fn.compiler.passes.remat_regions import Remat, regions
 from llama_fn.errors import UserError
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from sharding import Mesh
 
 POLICIES = {
@@ -31,7 +31,7 @@ POLICIES = {
 def traced(tiny_config, with_data):
     def trace(**data):
         cfg = with_data(tiny_config(num_layers=3), **{"microbatches": 2, **data})
-        return cfg, rungs.train(cfg)
+        return cfg, config_stages.train(cfg)
 
     return trace
 
@@ -137,8 +137,8 @@ def test_a_budget_is_kept_to_and_used(traced):
 
     def kept(remat):
         graph = step.lower(remat=remat).graph_module.graph
-        first = regions(graph)["microbatch/0/layers/0"].wave
-        inside = [r for r in regions(graph).values() if r.wave == first]
+        first = regions(graph)["microbatch/0/layers/0"].forward_pass
+        inside = [r for r in regions(graph).values() if r.forward_pass == first]
         values = {
             node for r in inside for node in r.forward
             if any(ir.phase_of(u) == "backward" for u in node.users) and not cost.is_view(node)

@@ -10,7 +10,7 @@ from llama_fn import compat, config
 from llama_fn.compiler import stages
 from llama_fn.model import train_step, transforms
 from llama_fn.model.arrays import ArrayInfo
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 
 VECTOR = ArrayInfo((4,), torch.float32)
 
@@ -32,11 +32,11 @@ def test_a_step_is_as_if_every_microbatch_had_been_traced(monkeypatch, per_micro
 
     for module in (train_step, transforms):
         monkeypatch.setattr(module, "repeated", counted)
-    copied = [rungs.train(cfg).as_text(), rungs.evaluation(cfg).as_text()]
+    copied = [config_stages.train(cfg).as_text(), config_stages.evaluation(cfg).as_text()]
     assert len(calls) == 2
     for module in (train_step, transforms):
         monkeypatch.setattr(module, "repeated", lambda fn: fn)
-    assert copied == [rungs.train(cfg).as_text(), rungs.evaluation(cfg).as_text()]
+    assert copied == [config_stages.train(cfg).as_text(), config_stages.evaluation(cfg).as_text()]
 
 
 def test_a_call_is_copied_into_its_own_scope_and_phase():

@@ -115,7 +115,7 @@ def test_parameters_are_born_in_parts_bitwise_the_same(rank, tiny_config):
     infos = train_step.abstract_state(cfg).params
     layouts = [P.of([()] * (len(i.shape) - 1) + [("model", "data")]) for i in tree.leaves(infos)]
     whole = arrays.materialize(infos, random.key(3))
-    parts = Processes(mesh, rank, watch=None, backend="gloo").parts(infos, layouts)
+    parts = Processes(mesh, rank, watchdog=None, backend="gloo").parts(infos, layouts)
     mine = arrays.materialize(infos, random.key(3), parts=parts)
     for a, b, layout in zip(tree.leaves(mine), tree.leaves(whole), layouts, strict=True):
         assert torch.equal(a, part(b, layout, mesh, rank))

@@ -10,7 +10,7 @@ from jobs import JOBS, config_of
 from llama_fn import tree
 from llama_fn.inspect import dump
 from llama_fn.model import arrays, random, train_step
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from sharding.simulate import join, part
 
 STEPS = 3
@@ -18,8 +18,8 @@ STEPS = 3
 
 def prepared(name):
     cfg = config_of(JOBS[name])
-    traced = rungs.train(cfg)
-    return cfg, traced, rungs.lower(traced, cfg, rungs.mesh(cfg)), len(JOBS[name]["ranks"])
+    traced = config_stages.train(cfg)
+    return cfg, traced, config_stages.lower(traced, cfg, config_stages.mesh(cfg)), len(JOBS[name]["ranks"])
 
 
 def steps_of_ge(folder, cfg, lowered, ranks, random_batch):

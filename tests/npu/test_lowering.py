@@ -13,7 +13,7 @@ import pytest
 from jobs import DTYPES, JOBS, SHAPES, config_of
 
 from llama_fn.inspect import dump
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 
 # Everything that a step may become. What is missing here is not unsupported, it is unexpected.
 POINTWISE = {
@@ -70,7 +70,7 @@ def check_collectives(found: Counter, job: str) -> None:
     """As many Hcom ops of every kind as the table of the lowered step has collectives."""
     cfg = config_of(JOBS[job])
     want: Counter = Counter()
-    for row in rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg)).collectives():
+    for row in config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg)).collectives():
         want[COLLECTIVE[row.kind.removesuffix("_max")]] += row.count
     assert {kind: found[kind] for kind in COLLECTIVE.values()} == {kind: want[kind] for kind in COLLECTIVE.values()}
 

@@ -24,7 +24,7 @@ from llama_fn.compiler.backends.npu import compile
 from llama_fn.compiler.ranges import shares_of
 from llama_fn.distributed.processes import Processes
 from llama_fn.inspect.dump import rank_folder, write_ge
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from sharding import Mesh
 
 
@@ -35,12 +35,12 @@ def member(mesh: Mesh, rank: int) -> Processes | None:
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.size)
-    return Processes(mesh, rank, watch=None, backend="fake")  # type: ignore[arg-type]
+    return Processes(mesh, rank, watchdog=None, backend="fake")  # type: ignore[arg-type]
 
 
 def lower(job: dict[str, Any]) -> None:
     cfg = config_of(job)
-    lowered = rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg))
+    lowered = config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg))
     for rank in job["ranks"]:
         folder = rank_folder(Path(job["out"]), rank)
         write = functools.partial(write_ge, folder)

@@ -11,7 +11,7 @@ from llama_fn.compiler import stages
 from llama_fn.config import with_values
 from llama_fn.errors import UserError
 from llama_fn.model.arrays import ArrayInfo
-from llama_fn.planner import rungs
+from llama_fn.planner import config_stages
 from sharding import Mesh, P, constrain
 from sharding.rules import PRESETS, Rules
 
@@ -35,23 +35,23 @@ def lower(fn, mesh, rules):
 )
 def test_a_mesh_axis_over_which_nothing_is_sharded_is_an_error(axes, rules, message, tiny_config):
     cfg = with_values(tiny_config(), {"mesh.axes": axes, "mesh.rules": rules})
-    traced = rungs.train(cfg)
+    traced = config_stages.train(cfg)
     with pytest.raises(UserError, match=message):
-        rungs.lower(traced, cfg, rungs.mesh(cfg))
+        config_stages.lower(traced, cfg, config_stages.mesh(cfg))
     names = ",".join(name for name, _ in Mesh.parse(axes).axes)
     cfg = with_values(cfg, {"mesh.replicated": names})
-    assert rungs.lower(traced, cfg, rungs.mesh(cfg)).mesh == Mesh.parse(axes)
+    assert config_stages.lower(traced, cfg, config_stages.mesh(cfg)).mesh == Mesh.parse(axes)
 
 
 def test_copies_are_asked_for_by_axes_that_exist(tiny_config):
     cfg = with_values(tiny_config(), {"mesh.axes": "data:2", "mesh.replicated": "modle"})
     with pytest.raises(UserError, match=r"--mesh.replicated=modle: data:2 has no axis modle"):
-        rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg))
+        config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg))
 
 
 def test_an_axis_of_one_device_shards_nothing_and_is_no_error(tiny_config):
     cfg = with_values(tiny_config(), {"mesh.axes": "data:2,context:1,pipe:1", "mesh.rules": "fsdp"})
-    assert rungs.lower(rungs.train(cfg), cfg, rungs.mesh(cfg)).collectives()
+    assert config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg)).collectives()
 
 
 def test_a_logical_axis_that_nobody_knows_is_an_error_with_its_line():

@@ -133,9 +133,9 @@ def test_errors_say_where_what_and_what_to_write(tiny_config):
         return k.einsum("pq,qr->pr", a, b)
 
     for fn, text in (
-        (pending, r"sqrt.* pending sum over x .*Write constrain"),
+        (pending, r"sqrt.* partial sum over x .*Write constrain"),
         (conflict, r"einsum in .*test_partition\.py:\d+.* one sharding for 'q'.*Write a constrain"),
-        (returned, r"result out is still a pending sum over \['x'\]"),
+        (returned, r"result out is still a partial sum over \['x'\]"),
     ):
         with pytest.raises(UserError, match=text):
             stages.jit(fn).trace(a, b).lower(MESH, copies(rules, MESH))

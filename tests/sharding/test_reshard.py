@@ -39,7 +39,7 @@ def test_resharding_keeps_the_global_tensor(seed):
     pending = [axis for axis in free if draw.random() < 0.5]
     x = torch.arange(12 * 24, dtype=torch.float64).reshape(12, 24)
     values = [part(x, source, MESH, rank) for rank in range(MESH.size)]
-    # A pending sum: the first device along the pending axes holds the value less the noise of the others.
+    # A partial sum: the first device along the pending axes holds the value less the noise of the others.
     for axis in pending:
         for group in MESH.groups((axis,)):
             noise = [torch.randn(values[0].shape, dtype=torch.float64) for _ in group[1:]]

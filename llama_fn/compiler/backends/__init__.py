@@ -44,11 +44,11 @@ def communication(program: Program, backend: str, processes: Processes | None) -
         used = [a for n in sending for a in n.args[1:3] if isinstance(a, str)]  # a wait names none
         return compat.collective_forms(processes.groups(used))
     if n > 1:
-        raise UserError(lonely(program.mesh, backend))
+        raise UserError(needs_processes(program.mesh, backend))
     return {}
 
 
-def lonely(mesh: Mesh, backend: str) -> str:
+def needs_processes(mesh: Mesh, backend: str) -> str:
     """What to say of a mesh of several devices in a single process."""
     return (
         f"mesh {mesh} has {mesh.size} devices and backend {backend} runs one per process: start it with "

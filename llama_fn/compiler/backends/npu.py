@@ -67,7 +67,7 @@ def _named_groups(processes: Processes | None) -> dict[str, Callable[..., Any]]:
         return {}
 
     def form(op: Any) -> Callable[..., Any]:
-        return lambda a, b, axes, n, turn: op(a, b, processes.groups([axes])[axes].name, n, turn)
+        return lambda a, b, axes, n, transposed: op(a, b, processes.groups([axes])[axes].name, n, transposed)
 
     return {name: form(KERNELS[name].op) for name in compat.CONVERTED_IN_GROUP}
 

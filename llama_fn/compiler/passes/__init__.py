@@ -42,22 +42,22 @@ LOWERING: list[Pass] = [sink_casts, remat, regather, dead_code, fuse, bucket, ov
 OPTIONAL = ("sink_casts", "bucket", "overlap", "schedule")  # what a user may leave out: the numbers do not depend on it
 
 
-Watch = Callable[[str, torch.fx.GraphModule], None]  # sees a graph after each stage, by the stage's name
+Observer = Callable[[str, torch.fx.GraphModule], None]  # sees a graph after each stage, by the stage's name
 
 
-def unwatched(name: str, gm: torch.fx.GraphModule) -> None:
+def unobserved(name: str, gm: torch.fx.GraphModule) -> None:
     """Nobody looks."""
 
 
 def run(
-    passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context, watch: Watch = unwatched
+    passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context, observe: Observer = unobserved
 ) -> torch.fx.GraphModule:
-    """The graph after `passes`, which may change the given one; `watch` sees it after each."""
+    """The graph after `passes`, which may change the given one; `observe` sees it after each."""
     for each in passes:
         before = len(gm.graph.nodes)
         gm = each(gm, ctx)
         log.debug("%s: %d -> %d nodes", each.__name__, before, len(gm.graph.nodes))
-        watch(each.__name__, gm)
+        observe(each.__name__, gm)
     gm.graph.lint()
     gm.recompile()
     return gm

@@ -21,8 +21,8 @@ from kernels.registry import tensor_bytes
 from kernels.rows import join_rows, shapes_text, split_rows
 from llama_fn import compat
 from llama_fn.compiler import ir
+from sharding.abstract_eval import AbstractEval
 from sharding.collectives import all_gather, all_reduce, reduce_scatter
-from sharding.values import Values
 
 SMALL = 256 * 1024  # at some 10 GB/s about what starting a collective costs, tens of microseconds
 BUCKETED = (all_gather.op, all_reduce.op, reduce_scatter.op)
@@ -120,27 +120,27 @@ class _Placing:
         self.last = node
         self.done.add(node)
 
-    def _put_together(self, found: _Bucket) -> None:
-        for member in found.members:
+    def _put_together(self, bucket: _Bucket) -> None:
+        for member in bucket.members:
             self._place(_sent(member))
         assert self.last is not None
-        together = _Together(self.graph, found, self.last)
+        together = _Together(self.graph, bucket, self.last)
         for member, result in together.results().items():
             member.replace_all_uses_with(result)
             self.graph.erase_node(member)
-        self.done.update(found.members, together.made)
+        self.done.update(bucket.members, together.made)
         self.last = together.made[-1]
 
 
 class _Together:
     """Emits one bucket after the node `last`."""
 
-    def __init__(self, graph: torch.fx.Graph, found: _Bucket, last: torch.fx.Node) -> None:
-        self.graph, self.members = graph, found.members
+    def __init__(self, graph: torch.fx.Graph, bucket: _Bucket, last: torch.fx.Node) -> None:
+        self.graph, self.members = graph, bucket.members
         self.made = [last]
         self.sent = [_sent(member) for member in self.members]
-        self.target, self.axes, self.n, self.kind, *_, self.scope = found.key
-        self.values = Values.of(compat.node_value(self.sent[0]))
+        self.target, self.axes, self.n, self.kind, *_, self.scope = bucket.key
+        self.values = AbstractEval.of(compat.node_value(self.sent[0]))
 
     def results(self) -> dict[torch.fx.Node, torch.fx.Node]:
         scattered = self.target is reduce_scatter.op

@@ -24,9 +24,9 @@ from kernels.registry import Kernel, of_node
 from kernels.scope_names import without_numbers
 from llama_fn import compat
 from llama_fn.compiler import ir
+from sharding.abstract_eval import AbstractEval
 from sharding.collectives import all_gather, communicates, reduce_scatter
 from sharding.fused import UNFUSED, all_gather_matmul, matmul_reduce_scatter
-from sharding.values import Values
 
 # What AllGatherMatmul and MatmulReduceScatter take on Ascend 910B (CANN manual, aclnnAllGatherMatmul).
 DTYPES = (torch.float16, torch.bfloat16)
@@ -69,8 +69,8 @@ class _Product:
         equation, self.left, self.right = cast(tuple[str, torch.fx.Node, torch.fx.Node], node.args)
         values = compat.node_value(self.left), compat.node_value(self.right)
         (_, self.inner, self.left_turned), right, self.straight = stored_layouts(equation, *values)
-        rows, columns, self.turn = right
-        self.right_shape = [columns, rows] if self.turn else [rows, columns]
+        rows, columns, self.transposed = right
+        self.right_shape = [columns, rows] if self.transposed else [rows, columns]
 
     def unfit(self, n: int, dim: int, moved: torch.Tensor) -> str:
         """Why a collective of `moved`, whole, over n devices along dim cannot be one op with this product; "" if it
@@ -90,7 +90,7 @@ class _Product:
     def emit(self, new: _Emit, fused: Kernel, left: torch.fx.Node, axes: str, n: int) -> torch.fx.Node:
         """The fused op with the left operand as rows; the note says that it is one."""
         rows = new(aten.view.default, left, [compat.node_value(left).numel() // self.inner, self.inner])
-        made = new(fused.op, rows, new(aten.view.default, self.right, self.right_shape), axes, n, self.turn)
+        made = new(fused.op, rows, new(aten.view.default, self.right, self.right_shape), axes, n, self.transposed)
         made.meta["custom"] = {**compat.labels(made), NOTE: f"fused into {fused.name}"}
         return made
 
@@ -139,7 +139,7 @@ class _Emit:
 
     def __init__(self, graph: torch.fx.Graph, place: torch.fx.Node, like: torch.fx.Node) -> None:
         self.graph, self.place, self.labels = graph, place, dict(compat.labels(like))
-        self.made = Values.of(compat.node_value(like))
+        self.made = AbstractEval.of(compat.node_value(like))
 
     def __call__(self, target: Any, *args: Any) -> torch.fx.Node:
         with self.graph.inserting_before(self.place):

@@ -15,8 +15,8 @@ import torch
 from kernels.registry import of_node
 from llama_fn import compat
 from llama_fn.compiler import ir
+from sharding.abstract_eval import AbstractEval
 from sharding.collectives import STARTS, put_together, wait
-from sharding.values import Values
 
 
 def overlap(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
@@ -29,7 +29,7 @@ def overlap(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
         with gm.graph.inserting_before(node):
             start = gm.graph.call_function(op, node.args)
             done = gm.graph.call_function(wait.op, (start, x, n, put_together(record.name, node.args)))
-        start.meta["val"] = Values.of(compat.node_value(node)).result(op, node.args)
+        start.meta["val"] = AbstractEval.of(compat.node_value(node)).result(op, node.args)
         done.meta["val"] = compat.node_value(node)
         ir.label(start, node)
         ir.label(done, node)

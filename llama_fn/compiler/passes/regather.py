@@ -28,12 +28,12 @@ from sharding.collectives import all_gather
 def regather(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     if not ctx.remat.gathers:
         return gm
-    visits = _Visits(gm.graph)
+    segments = _Segments(gm.graph)
     for node in ir.calls(gm.graph):
         if node.target is not all_gather.op or not _gathers_layer(node):
             continue
         if tensor_bytes(compat.node_value(node)) > SMALL:
-            _split(gm.graph, node, visits)
+            _split(gm.graph, node, segments)
     return gm
 
 
@@ -42,7 +42,7 @@ def _gathers_layer(node: torch.fx.Node) -> bool:
     return scope.role == GATHER and scope.layer is not None
 
 
-class _Visits:
+class _Segments:
     """The stretches of the graph, each one layer in one phase, in order."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
@@ -64,28 +64,28 @@ class _Visits:
         key = self._key(node)
         return -1 if key is None else self.number[key]
 
-    def entering(self, visit: int) -> torch.fx.Node:
+    def entering(self, segment: int) -> torch.fx.Node:
         """What a stretch begins with: the activations, or their gradient, that reach its first op."""
-        operands = ir.operands(self.firsts[visit])
+        operands = ir.operands(self.firsts[segment])
         moving = [x for x in operands if ir.place_of(x).microbatch is not None and not _gathers_layer(x)]
         return max(moving or operands, key=self.order.__getitem__)
 
 
-def _split(graph: torch.fx.Graph, gather: torch.fx.Node, visits: _Visits) -> None:
-    """Give every visit but the first its own copy of the gather, to be started one visit before."""
+def _split(graph: torch.fx.Graph, gather: torch.fx.Node, segments: _Segments) -> None:
+    """Give every segment but the first its own copy of the gather, to be started one segment before."""
     readers: dict[int, list[torch.fx.Node]] = {}
     for user in gather.users:
-        readers.setdefault(visits.of(user), []).append(user)
+        readers.setdefault(segments.of(user), []).append(user)
     if -1 in readers:
         return
     source, before = gather, min(readers)
-    for visit in sorted(readers):
-        if visit > before + 1:
-            first = min(readers[visit], key=visits.order.__getitem__)
-            source = _again(graph, gather, first, visits.entering(visit - 1))
-        for reader in readers[visit]:
+    for segment in sorted(readers):
+        if segment > before + 1:
+            first = min(readers[segment], key=segments.order.__getitem__)
+            source = _again(graph, gather, first, segments.entering(segment - 1))
+        for reader in readers[segment]:
             reader.replace_input_with(gather, source)
-        before = visit
+        before = segment
 
 
 def _again(

@@ -25,14 +25,14 @@ def kept_values(regions: Sequence[RematRegion], wanted: Remat) -> set[torch.fx.N
     """The values of all regions that stay, besides what the regions read."""
     if wanted.policy == "budget":
         return _within(wanted.budget_bytes, regions)
-    found: set[torch.fx.Node] = set()
+    kept: set[torch.fx.Node] = set()
     for region in regions:
         if wanted.policy == "dots":
-            found |= {_sum_of(node) for node in region.forward if _is_product(node)}
+            kept |= {_sum_of(node) for node in region.forward if _is_product(node)}
         elif wanted.policy == "names":
             _check_names(region, wanted.names)
-            found |= {node for node in region.forward if _name(node) in wanted.names}
-    return found
+            kept |= {node for node in region.forward if _name(node) in wanted.names}
+    return kept
 
 
 def _name(node: torch.fx.Node) -> str:
@@ -52,7 +52,7 @@ def _is_product(node: torch.fx.Node) -> bool:
 
 
 def _sum_of(product: torch.fx.Node) -> torch.fx.Node:
-    """What a pending sum becomes, where the product is one: smaller, and no collective to run again."""
+    """What a partial sum becomes, where the product is one: smaller, and no collective to run again."""
     for user in product.users:
         if communicates(of_node(user.target)) and ir.phase_of(user) == "forward":
             return user
@@ -72,23 +72,23 @@ def _price(node: torch.fx.Node) -> float:
 
 
 def _within(budget: int, regions: Sequence[RematRegion]) -> set[torch.fx.Node]:
-    """Value after value, in the order of what they save per byte, in all regions of a wave while the bytes last; of the
-    first that is too much for all, in as many of the last regions as there is room for."""
-    waves: dict[tuple[int, str], list[RematRegion]] = defaultdict(list)
+    """Value after value, in the order of what they save per byte, in all regions of a forward pass while bytes last; of
+    the first that is too much for all, in as many of the last regions as there is room for."""
+    forward_passes: dict[tuple[int, str], list[RematRegion]] = defaultdict(list)
     for region in regions:
-        waves[region.wave, " ".join(str(node.target) for node in region.forward)].append(region)
-    left = dict.fromkeys((wave for wave, _ in waves), budget)
-    found: set[torch.fx.Node] = set()
-    for (wave, _), alike in waves.items():
+        forward_passes[region.forward_pass, " ".join(str(node.target) for node in region.forward)].append(region)
+    left = dict.fromkeys((forward_pass for forward_pass, _ in forward_passes), budget)
+    kept: set[torch.fx.Node] = set()
+    for (forward_pass, _), alike in forward_passes.items():
         members = [list(region.forward) for region in alike]
         for position in _ranked(alike[0]):
             size = tensor_bytes(compat.node_value(members[0][position]))
-            room = min(len(alike), left[wave] // size)
-            found |= {each[position] for each in members[len(alike) - room :]}
-            left[wave] -= room * size
+            room = min(len(alike), left[forward_pass] // size)
+            kept |= {each[position] for each in members[len(alike) - room :]}
+            left[forward_pass] -= room * size
             if room < len(alike):
                 break
-    return found
+    return kept
 
 
 def _ranked(region: RematRegion) -> list[int]:

@@ -31,18 +31,18 @@ class RematRegion:
 
     forward: dict[torch.fx.Node, None] = field(default_factory=dict)
     backward: list[torch.fx.Node] = field(default_factory=list)
-    wave: int = 0  # regions whose forwards all run before the backward of any share one
+    forward_pass: int = 0  # regions whose forwards all run before the backward of any share one
 
     def needed(self, kept: set[torch.fx.Node]) -> dict[torch.fx.Node, None]:
         """The forward ops to run again, if the values `kept` are there."""
-        found: dict[torch.fx.Node, None] = {}
+        copies: dict[torch.fx.Node, None] = {}
         todo = [operand for node in self.backward for operand in ir.operands(node)]
         while todo:
             node = todo.pop()
-            if node in self.forward and node not in found and not _is_kept(node, kept) and ir.operands(node):
-                found[node] = None
+            if node in self.forward and node not in copies and not _is_kept(node, kept) and ir.operands(node):
+                copies[node] = None
                 todo += ir.operands(node)
-        return found
+        return copies
 
     def first_gradient(self, order: dict[torch.fx.Node, int]) -> torch.fx.Node | None:
         """The gradient that the backward begins with."""
@@ -56,21 +56,21 @@ class RematRegion:
 
 def regions(graph: torch.fx.Graph) -> dict[str, RematRegion]:
     """By name, in the order of their forwards."""
-    found: dict[str, RematRegion] = {}
-    wave, closing = 0, False
+    regions: dict[str, RematRegion] = {}
+    forward_pass, closing = 0, False
     for node in ir.calls(graph):
         name = str(compat.labels(node).get("region", ""))
         if not name:
             continue
         if ir.phase_of(node) == "backward":
             closing = True
-            found[name].backward.append(node)
+            regions[name].backward.append(node)
             continue
-        if name not in found:
-            wave, closing = wave + closing, False
-            found[name] = RematRegion(wave=wave)
-        found[name].forward[node] = None
-    return found
+        if name not in regions:
+            forward_pass, closing = forward_pass + closing, False
+            regions[name] = RematRegion(forward_pass=forward_pass)
+        regions[name].forward[node] = None
+    return regions
 
 
 def _is_kept(node: torch.fx.Node, kept: set[torch.fx.Node]) -> bool:

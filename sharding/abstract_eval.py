@@ -10,7 +10,7 @@ import torch
 _MEMO = "llama_fn_values"
 
 
-class Values:
+class AbstractEval:
     """Results of ops in one world of such tensors, a FakeTensorMode of torch."""
 
     def __init__(self, mode: Any) -> None:
@@ -20,13 +20,13 @@ class Values:
         self.kept: list[Any] = []
 
     @classmethod
-    def of(cls, value: Any) -> Values:
+    def of(cls, value: Any) -> AbstractEval:
         """Those of the world that `value`, a tensor or several, is from."""
         first = value[0] if isinstance(value, (tuple, list)) else value
         memo: dict[str, Any] = vars(first.fake_mode)  # lives and dies with its world
         if _MEMO not in memo:
             memo[_MEMO] = cls(first.fake_mode)
-        found: Values = memo[_MEMO]
+        found: AbstractEval = memo[_MEMO]
         return found
 
     def result(self, target: Any, args: Any, kwargs: Any = {}) -> Any:  # noqa: B006 (never written)

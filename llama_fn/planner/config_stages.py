@@ -1,4 +1,4 @@
-"""From a Config to the rungs of its ladder."""
+"""From a Config to the stages of its step: mesh, traced, lowered."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def evaluation(cfg: Config) -> stages.Traced:
     return stages.jit(train_step.make_eval_step(cfg)).trace(state.params, batch)
 
 
-def lower(traced: stages.Traced, cfg: Config, mesh: Mesh, watch: passes.Watch = passes.unwatched) -> stages.Lowered:
+def lower(
+    traced: stages.Traced, cfg: Config, mesh: Mesh, observe: passes.Observer = passes.unobserved
+) -> stages.Lowered:
     """`traced` for one device of `mesh`, as cfg's mesh section says; UserError where it cannot be partitioned."""
     m = cfg.mesh
     names = tuple(name.strip() for name in m.remat_names.split(",") if name.strip())
@@ -41,4 +43,4 @@ def lower(traced: stages.Traced, cfg: Config, mesh: Mesh, watch: passes.Watch = 
             raise UserError(f"--mesh.replicated={m.replicated}: {mesh} has no axis {name}")
     without = [name.strip() for name in m.without.split(",") if name.strip()]
     rules = replace(stages.rules_named(m.rules), replicated=copies)
-    return traced.lower(mesh, rules, without, m.fuse, remat, watch)
+    return traced.lower(mesh, rules, without, m.fuse, remat, observe)

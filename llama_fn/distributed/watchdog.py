@@ -21,7 +21,7 @@ log = logging.getLogger("llama_fn.watch")
 EXIT_STATUS = 3
 
 
-class Watch:
+class Watchdog:
     """Runs in a thread from `start` to `close`; `begin(step)` is called by the loop."""
 
     def __init__(self, rank: int, world: int, timeout_s: float) -> None:
@@ -34,8 +34,8 @@ class Watch:
         self.behind: dict[int, float] = {}
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
-    def start(self) -> Watch:
-        self._tell()
+    def start(self) -> Watchdog:
+        self._sign_of_life()
         self.thread.start()
         return self
 
@@ -46,24 +46,24 @@ class Watch:
         self.closed.set()
         self.thread.join(timeout=5)
 
-    def tell(self, about: str, word: str) -> None:
+    def report(self, about: str, word: str) -> None:
         """Let the others know; once for each matter."""
         self.store.set(f"{about}.{self.rank}", word)
 
-    def all_told(self, about: str) -> list[str]:
+    def wait_for_all(self, about: str) -> list[str]:
         """Everybody's word, once all have given theirs, however long that takes."""
         keys = [f"{about}.{rank}" for rank in range(self.world)]
         while not self.store.check(keys):
             time.sleep(0.1)
         return [self.store.get(key).decode() for key in keys]
 
-    def _tell(self) -> None:
+    def _sign_of_life(self) -> None:
         self.store.set(str(self.rank), f"{time.time():.3f} {self.step} {socket.gethostname()}")
 
     def _run(self) -> None:
         while not self.closed.wait(min(5.0, self.timeout / 5)):
             try:
-                self._tell()
+                self._sign_of_life()
                 words = {r: self.store.get(str(r)) for r in range(self.world) if self.store.check([str(r)])}
             except Exception as error:
                 if not self.closed.is_set():

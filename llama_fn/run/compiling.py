@@ -1,0 +1,111 @@
+"""The compiled steps of a run, its plan where only that is asked for, and the dump of both on the way."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_fn.compiler import backends, passes, stages
+from llama_fn.compiler.backends import code_cache
+from llama_fn.config import Config
+from llama_fn.config_checks import dumps, profiled
+from llama_fn.distributed.processes import Processes
+from llama_fn.hardware import Hardware, named
+from llama_fn.inspect import dump
+from llama_fn.model import arrays, train_step
+from llama_fn.planner import config_stages, plan, report
+from llama_fn.run.resume import refuse_too_large
+from sharding import Mesh
+
+log = logging.getLogger("llama_fn.compiling")
+Backend = Callable[..., backends.Executable]
+
+
+def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
+    """The keyword arguments of cfg's backend."""
+    options: dict[str, Any] = {} if processes is None else {"processes": processes}
+    if cfg.run.backend == "inductor":
+        cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default()
+        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": code_cache.usable(cache)}
+        options |= {"profiled": True} if profiled(cfg) else {}
+    if cfg.run.backend == "npu":
+        options |= {"device": cfg.run.device}
+    return options
+
+
+def dump_folder(cfg: Config, processes: Processes | None) -> Path | None:
+    """Where this process dumps its graphs, None where it does not."""
+    rank = 0 if processes is None else processes.rank
+    return dump.rank_folder(Path(cfg.run.dump_dir), rank) if dumps(cfg.run, rank) else None
+
+
+def compile(
+    cfg: Config,
+    mesh: Mesh,
+    hardware: Hardware | None,
+    processes: Processes | None,
+    with_eval: bool,
+    backend: Backend | None = None,
+) -> tuple[stages.Compiled, stages.Compiled | None]:
+    """Trace, lower and compile the step, and the validation step if there is one, before a single weight exists.
+
+    `hardware`: whose peaks a dump's overlay of times takes; None: this CPU, measured, unless cfg's device is another.
+    `backend`: what compiles instead of the one that cfg names.
+    """
+    state = train_step.abstract_state(cfg)
+    log.info(
+        "model: %s, %d parameters, %.1f MB of state",
+        cfg.model.preset, arrays.total_size(state.params), arrays.total_bytes(state) / 1e6,
+    )  # fmt: skip
+    options = backend_options(cfg, processes) if backend is None else {}
+
+    def compiled_from(traced: stages.Traced, folder: Path | None) -> stages.Compiled:
+        writer, lowered = _lowered(traced, cfg, mesh, peaks, folder)
+        refuse_too_large(cfg, lowered)
+        memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
+        log.info(
+            "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
+            traced.name, traced.seconds, cost.total_flops / 1e9, memory.peak_bytes / 1e6, cfg.run.backend,
+        )  # fmt: skip
+        if cfg.run.backend == "npu" and backend is None:
+            options["write"] = functools.partial(dump.write_ge, folder) if folder else None
+        compiled = lowered.compile(backend or cfg.run.backend, **options)
+        if writer:
+            writer.finish(lowered, compiled)
+        log.info("%s: %s in %.1f s", traced.name, "loaded" if compiled.from_cache else "compiled", compiled.seconds)
+        return compiled
+
+    folder = dump_folder(cfg, processes)
+    peaks = hardware or (named("cpu", cfg.model.compute_dtype) if folder and cfg.run.device == "cpu" else None)
+    train = compiled_from(config_stages.train(cfg), folder)
+    if not with_eval:
+        return train, None
+    options.pop("profiled", None)
+    return train, compiled_from(config_stages.evaluation(cfg), folder / dump.EVALUATION if folder else None)
+
+
+def _lowered(
+    traced: stages.Traced, cfg: Config, mesh: Mesh, hardware: Hardware | None, folder: Path | None
+) -> tuple[dump.DumpWriter | None, stages.Lowered]:
+    """The lowered step, and the writer of its stages into `folder`, to be finished once it is compiled."""
+    writer = dump.DumpWriter(folder, hardware) if folder else None
+    return writer, config_stages.lower(traced, cfg, mesh, writer.observer(traced) if writer else passes.unobserved)
+
+
+def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:
+    """Say what a step takes and needs on `hardware` (None: Ascend 910B1 for backend npu, else this CPU, measured), dump
+    the graphs of one device where that is asked for, and compile where it can be done without other processes."""
+    hardware = hardware or named("ascend_910b1" if cfg.run.backend == "npu" else "cpu", cfg.model.compute_dtype)
+    log.info("%s", report.as_text(plan.make(cfg, mesh, hardware)))
+    if mesh.size == 1 and cfg.run.backend != "npu":
+        compile(cfg, mesh, hardware, None, bool(cfg.run.eval_every))
+        return
+    log.info("not compiled: that takes %d processes, each with its device", mesh.size)
+    folder = dump_folder(cfg, None)
+    if folder:
+        writer, lowered = _lowered(config_stages.train(cfg), cfg, mesh, hardware, folder)
+        assert writer is not None
+        writer.finish(lowered)
