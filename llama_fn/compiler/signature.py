@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +14,9 @@ from llama_fn.compiler.arguments import Leaves, refuse_shared, refuse_spoiled
 from llama_fn.model.arrays import ArrayInfo, describe
 
 
-def argument_of(path: str) -> str:
-    """state of state.params.layers.wq."""
-    return re.split(r"[.\[]", path, maxsplit=1)[0]
+def is_within(path: str, argument: str) -> bool:
+    """Whether a leaf's path lies in an argument: state.params.wq in "state", xs[1].a in "xs[1]"."""
+    return path == argument or path.startswith((argument + ".", argument + "["))
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Signature:
             (i, f"out[{position}]{path[len(name) :]}")
             for position, name in enumerate(self.argument_names[argument] for argument in self.donated)
             for i, path in enumerate(self.in_paths)
-            if argument_of(path) == name
+            if is_within(path, name)
         ]
 
     @cached_property

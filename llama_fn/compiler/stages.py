@@ -28,7 +28,7 @@ from llama_fn.compiler.passes.fuse import report as fusion_report
 from llama_fn.compiler.passes.partition import partition
 from llama_fn.compiler.passes.remat_regions import Remat
 from llama_fn.compiler.resize import resized, without_extent
-from llama_fn.compiler.signature import Signature, argument_of
+from llama_fn.compiler.signature import Signature, is_within
 from llama_fn.compiler.tracing import trace
 from llama_fn.config import MeshConfig
 from llama_fn.errors import UserError, nearest
@@ -234,7 +234,7 @@ class Lowered(_Graph):
     def layouts_of(self, argument: str) -> list[P]:
         """The shardings of the leaves of one argument, by its name: "batch"."""
         paths = self.signature.in_paths
-        return [layout for path, layout in zip(paths, self.inputs, strict=True) if argument_of(path) == argument]
+        return [layout for path, layout in zip(paths, self.inputs, strict=True) if is_within(path, argument)]
 
     @cached_property
     def local_signature(self) -> Signature:

@@ -157,6 +157,18 @@ def test_memory_shared_with_a_donated_leaf_is_refused_and_neighbours_are_not(bac
     assert stages.jit(lambda a, b: a + b, backend=backend)(square, square).sum() == 8, "read only may share"
 
 
+def test_one_of_several_positional_arguments_is_donated():
+    """xs[1] is an argument of its own beside xs[0], though both begin with xs."""
+    first, second = torch.ones(3), torch.full((3,), 2.0)
+    compiled = (
+        stages.jit(lambda *xs: (xs[0] + xs[1], xs[0] * 1), donate=0).trace(first, second).lower().compile("eager")
+    )
+    assert compiled.lowered.traced.signature.donations == [(0, "out[0]")]
+    assert [len(compiled.lowered.layouts_of(name)) for name in ("xs[0]", "xs[1]", "xs")] == [1, 1, 2]
+    total, kept = compiled(first, second)
+    assert total.tolist() == [3.0] * 3 and kept.tolist() == [1.0] * 3
+
+
 def test_donated_leaves_are_never_copied_in_silence():
     step = stages.jit(lambda s: (s * 2,), donate=0).trace(torch.ones(2, 3)).lower().compile("eager")
     for given, message in (
