@@ -127,13 +127,13 @@ def differentiable(name: str, op: Callable[..., Any], vjp: Callable[..., Sequenc
         ctx.save_for_backward(*tensors)
         ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
-        ctx.place = scope.current()
+        ctx.location = scope.current()
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if is_t else x for is_t, x in zip(ctx.is_tensor, ctx.inputs, strict=True)]
-        with scope.backward_of(ctx.place):
+        with scope.backward_of(ctx.location):
             return tuple(vjp(inputs, list(saved), cotangents))
 
     members = {

@@ -2,7 +2,7 @@
 
 The three are carried by `torch.fx.traceback.annotate`, which graph tracing copies onto every node made inside;
 outside a trace they cost a dictionary update. Backward ops run long after the scope has closed, so each
-differentiable op remembers its place and reopens it (:func:`backward_of`).
+differentiable op remembers its location and reopens it (:func:`backward_of`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Location:
 
 
 _TOP = Location()
-_LOCATION: ContextVar[Location] = ContextVar("llama_fn_place", default=_TOP)
+_LOCATION: ContextVar[Location] = ContextVar("llama_fn_location", default=_TOP)
 _ROOT = Path(__file__).parent.parent
 _OURS = (str(_ROOT / "kernels"), str(_ROOT / "sharding"), str(_ROOT / "llama_fn" / "compat"))
 _LIBRARIES = ("/torch", "/contextlib", "/functools")
@@ -39,11 +39,11 @@ def current() -> Location:
 
 
 @contextmanager
-def at(place: Location) -> Iterator[None]:
-    """Put the ops inside at `place`, wherever this is called."""
-    token = _LOCATION.set(place)
+def at(location: Location) -> Iterator[None]:
+    """Put the ops inside at `location`, wherever this is called."""
+    token = _LOCATION.set(location)
     try:
-        where = {"scope": place.path, "phase": place.phase, "source": place.source, "region": place.region}
+        where = {"scope": location.path, "phase": location.phase, "source": location.source, "region": location.region}
         with fx_traceback.annotate(where):
             yield
     finally:
@@ -75,9 +75,9 @@ def phase(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def backward_of(place: Location) -> Iterator[None]:
+def backward_of(location: Location) -> Iterator[None]:
     """Reopen the scope of a forward op for the ops of its backward."""
-    with at(replace(place, phase="backward")):
+    with at(replace(location, phase="backward")):
         yield
 
 

@@ -47,9 +47,9 @@ _CANN = (
 
 _CANN_RESERVED = Reserved(
     1e9, 2 * 200 * 2**20,
-    "1 GB for CANN's context and the workspaces of kernels (an estimate: error messages that users of 64 GB NPUs "
-    "posted leave 0.4 to 0.9 GB beside torch's memory), and for each communicator 2 x HCCL_BUFFSIZE, 200 MiB unless "
-    "set (CANN's page of HCCL_BUFFSIZE)",
+    "1 GB for CANN's context and the workspaces of kernels (an estimate), and for each communicator 2 x HCCL_BUFFSIZE, "
+    "200 MiB unless set (CANN's page of HCCL_BUFFSIZE); of 64 GB NPUs users report 0.4 to 3.1 GB beside torch's "
+    "memory, communicators included (vllm-project/vllm-ascend#1127, sgl-project/sglang#29838)",
 )  # fmt: skip
 _CUDA_RESERVED = Reserved(
     1e9, 700e6,
@@ -57,7 +57,7 @@ _CUDA_RESERVED = Reserved(
     "pytorch/pytorch#107667), and 0.7 GB for each NCCL communicator (544 to 688 MB on A100 with NVLink, "
     "NVIDIA/nccl#964)",
 )  # fmt: skip
-_CPU_RESERVED = Reserved(0.5e9, 0.0, "0.5 GB for Python and torch in the process (resident after the imports)")
+_CPU_RESERVED = Reserved(0.3e9, 0.0, "0.3 GB for Python and torch, resident once llama_fn.run.loop is imported")
 
 
 def _ascend(name: str, flops: float, hbm_bytes: float = 64e9, hbm_bytes_per_s: float = 1.6e12) -> Hardware:

@@ -38,15 +38,15 @@ class Row:
 
 def rows(measured: Mapping[Key, float], lowered: stages.Lowered, hardware: Hardware) -> list[Row]:
     """The longest first. `measured` in seconds per step."""
-    scopes = {(p.scope, p.phase): p for p in plan.scope_costs(lowered, hardware)}
-    rows = []
-    for key in dict.fromkeys([*measured, *scopes]):
-        place = scopes.get(key)
-        predicted = place.seconds if place else 0.0
+    costs = {(cost.scope, cost.phase): cost for cost in plan.scope_costs(lowered, hardware)}
+    compared = []
+    for key in dict.fromkeys([*measured, *costs]):
+        cost = costs.get(key)
+        predicted = cost.seconds if cost else 0.0
         if measured.get(key, 0.0) or predicted:
-            bound = place.bound if place and predicted else ""
-            rows.append(Row(*key, measured.get(key, 0.0) * 1e3, predicted * 1e3, bound))
-    return sorted(rows, key=lambda row: -max(row.measured_ms, row.predicted_ms))
+            bound = cost.bound if cost and predicted else ""
+            compared.append(Row(*key, measured.get(key, 0.0) * 1e3, predicted * 1e3, bound))
+    return sorted(compared, key=lambda row: -max(row.measured_ms, row.predicted_ms))
 
 
 def as_text(rows: Sequence[Row], hardware: Hardware) -> str:

@@ -55,20 +55,17 @@ def reduce(grads: Params, infos: Params, dtype: torch.dtype | None) -> Params:
 def _annotated(weights: Params, infos: Params, role: str, dtype: torch.dtype | None = None) -> Params:
     """Each leaf cast, then constrained, in the scope and at the line of its declaration; `layers` is a list here."""
 
-    def leaf(path: str, x: torch.Tensor, info: ArrayInfo, axes: tuple[str | None, ...], where: str) -> torch.Tensor:
-        with named_scope(path), source_line(f"{where}{path}, {info.source}"):
-            return constrain(x.to(dtype or x.dtype), P(*axes), _TABLES[role])
+    def annotate(leaves: Any, infos: Any, within: str = "", stacked_dims: int = 0) -> Any:
+        def leaf(path: str, x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
+            with named_scope(path), source_line(f"{within}{path}, {info.source}"):
+                return constrain(x.to(dtype or x.dtype), P(*info.axes[stacked_dims:]), _TABLES[role])
 
-    def of_layer(path: str, x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
-        return leaf(path, x, info, info.axes[1:], f"{LAYERS}.*.")
-
-    def alone(path: str, x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
-        return leaf(path, x, info, info.axes, "")
+        return tree.map_with_path(leaf, leaves, infos)
 
     with named_scope(role):
-        rest = tree.map_with_path(alone, replace(weights, layers=()), replace(infos, layers=()))
+        rest = annotate(replace(weights, layers=()), replace(infos, layers=()))
         layers = []
-        for i, of_one in enumerate(weights.layers):
+        for i, leaves in enumerate(weights.layers):
             with named_scope(layer(i)):
-                layers.append(tree.map_with_path(of_layer, of_one, infos.layers))
+                layers.append(annotate(leaves, infos.layers, f"{LAYERS}.*.", stacked_dims=1))
     return replace(rest, layers=layers)
