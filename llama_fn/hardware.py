@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from llama_fn.errors import UserError, nearest
 
+# What a byte costs in FLOP that could run meanwhile: bytes of HBM and of links against matrix FLOPs, about as they
+# stand to each other on the devices below (910B1: 234 and 1900; A100: 153 and 1040; H100: 295 and 2200).
+FLOPS_PER_HBM_BYTE, FLOPS_PER_LINK_BYTE = 200, 2000
+
 
 @dataclass(frozen=True)
 class Reserved:

@@ -10,9 +10,10 @@ from kernels.scope_names import layer, microbatch, without_numbers
 from llama_fn import config
 from llama_fn.compiler import stages
 from llama_fn.inspect import dump
+from llama_fn.inspect.changes import changes, overview
 from llama_fn.model import llama
 from llama_fn.planner import config_stages
-from llama_fn.tools.graph_diff import difference, load
+from llama_fn.tools.graph_diff import load
 from sharding import Mesh, P, collectives_table
 
 cfg = config.Config(
@@ -50,22 +51,25 @@ finally:
 
 # %%
 folders = [load(Path("work/notebook/dumps") / name)["."] for name in ("good", "bad")]
-words = list(difference(*folders))
+words = list(overview(changes(*folders)))
 print("\n".join(words))
 
 # %% [markdown]
-# Every reduce-scatter of a layer became an all-reduce, twice the bytes, and the lines that ask for them are named.
+# Every reduce-scatter of a layer became an all-reduce, twice the bytes. `--all`, or the changes themselves, name the
+# lines that ask for them.
 
 # %%
 sums = [row for row in bad.collectives() if row.kind == "all_reduce" and row.axis == "model"]
 of_layers = without_numbers(microbatch(0, layer(0)))
 asked = {row.source for row in sums if row.scope.startswith(of_layers)}
 print("asked for in", sorted(asked))
-assert any("all_reduce over model" in line for line in words) and all("llama.py" in source for source in asked)
+assert any("all_reduce over model" in str(change) for change in changes(*folders)) and all(
+    "llama.py" in source for source in asked
+)
 
 # %% [markdown]
 # Fixed: the graph is the one from before, which a test can hold on to.
 
 # %%
 fixed = record("fixed")
-assert not list(difference(folders[0], load(Path("work/notebook/dumps/fixed"))["."]))
+assert not changes(folders[0], load(Path("work/notebook/dumps/fixed"))["."])

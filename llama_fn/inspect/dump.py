@@ -18,27 +18,20 @@ from __future__ import annotations
 
 import json
 import logging
-import operator
 import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kernels.registry import tensor_bytes
-from kernels.scope_names import without_numbers
 from llama_fn import compat
 from llama_fn.compiler import cost, ir, stages
-from llama_fn.compiler.passes.fuse import report as fusion_report
-from llama_fn.compiler.passes.remat import RECOMPUTED
 from llama_fn.files import atomic
 from llama_fn.hardware import Hardware
 from llama_fn.inspect import explorer, pages
 from llama_fn.inspect.pages import INDEX, SUMMARY
-from llama_fn.model.arrays import SHORT
+from llama_fn.inspect.summary import summary
 
 log = logging.getLogger("llama_fn.dump")
 TRACED, LOWERED, BACKEND, CODE = "traced", "lowered", "backend", "code"
@@ -113,43 +106,3 @@ def _costs(node: torch.fx.Node) -> str:
     size = 0 if node.op == "call_function" and cost.is_view(node) else tensor_bytes(compat.node_value(node))
     parts = [f"{size} B" if size else "", f"{flops} FLOP" if flops else "", str(node.meta.get("sharding", ""))]
     return " ".join(filter(None, parts))
-
-
-def _form(node: torch.fx.Node) -> str:
-    """Constants among the arguments, then dtype and sharding of the result: "0.125 -> bf16 P('data', None)"."""
-    constants = [repr(a) for a in (*node.args, *node.kwargs.values()) if _is_constant(a)]
-    values = compat.node_value(node)
-    several = values if isinstance(values, (tuple, list)) else [values]
-    dtypes = dict.fromkeys(SHORT.get(v.dtype, str(v.dtype)) for v in several if isinstance(v, torch.Tensor))
-    return f"{', '.join(constants)} -> {'/'.join(dtypes)} {node.meta.get('sharding', '')}".strip()
-
-
-def _is_constant(argument: Any) -> bool:
-    nodes: list[torch.fx.Node] = []
-    torch.fx.node.map_arg((argument,), nodes.append)
-    return not nodes and argument is not None
-
-
-def summary(lowered: stages.Lowered) -> dict[str, Any]:
-    """Layers and microbatches are taken together: numbers in scopes are stars. `form` is what two ops of one name may
-    differ in: constants, dtype and sharding."""
-    ops: Counter[tuple[str, str, str, str]] = Counter()
-    flops: Counter[tuple[str, str, str, str]] = Counter()
-    for node in ir.calls(lowered.graph_module.graph):
-        if node.target is operator.getitem:
-            continue
-        note = f" {RECOMPUTED}" if compat.labels(node).get("note") == RECOMPUTED else ""
-        key = (without_numbers(ir.scope_of(node)), ir.phase_of(node), ir.target_text(node) + note, _form(node))
-        ops[key] += 1
-        flops[key] += cost.flops_of(node)
-    names = ("scope", "phase", "op", "form", "count", "flops")
-    return {
-        "title": lowered.title,
-        "mesh": str(lowered.mesh),
-        "rules": lowered.rules.name,
-        "ops": [dict(zip(names, (*key, n, flops[key]), strict=True)) for key, n in ops.items()],
-        "collectives": [asdict(row) for row in lowered.collectives()],
-        "fusion": fusion_report(lowered.graph_module.graph),
-        "flops": lowered.cost_analysis().flops,
-        "memory": asdict(lowered.memory_analysis()),
-    }

@@ -17,8 +17,9 @@ def page(title: str, summary: Mapping[str, Any], files: Mapping[str, int], hardw
     memory, flops = summary["memory"], summary["flops"]
     by_op: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in summary["ops"]:
-        by_op[row["op"]][0] += row["count"]
-        by_op[row["op"]][1] += row["flops"]
+        totals = by_op[row["op"] + (" recomputed" if row["recomputed"] else "")]
+        totals[0] += row["count"]
+        totals[1] += row["flops"]
     links = ((f"<a href='{escape(name)}'>{escape(name)}</a>", size) for name, size in files.items())
     graphs = [name for name in files if name.endswith(".json") and name.count(".") == 1 and name[:2].isdigit()]
     times = f"<code>.time.json</code> (µs at the peaks of {escape(hardware.name)}), " if hardware else ""

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from kernels import scope_names
+from llama_fn.compiler import stages
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig
 from llama_fn.inspect import dump
-from llama_fn.model import llama
+from llama_fn.inspect.changes import changes, overview
+from llama_fn.model import llama, train_step
 from llama_fn.planner import config_stages
 from llama_fn.run import loop
-from llama_fn.tools.graph_diff import difference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,21 +96,32 @@ def test_a_new_dump_takes_the_old_index_away_first(dumped, tmp_path):
     assert (tmp_path / "mine.txt").exists()
 
 
-def diff(*folders):
-    command = [sys.executable, "-m", "llama_fn.tools.graph_diff", *map(str, folders)]
+def diff(*words):
+    command = [sys.executable, "-m", "llama_fn.tools.graph_diff", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_difference_is_said_in_words(dumped, tmp_path):
     same = diff(dumped[0], dumped[1])
     assert same.returncode == 0 and same.stdout.strip() == "rank_0: no difference"
-    other = diff(dumped[0], dumped[2])
-    assert other.returncode == 1
-    assert "+2 llama_fn.attention.default recomputed in microbatch/*/layers/*/attention, backward" in other.stdout
-    assert re.search(
-        r"\+2 reduce_scatter over model of [\d,]+ bytes float32 in .*, asked for in llama.py", other.stdout
+    short = diff(dumped[0], dumped[2])
+    assert short.returncode == 1
+    title, *lines = short.stdout.splitlines()
+    assert title == "rank_0: differs; --all lists every change"
+    kinds = [line.split(":")[0].strip() for line in lines]
+    assert sorted(kinds) == ["FLOPs", "collectives", "memory", "ops", "recomputed ops"], "one line per kind"
+    assert kinds[0] == "recomputed ops" and kinds[1] == "collectives", "the costliest first"
+    assert re.search(r"backward [\d,]+ -> [\d,]+ \(\+\d", short.stdout) and "now at" in short.stdout
+    full = diff("--all", dumped[0], dumped[2])
+    assert full.returncode == 1
+    assert (
+        "+2 llama_fn.attention.default recomputed in microbatch/*/layers/*/attention, backward (llama.py:"
+        in full.stdout
     )
-    assert re.search(r"FLOPs, backward: [\d,]+ -> [\d,]+ \(\+\d", other.stdout) and "peak now at" in other.stdout
+    assert re.search(
+        r"\+2 reduce_scatter over model of [\d,]+ bytes float32 in .* \(llama.py:\d+",
+        full.stdout,
+    )
     none = diff(dumped[0], tmp_path)
     assert none.returncode == 2 and "holds no summary.json" in none.stderr
     cut_short = tmp_path / "rank_0"
@@ -123,18 +136,27 @@ def summary(**mesh):
     return json.loads(json.dumps(dump.summary(lowered)))
 
 
-def test_faults_that_change_no_op_are_found(monkeypatch):
-    """Another attention scale, a product in another dtype, an order of mesh axes: what counts of ops do not show."""
-    plain = summary()
-    assert not list(difference(plain, summary()))
+@pytest.fixture(scope="module")
+def plain():
+    return summary()
+
+
+def test_the_same_step_has_no_changes(plain):
+    assert not changes(plain, summary())
+
+
+def test_another_attention_scale_is_found(plain, monkeypatch):
     attention = llama.k.attention
-    with monkeypatch.context() as patched:
-        patched.setattr(llama.k, "attention", lambda q, k, v, scale: attention(q, k, v, 2 * scale))
-        lines = list(difference(plain, summary()))
+    monkeypatch.setattr(llama.k, "attention", lambda q, k, v, scale: attention(q, k, v, 2 * scale))
+    (line,) = overview(changes(plain, summary()))
     scale = 8**-0.5
-    assert len(lines) == 2 and all("llama_fn.attention" in line for line in lines)
-    assert lines[0].startswith("2 of llama_fn.attention.default in microbatch/*/layers/*/attention, forward: ")
-    assert f"{scale} -> f32" in lines[0] and f"==>  {2 * scale} -> f32" in lines[0]
+    assert re.fullmatch(
+        rf"constant arguments of ops: 2 changes; the largest: 2 llama_fn.attention\w*.default in "
+        rf"microbatch/\*/layers/\*/attention, \w+: {scale} -> {2 * scale} \(test_dump.py:\d+\)", line
+    ), line  # fmt: skip
+
+
+def test_a_product_in_another_dtype_is_found(plain, monkeypatch):
     product = llama.k.einsum
 
     def narrow(equation, a, b):
@@ -142,9 +164,30 @@ def test_faults_that_change_no_op_are_found(monkeypatch):
             return product(equation, a, b)
         return product(equation, a.bfloat16(), b.bfloat16()).float()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(llama.k, "einsum", narrow)
-        lines = list(difference(plain, summary()))
-    assert any("'btf,fd->btd' -> f32" in line and "==>  'btf,fd->btd' -> bf16" in line for line in lines)
-    turned = summary(axes="model:2,data:2")
-    assert next(difference(plain, turned)) == "mesh: data:2,model:2 -> model:2,data:2"
+    monkeypatch.setattr(llama.k, "einsum", narrow)
+    found = [str(c) for c in changes(plain, summary()) if c.kind == "dtype of ops"]
+    product = "2 llama_fn.einsum.default in microbatch/*/layers/*/mlp, forward: f32 -> bf16 (test_dump.py:"
+    assert any(c.startswith(product) for c in found), found
+
+
+def test_another_order_of_mesh_axes_is_found(plain):
+    assert next(overview(changes(plain, summary(axes="model:2,data:2")))) == "mesh: data:2,model:2 -> model:2,data:2"
+
+
+def test_a_lost_donation_is_found(plain):
+    cfg = config(Path("unused"))
+    step = stages.jit(train_step.make_train_step(cfg))
+    traced = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    kept = json.loads(json.dumps(dump.summary(config_stages.lower(traced, cfg, config_stages.mesh(cfg)))))
+    first = next(overview(changes(plain, kept)))
+    assert first.startswith("donation: ") and "is no longer overwritten in place" in first
+
+
+def test_a_renamed_scope_is_one_change(plain, monkeypatch):
+    layer = scope_names.layer
+    monkeypatch.setattr(llama, "layer", lambda i: layer(i, "blocks"))
+    found = changes(plain, summary())
+    assert [c.kind for c in found].count("renamed scopes") == 1
+    (renamed,) = (c for c in found if c.kind == "renamed scopes")
+    assert re.match(r"layers -> blocks in \d+ scopes", renamed.text)
+    assert len(found) < 8, "and what follows from it is little: " + "\n".join(map(str, found))

@@ -14,11 +14,8 @@ from llama_fn import compat
 from llama_fn.compiler import cost, ir
 from llama_fn.compiler.passes.remat_regions import Remat, RematRegion
 from llama_fn.errors import UserError, nearest
+from llama_fn.hardware import FLOPS_PER_HBM_BYTE, FLOPS_PER_LINK_BYTE
 from sharding.collectives import communicates, sent_bytes
-
-# What an op costs in FLOP that could run meanwhile: bytes of HBM and of links against matrix FLOPs, as they stand to
-# each other on the devices of hardware.py (910B1: 234 and 1900; A100: 153 and 1040; H100: 295 and 2200).
-FLOPS_PER_HBM_BYTE, FLOPS_PER_LINK_BYTE = 200, 2000
 
 
 def kept_values(regions: Sequence[RematRegion], wanted: Remat) -> set[torch.fx.Node]:

@@ -1,0 +1,236 @@
+"""What differs between two summaries of steps (inspect/summary.py): changes by kind, each with what it costs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any
+
+from llama_fn.hardware import FLOPS_PER_HBM_BYTE, FLOPS_PER_LINK_BYTE
+
+Summary = Mapping[str, Any]
+MEMORY = ("argument_bytes", "result_bytes", "peak_bytes")
+LAID_OUT = ("mesh", "rules", "donation")  # kinds that explain the others, whatever they cost
+TOTALS = ("FLOPs", "memory")  # kinds of a few changes each, which follow from the others
+SOURCES = 3  # lines of source that a change names
+_ATTRIBUTES = ("constants", "dtype", "sharding")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is no longer the same, in words.
+
+    `flops`, `bytes` (read and written, or of memory) and `sent` (bytes over links) say how much more of each one device
+    has per step; `sources` are the lines of the model that it comes from.
+    """
+
+    kind: str
+    text: str
+    flops: int = 0
+    bytes: int = 0
+    sent: int = 0
+    sources: tuple[str, ...] = ()
+
+    @property
+    def cost(self) -> float:
+        """What may be compared between kinds: FLOPs, and those that could run while the bytes move."""
+        if self.kind in LAID_OUT:
+            return math.inf
+        return abs(self.flops) + FLOPS_PER_HBM_BYTE * abs(self.bytes) + FLOPS_PER_LINK_BYTE * abs(self.sent)
+
+    def __str__(self) -> str:
+        if not self.sources:
+            return self.text
+        more = f" and {len(self.sources) - SOURCES} more" if len(self.sources) > SOURCES else ""
+        return f"{self.text} ({'; '.join(self.sources[:SOURCES])}{more})"
+
+
+def changes(a: Summary, b: Summary) -> list[Change]:
+    """All that b has and a has not, and the other way round, by kind; the costliest kind and change first.
+
+    KeyError, TypeError or AttributeError where one is no summary."""
+    renamed = _renamed_scopes(a, b)
+    moved = {
+        **a,
+        "ops": [{**row, "scope": renamed.get(row["scope"], row["scope"])} for row in a["ops"]],
+        "collectives": [{**row, "scope": renamed.get(row["scope"], row["scope"])} for row in a["collectives"]],
+    }
+    unordered = [
+        *(Change(name, f"{a[name]} -> {b[name]}") for name in ("mesh", "rules") if a[name] != b[name]),
+        *_donation(a["donated"], b["donated"]), *_collectives(moved, b), *_ops(moved, b), *_renames(renamed),
+        *_flops(a["flops"], b["flops"]), *_memory(a["memory"], b["memory"]),
+    ]  # fmt: skip
+    kinds: dict[str, list[Change]] = {}
+    for change in unordered:
+        kinds.setdefault(change.kind, []).append(change)
+    ordered = sorted(kinds.values(), key=lambda group: -sum(change.cost for change in group))
+    return [change for group in ordered for change in sorted(group, key=lambda change: -change.cost)]
+
+
+def overview(several: list[Change]) -> Iterator[str]:
+    """A line per kind: how many changes, what they cost together, and the largest of them."""
+    kinds: dict[str, list[Change]] = {}
+    for change in several:
+        kinds.setdefault(change.kind, []).append(change)
+    for kind, group in kinds.items():
+        if len(group) == 1 or kind in TOTALS:
+            yield f"{kind}: {'; '.join(map(str, group))}"
+            continue
+        totals = [(sum(getattr(c, name) for c in group), unit) for name, unit in (
+            ("flops", "FLOP"), ("bytes", "bytes read and written"), ("sent", "bytes sent"),
+        )]  # fmt: skip
+        costs = "".join(f", {n:+,} {unit}" for n, unit in totals if n)
+        yield f"{kind}: {len(group)} changes{costs}; the largest: {group[0]}"
+
+
+_Key = tuple[str, str]  # its words, and what else tells it from others
+
+
+@dataclass
+class _Row:
+    """Ops of one name, scope and phase, or collectives that are alike."""
+
+    count: int = 0
+    flops: int = 0
+    bytes: int = 0
+    sent: int = 0
+    sources: dict[str, None] = field(default_factory=dict)
+    attributes: Counter[tuple[str, ...]] = field(default_factory=Counter)
+
+
+def _ops(a: Summary, b: Summary) -> Iterator[Change]:
+    before, after = (_grouped(summary["ops"], _op_name) for summary in (a, b))
+    for (name, recomputed), old, new in _pairs(before, after):
+        if old.count != new.count:
+            yield _counted("recomputed ops" if recomputed == "True" else "ops", name, old, new)
+        elif old.attributes != new.attributes:
+            for i, kind in enumerate(_ATTRIBUTES):
+                yield from _attribute(f"{kind} of ops".replace("constants", "constant arguments"), i, name, old, new)
+
+
+def _attribute(kind: str, i: int, name: str, old: _Row, new: _Row) -> Iterator[Change]:
+    """As many ops as before, whose constants, dtype or sharding are others: "0.125 -> 0.25"."""
+    before, after = (Counter[str]() for _ in range(2))
+    for row, counts in ((old, before), (new, after)):
+        for attributes, n in row.attributes.items():
+            counts[attributes[i]] += n
+    gone, come = before - after, after - before
+    if come:
+        words = (" and ".join(sorted(x or "none" for x in counts)) for counts in (gone, come))
+        yield Change(
+            kind, f"{come.total()} {name}: {' -> '.join(words)}",
+            bytes=new.bytes - old.bytes, sources=tuple(new.sources),
+        )  # fmt: skip
+
+
+def _collectives(a: Summary, b: Summary) -> Iterator[Change]:
+    before, after = (_grouped(summary["collectives"], _collective_name) for summary in (a, b))
+    for (name, _), old, new in _pairs(before, after):
+        if old.count != new.count:
+            yield _counted("collectives", name, old, new)
+
+
+def _op_name(row: Mapping[str, Any]) -> _Key:
+    note = " recomputed" if row["recomputed"] else ""
+    return f"{row['op']}{note} in {row['scope'] or 'no scope'}, {row['phase']}", str(row["recomputed"])
+
+
+def _collective_name(row: Mapping[str, Any]) -> _Key:
+    """Alike are those that the same annotations ask for; without lines of the source, which move."""
+    what = f"{row['kind']} over {row['axis']} of {row['bytes']:,} bytes {row['dtype']}"
+    return f"{what} in {row['scope']}, {row['phase']}", re.sub(r":\d+", "", row["source"])
+
+
+def _grouped(rows: list[dict[str, Any]], key: Callable[[Mapping[str, Any]], _Key]) -> dict[_Key, _Row]:
+    groups: dict[_Key, _Row] = {}
+    for row in rows:
+        group = groups.setdefault(key(row), _Row())
+        group.count += row["count"]
+        if "kind" in row:  # a collective: bytes are those that one of them sends
+            group.sent += row["bytes"] * row["count"]
+            group.sources |= dict.fromkeys(row["source"].split("; "))
+        else:
+            group.flops += row["flops"]
+            group.bytes += row["bytes"]
+            group.sources |= {line: None for source in row["sources"] for line in source.split("; ")}
+            group.attributes[tuple(row[name] for name in _ATTRIBUTES)] += row["count"]
+    return groups
+
+
+def _pairs(before: dict[_Key, _Row], after: dict[_Key, _Row]) -> Iterator[tuple[_Key, _Row, _Row]]:
+    for key in dict.fromkeys([*before, *after]):
+        yield key, before.get(key, _Row()), after.get(key, _Row())
+
+
+def _counted(kind: str, name: str, old: _Row, new: _Row) -> Change:
+    return Change(
+        kind, f"{new.count - old.count:+d} {name}", new.flops - old.flops, new.bytes - old.bytes, new.sent - old.sent,
+        tuple(new.sources or old.sources),
+    )  # fmt: skip
+
+
+def _donation(a: list[str], b: list[str]) -> Iterator[Change]:
+    for path in a:
+        if path not in b:
+            yield Change("donation", f"{path} is no longer overwritten in place")
+    for path in b:
+        if path not in a:
+            yield Change("donation", f"{path} is now overwritten in place")
+
+
+def _flops(a: Mapping[str, int], b: Mapping[str, int]) -> Iterator[Change]:
+    for phase in a:
+        if a[phase] != b[phase]:
+            yield Change("FLOPs", f"{phase} {_from_to(a[phase], b[phase])}", flops=b[phase] - a[phase])
+
+
+def _memory(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Change]:
+    for name in MEMORY:
+        if a[name] != b[name]:
+            at = f", now at {b['peak_at']}, before at {a['peak_at']}" if name == "peak_bytes" else ""
+            yield Change(
+                "memory", f"{name.replace('_', ' ')} {_from_to(a[name], b[name])}{at}", bytes=b[name] - a[name]
+            )
+
+
+def _from_to(a: int, b: int) -> str:
+    return f"{a:,} -> {b:,}" + (f" ({(b - a) / a * 100:+.1f} %)" if a else "")
+
+
+def _renamed_scopes(a: Summary, b: Summary) -> dict[str, str]:
+    """Scopes of a that b lacks, by those of b, which a lacks, that hold the very same ops."""
+    old, new = (_ops_by_scope(summary) for summary in (a, b))
+    free = [scope for scope in new if scope not in old]
+    renamed: dict[str, str] = {}
+    for scope, ops in old.items():
+        alike = [other for other in free if new[other] == ops] if scope not in new else []
+        if alike:
+            renamed[scope] = max(alike, key=lambda other: SequenceMatcher(None, scope, other).ratio())
+            free.remove(renamed[scope])
+    return renamed
+
+
+def _ops_by_scope(summary: Summary) -> dict[str, Counter[tuple[Any, ...]]]:
+    scopes: dict[str, Counter[tuple[Any, ...]]] = {}
+    for row in summary["ops"]:
+        key = tuple(row[name] for name in ("phase", "op", "recomputed", *_ATTRIBUTES))
+        scopes.setdefault(row["scope"], Counter())[key] += row["count"]
+    return scopes
+
+
+def _renames(renamed: Mapping[str, str]) -> Iterator[Change]:
+    """One change for all scopes in which the same part was replaced."""
+    parts: Counter[tuple[str, str]] = Counter()
+    for old, new in renamed.items():
+        a, b = old.split("/"), new.split("/")
+        while len(a) > 1 and len(b) > 1 and a[0] == b[0]:
+            a, b = a[1:], b[1:]
+        while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
+            a, b = a[:-1], b[:-1]
+        parts["/".join(a), "/".join(b)] += 1
+    for (before, after), n in parts.items():
+        yield Change("renamed scopes", f"{before} -> {after} in {n} scope{'s' * (n > 1)}, with the same ops")
