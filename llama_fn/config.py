@@ -178,6 +178,12 @@ class RunConfig:
     profile_steps: str = opt(
         "", "FIRST:LAST iterations to profile by scope into workdir/profile (docs/debugging.md)", False
     )
+    check_finite: bool = opt(
+        False,
+        "look at every op's result and stop with status 4 at the first that is not finite, naming op, scope and line; "
+        "backends interpret and eager, slow; overflows of fp16's loss scale count",
+        False,
+    )
     attention: Literal["auto", "reference", "blocked", "flash"] = opt(
         "auto", "form of the attention kernel in compiled code; auto: flash on cuda in bf16 and fp16, else blocked"
     )

@@ -42,6 +42,11 @@ def check(cfg: Config) -> Config:
             f"--mesh.remat={m.remat} with --mesh.remat_gb={m.remat_gb}: budget needs a size above 0, "
             "and the other policies take none"
         )
+    if cfg.run.check_finite and cfg.run.backend not in ("interpret", "eager"):
+        raise UserError(
+            f"--run.check_finite with --run.backend={cfg.run.backend}, whose code is fused and has no single ops to "
+            "look at: add --run.backend=eager for one device, or interpret for a mesh; a checkpoint goes on there"
+        )
     split_weights(cfg.data.split)
     profiled(cfg)
     dump_ranks(cfg.run)

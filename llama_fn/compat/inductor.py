@@ -33,6 +33,18 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+@dataclass(frozen=True)
+class CompiledGraph:
+    """`run` takes the flat inputs; `code` is what it runs, in `file`, and `key` what inductor's cache knows it by, ""
+    where it keeps nothing."""
+
+    run: Callable[..., Any]
+    from_cache: bool
+    code: str
+    key: str
+    file: Path | None
+
+
 def inductor_compile(
     gm: torch.fx.GraphModule,
     inputs: Sequence[torch.Tensor],
@@ -41,8 +53,8 @@ def inductor_compile(
     units: int,
     cached: bool,
     ranges: AbstractContextManager[None] | None = None,
-) -> tuple[Callable[..., Any], bool, str]:
-    """A callable of the flat inputs, whether it came from inductor's cache on disk, and the code that it runs.
+) -> CompiledGraph:
+    """What inductor makes of a graph, or loads from its cache on disk.
 
     `gm` must already be what inductor lowers: functional aten without what inductor_decompositions() lists, but for
     copies into inputs at its end. So the graph goes to inductor's inner compiler as it is. AOTAutograd and the passes
@@ -53,6 +65,8 @@ def inductor_compile(
     """
     from torch._dynamo.utils import counters
     from torch._inductor import compile_fx, config
+    from torch._inductor.codecache import get_path
+    from torch._inductor.output_code import CompiledFxGraph
 
     # Of any node: a function need not have inputs.
     mode = next(v.fake_mode for node in gm.graph.nodes if isinstance(v := node.meta.get("val"), FakeTensor))
@@ -69,8 +83,12 @@ def inductor_compile(
         compiled = compile_fx.compile_fx_inner(gm, list(inputs), static_input_idxs=tuple(static), is_inference=True)
     if counts["fxgraph_cache_bypass"] > skipped:
         log.warning("inductor does not keep this graph on disk; every start compiles it again")
-    code = getattr(compiled, "source_code", "")
-    return lambda *args: compiled(list(args)), counts["fxgraph_cache_hit"] > hits, code
+    assert isinstance(compiled, CompiledFxGraph), type(compiled)
+    return CompiledGraph(
+        run=lambda *args: compiled(list(args)), from_cache=counts["fxgraph_cache_hit"] > hits,
+        code=compiled.source_code, key=compiled._fx_graph_cache_key or "",
+        file=Path(get_path(compiled.cache_key, "py")[2]) if cached else None,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

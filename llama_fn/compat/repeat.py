@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import (
 
 from kernels.scope import Location, at, current
 from llama_fn import tree
+from llama_fn.compat.sources import sourced
 
 _Nodes = dict[torch.fx.Node, Any]
 
@@ -68,7 +69,7 @@ class _Body:
 
         decompositions = get_proxy_mode().decomposition_table  # type: ignore[union-attr]
         with disable_proxy_modes_tracing(), at(Location(phase=here.phase, source=here.source)):
-            gm = with_repeats(make_fx(flat_fn, decompositions, tracing_mode="real")(*map(_like, leaves)))
+            gm = with_repeats(make_fx(sourced(flat_fn), decompositions, tracing_mode="real")(*map(_like, leaves)))
         self.nodes = list(gm.graph.nodes)
         if any(node.op == "get_attr" for node in self.nodes):
             name = getattr(fn, "__qualname__", fn)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import scope
 from kernels.repeat import called_by
 from llama_fn.compat.repeat import Repeats, with_repeats
+from llama_fn.compat.sources import sourced
 
 TORCH = "2.13.0"
 INVOKE_SUBGRAPH = invoke_subgraph
@@ -71,7 +72,7 @@ class FakeTensors:
             _use_lazy_graph_module(True),
             called_by(Repeats().call),
         ):
-            return with_repeats(make_fx(fn, decompositions, tracing_mode="real")(*inputs))
+            return with_repeats(make_fx(sourced(fn), decompositions, tracing_mode="real")(*inputs))
 
     def first_line(self, fn: Callable[..., Any], inputs: Sequence[torch.Tensor], wanted: Callable[[Any], bool]) -> str:
         """ "file.py:12" of the first op of `fn` that is `wanted`, outside of torch and of the project; "" for none."""

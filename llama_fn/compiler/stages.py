@@ -267,7 +267,7 @@ class Compiled:
 
     @property
     def from_cache(self) -> bool:
-        return self.executable.from_cache
+        return self.executable.origin is not None and self.executable.origin.from_cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's results. Donated arguments are overwritten; where the call is interrupted, by an error or by

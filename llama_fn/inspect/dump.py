@@ -94,7 +94,8 @@ class DumpWriter:
         _write(self.folder / SUMMARY, json.dumps(numbers, indent=1))
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
         sizes = {path.name: path.stat().st_size for path in files}
-        _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware))
+        origin = compiled.executable.origin if compiled else None
+        _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware, str(origin or "")))
         log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
 
 

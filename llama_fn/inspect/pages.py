@@ -13,7 +13,10 @@ from llama_fn.html import document, table
 INDEX, SUMMARY = "index.html", "summary.json"  # here, so that graph_diff need not import torch
 
 
-def page(title: str, summary: Mapping[str, Any], files: Mapping[str, int], hardware: Hardware | None) -> str:
+def page(
+    title: str, summary: Mapping[str, Any], files: Mapping[str, int], hardware: Hardware | None, origin: str = ""
+) -> str:
+    """`files`: their sizes by name; `hardware`: whose peaks the overlay of times takes; `origin`: of the code."""
     memory, flops = summary["memory"], summary["flops"]
     by_op: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in summary["ops"]:
@@ -24,6 +27,7 @@ def page(title: str, summary: Mapping[str, Any], files: Mapping[str, int], hardw
     graphs = [name for name in files if name.endswith(".json") and name.count(".") == 1 and name[:2].isdigit()]
     times = f"<code>.time.json</code> (µs at the peaks of {escape(hardware.name)}), " if hardware else ""
     parts = [
+        f"<p>Runs {escape(origin)}.</p>" if origin else "",
         "<h2>Stages</h2>", table(("file", "bytes"), links),
         f"<p>In a browser, layers collapsed: <code>model-explorer {' '.join(map(escape, graphs))}</code>; the files "
         f"{times}<code>.bytes.json</code> and <code>.flops.json</code> colour its nodes (Add per-node data).</p>",

@@ -31,6 +31,8 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
         cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default()
         options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": code_cache.usable(cache)}
         options |= {"profiled": True} if profiled(cfg) else {}
+    if cfg.run.check_finite:
+        options |= {"check_finite": True}
     if cfg.run.backend == "npu":
         options |= {"device": cfg.run.device}
     return options
@@ -75,7 +77,9 @@ def compile(
         compiled = lowered.compile(backend or cfg.run.backend, **options)
         if writer:
             writer.finish(lowered, compiled)
-        log.info("%s: %s in %.1f s", traced.name, "loaded" if compiled.from_cache else "compiled", compiled.seconds)
+        how = "loaded" if compiled.from_cache else "compiled"
+        origin = f"; {compiled.executable.origin}" if compiled.executable.origin else ""
+        log.info("%s: %s in %.1f s%s", traced.name, how, compiled.seconds, origin)
         return compiled
 
     folder = dump_folder(cfg, processes)

@@ -29,6 +29,7 @@ class Health:
     routine: bool = True  # since then, nothing but overflows of the loss scale
     warned: bool = False
     skipped: float = 0.0
+    stopped_by: str = ""  # what --run.check_finite found
 
     def __post_init__(self) -> None:
         self.seen = self.good
@@ -60,11 +61,13 @@ class Health:
     @property
     def may_save(self) -> bool:
         """Whether a checkpoint made now is worth more than an older one."""
-        return not self.ruined and (self.streak == 0 or self.routine)
+        return not self.ruined and not self.stopped_by and (self.streak == 0 or self.routine)
 
     @property
     def verdict(self) -> str:
         """Why the run must stop now, "" while it need not."""
+        if self.stopped_by:
+            return self.stopped_by
         if self.ruined:
             return f"the update of iteration {self.seen} left parameters that are not finite"
         if self.limit and self.streak >= self.limit:

@@ -13,6 +13,7 @@ import torch
 
 from llama_fn.checkpoint import SavedStep, Store
 from llama_fn.compiler import stages
+from llama_fn.compiler.finite import NonFinite
 from llama_fn.config import Config
 from llama_fn.config_checks import profiled, resolved
 from llama_fn.data.iterator import BatchIterator
@@ -200,7 +201,11 @@ def _train(cfg: Config, start: int, state: train_step.TrainState, run: Run) -> i
         if run.processes is not None:
             run.processes.watchdog.begin(iteration)
         run.profiler.before(iteration + 1)
-        state, values = run.step(state, batch)
+        try:
+            state, values = run.step(state, batch)
+        except NonFinite as error:  # the state holds old and new values: the end
+            run.health.stopped_by = f"in iteration {iteration + 1} {error}"
+            break
         iteration += 1
         look()
         if iteration == start + 1 and (memory := runtime.memory_text(cfg.run.device)):

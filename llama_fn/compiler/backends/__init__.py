@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +59,34 @@ def needs_processes(mesh: Mesh, backend: str) -> str:
 
 
 @dataclass(frozen=True)
+class CodeOrigin:
+    """Which compiled code runs, so that "is this stale?" has an answer.
+
+    `key`: what it depends on, hashed: of inductor the graph, settings and version; of GE the graph. `file`: the code
+    itself, None where it is not kept on disk. `from_cache`: an earlier compilation wrote it.
+    """
+
+    key: str
+    file: Path | None
+    from_cache: bool
+
+    def __str__(self) -> str:
+        """ "code f3xmkmn, compiled 2 h ago, /home/me/.cache/llama_fn/x.py"."""
+        if self.file is None:
+            return f"code {self.key[:12]}, not kept on disk"
+        made = self.file.stat().st_mtime if self.file.exists() else None
+        when = f"compiled {_ago(time.time() - made)}" if made else "whose file is gone"
+        return f"code {self.key[:12]}, {when}, {self.file}"
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+@dataclass(frozen=True)
 class Executable:
     """`run(inputs) -> results` that take no donated buffer; donated inputs hold their new values afterwards.
 
@@ -67,7 +97,7 @@ class Executable:
 
     run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
     text: str
-    from_cache: bool = False
+    origin: CodeOrigin | None = None  # None: nothing was compiled here
     local: bool = False  # arguments and results are this process's parts
     measured: Callable[[], cost.Memory | None] = lambda: None
     code: str = ""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llama_fn.compiler import ir
+from llama_fn.compiler import finite, ir
 from llama_fn.compiler.backends import Executable, Program, communication, forms
 from llama_fn.compiler.passes import copy_graph
 from llama_fn.compiler.passes.expand import expand
@@ -14,15 +14,24 @@ from llama_fn.compiler.ranges import RANGES, name_of
 from llama_fn.distributed.processes import Processes
 
 
-class _Named(torch.fx.Interpreter):
-    """Runs a graph node by node for a profiler, which is told the scopes."""
+class _NodeByNode(torch.fx.Interpreter):
+    """Runs a graph so that a profiler is told the scopes, and `check` sees each op's result."""
+
+    def __init__(self, gm: torch.fx.GraphModule, check: bool) -> None:
+        super().__init__(gm, garbage_collect_values=not check)
+        self.check, self.extra_traceback = check, False  # an error is the op's, and says where it stands
 
     def run_node(self, n: torch.fx.Node) -> Any:
         RANGES.to(name_of(n) if n.op == "call_function" else "")
-        return super().run_node(n)
+        operands = ir.operands(n)
+        result = super().run_node(n)
+        if self.check and n.op == "call_function":
+            finite.check_result(n, result, [self.env.get(operand) for operand in operands])
+        return result
 
 
-def compile(program: Program, processes: Processes | None = None) -> Executable:
+def compile(program: Program, processes: Processes | None = None, check_finite: bool = False) -> Executable:
+    """`check_finite`: finite.NonFinite for the first op whose result is not."""
     collectives = communication(program, "eager", processes)
     gm = copy_graph(program.graph_module)
     if collectives:
@@ -30,6 +39,8 @@ def compile(program: Program, processes: Processes | None = None) -> Executable:
 
     @torch.no_grad()
     def run(inputs):
-        return _Named(gm).run(*inputs) if RANGES.on else gm(*inputs)
+        if check_finite:
+            finite.check_inputs(gm.graph, inputs)
+        return _NodeByNode(gm, check_finite).run(*inputs) if RANGES.on or check_finite else gm(*inputs)
 
     return Executable(run, ir.as_text(gm, "eager"), local=processes is not None)

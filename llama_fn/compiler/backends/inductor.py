@@ -18,7 +18,7 @@ import torch
 from kernels.registry import of_node
 from llama_fn import compat
 from llama_fn.compiler import ir, passes, ranges
-from llama_fn.compiler.backends import Executable, Program, code_cache, communication, forms
+from llama_fn.compiler.backends import CodeOrigin, Executable, Program, code_cache, communication, forms
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.outline import outline
 from llama_fn.compiler.passes.place import place
@@ -72,17 +72,18 @@ def compile(
             log.warning("profiling: the step runs without CUDA graph, so that its kernels carry scopes")
     folder = compat.keep_compiled_code((code_cache.usable(cache) if cache else code_cache.private()) / _machine())
     with code_cache.opened(folder):
-        compiled, from_cache, code = compat.inductor_compile(
+        compiled = compat.inductor_compile(
             gm, inputs, patches, staying, compat.physical_cores(), cache is not None, naming
         )
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        results = compiled(*flat)
+        results = compiled.run(*flat)
         # A CUDA graph writes its results to the same memory in every run, and is not replayed while one is still held.
         return [result.clone() for result in results] if patches.get("triton.cudagraphs") else results
 
-    return Executable(run, text, from_cache, local=processes is not None, code=code, device=device)
+    origin = CodeOrigin(compiled.key, compiled.file, compiled.from_cache)
+    return Executable(run, text, origin, local=processes is not None, code=compiled.code, device=device)
 
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:

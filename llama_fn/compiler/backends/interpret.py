@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from kernels.registry import of_node, tensor_bytes
-from llama_fn.compiler import cost, ir
+from llama_fn.compiler import cost, finite, ir
 from llama_fn.compiler.backends import Executable, Program
 from llama_fn.compiler.ranges import RANGES, name_of
 from sharding.simulate import COLLECTIVES, FUSED, join, part
 
 
-def compile(program: Program) -> Executable:
-    interpreter = Interpreter(program)
+def compile(program: Program, check_finite: bool = False) -> Executable:
+    """`check_finite`: finite.NonFinite for the first op whose result is not, on any device."""
+    interpreter = Interpreter(program, check_finite)
     run = interpreter.run if program.mesh.size == 1 else interpreter.run_global
     return Executable(run, ir.as_text(program.graph_module, "interpret"), measured=lambda: interpreter.memory)
 
@@ -29,8 +30,8 @@ def compile(program: Program) -> Executable:
 class Interpreter:
     """Runs one graph on every device; `memory` holds device 0's live bytes of the last run, from real storages."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.graph = program, program.graph_module.graph
+    def __init__(self, program: Program, check_finite: bool = False) -> None:
+        self.program, self.graph, self.check_finite = program, program.graph_module.graph, check_finite
         self.memory: cost.Memory | None = None
         last: dict[torch.fx.Node, torch.fx.Node] = {used: n for n in self.graph.nodes for used in n.all_input_nodes}
         self.dying: dict[torch.fx.Node, list[torch.fx.Node]] = defaultdict(list)
@@ -60,6 +61,9 @@ class Interpreter:
         values: list[dict[torch.fx.Node, Any]] = [
             dict(zip(ir.placeholders(self.graph), each, strict=True)) for each in inputs
         ]
+        if self.check_finite:
+            for r, each in zip(ranks, inputs, strict=True):
+                finite.check_inputs(self.graph, each, f" on device {r}")
         storages = _Storages(inputs[0])
         peak, peak_at = 0, ""
         for node in ir.calls(self.graph):
@@ -67,6 +71,9 @@ class Interpreter:
                 RANGES.to(name_of(node))
             for r, result in zip(ranks, self._evaluate(node, values), strict=True):
                 values[r][node] = result
+                if self.check_finite:
+                    given = [values[r][operand] for operand in ir.operands(node)]
+                    finite.check_result(node, result, given, f" on device {r}")
             storages.add(values[0][node])
             if storages.live > peak:
                 peak, peak_at = storages.live, f"{node.target} in {ir.scope_of(node)}"

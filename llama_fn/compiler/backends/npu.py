@@ -7,6 +7,7 @@ converter is an error before anything compiles. GE itself compiles at the first 
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.ascend.ge_text import ge_scopes, ge_text
 from llama_fn.compiler import ir, passes
-from llama_fn.compiler.backends import Executable, Program, communication, forms
+from llama_fn.compiler.backends import CodeOrigin, Executable, Program, communication, forms
 from llama_fn.compiler.passes.constants import constants
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.place import place
@@ -42,7 +43,9 @@ def compile(
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return converted.run(*flat)
 
-    return Executable(run, text, local=processes is not None, scopes=ge_scopes(converted.proto), device=device)
+    origin = CodeOrigin(hashlib.sha256(text.encode()).hexdigest(), None, from_cache=False)
+    local, scopes = processes is not None, ge_scopes(converted.proto)
+    return Executable(run, text, origin, local=local, scopes=scopes, device=device)
 
 
 def convert(program: Program, device: str, processes: Processes | None) -> compat.GeGraph:
