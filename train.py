@@ -18,6 +18,7 @@ from llama_fn.tools.config_flags import build_config, define_flags, flags_text, 
 
 
 def train(argv: list[str]) -> int:
+    """Train as the flags say; the exit status (docs/stopping.md)."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
     cfg = resolved(build_config())
@@ -27,6 +28,7 @@ def train(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> None:
+    """The command."""
     command.leave(command.status_of(lambda: train(argv)))
 
 

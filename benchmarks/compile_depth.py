@@ -18,7 +18,8 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from llama_fn.compiler import stages
-from llama_fn.config import Config, preset
+from llama_fn.config import Config
+from llama_fn.model.presets import preset
 from llama_fn.model import train_step
 cfg = Config(model=replace(preset("llama_tiny"), num_layers=int(sys.argv[1]), compute_dtype=sys.argv[3]))
 start = time.perf_counter()

@@ -16,10 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_fn.compiler import ir, stages
-from llama_fn.config import PRESETS as MODELS
-from llama_fn.config import Config, DataConfig, OptimConfig, preset
+from llama_fn.config import Config, DataConfig, OptimConfig
 from llama_fn.errors import UserError
 from llama_fn.model import arrays, train_step
+from llama_fn.model.presets import PRESETS as MODELS
+from llama_fn.model.presets import preset
 from sharding import Mesh, collectives_table
 from sharding.rules import PRESETS
 

@@ -22,9 +22,10 @@ import torch
 
 from llama_fn import compat, tree
 from llama_fn.compiler import stages
-from llama_fn.config import Config, DataConfig, RunConfig, preset
+from llama_fn.config import Config, DataConfig, RunConfig
 from llama_fn.distributed import processes
 from llama_fn.model import arrays, random, train_step
+from llama_fn.model.presets import preset
 from sharding import Mesh
 
 SHAPES = {"llama_tiny": (8, 256), "llama_60m": (4, 512)}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llama_fn import config
-from llama_fn.compiler import cost
+from llama_fn import config, config_fields
 from llama_fn.hardware import TABLE, Hardware
+from llama_fn.model import flops, presets
 from llama_fn.planner import plan
 from sharding import Mesh
 
@@ -45,8 +45,8 @@ def main() -> None:
     for who, preset, axes, rules, hardware, sequences, microbatches, length, remat, published in ROWS:
         mesh = Mesh.parse(axes)
         size = dict(mesh.axes)["data"] * sequences * microbatches
-        cfg = config.with_values(
-            config.Config(model=config.preset(preset)),
+        cfg = config_fields.with_values(
+            config.Config(model=presets.preset(preset)),
             {
                 "model.compute_dtype": "bf16", "data.seq_len": length, "data.global_batch_size": size,
                 "data.microbatches": microbatches, "mesh.rules": rules, "mesh.remat": remat, "mesh.regather": True,
@@ -56,7 +56,7 @@ def main() -> None:
         device = {**TABLE, **OTHERS}[hardware]
         p = plan.make(cfg, mesh, device)
         if published < 1:
-            published *= device.peak_flops_per_s / cost.model_flops_per_token(cfg.model, length)
+            published *= device.peak_flops_per_s / flops.model_flops_per_token(cfg.model, length)
         tokens = size * length / mesh.size
         speeds = [tokens / seconds for seconds in (p.compute_s, p.comms_s, p.step_time_s, p.step_time_alone_s)]
         shown = " | ".join(f"{speed:,.0f}" for speed in speeds)

@@ -18,8 +18,9 @@ def main() -> None:
 
     from llama_fn import tree
     from llama_fn.compiler import stages
-    from llama_fn.config import Config, DataConfig, RunConfig, preset
+    from llama_fn.config import Config, DataConfig, RunConfig
     from llama_fn.model import arrays, random, train_step
+    from llama_fn.model.presets import preset
 
     contender.prepare(spec["threads"])
     model = replace(preset(spec["preset"]), compute_dtype=spec["dtype"])

@@ -8,20 +8,21 @@ they can see, as plain batched matrix products that a compiler fuses the softmax
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from kernels.registry import Factors, kernel
+from kernels.registry import Argument, Factors, kernel
 from kernels.rms_norm import upcast
 
 MAX_BLOCKS, MIN_BLOCK = 4, 64
 
 
-def _grouped(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def _grouped(q: Tensor, kv_heads: int) -> Tensor:
     """[B, T, N, H] -> [B, K, G, T, H]; query head n reads kv head n // G."""
     b, t, n, h = q.shape
     return q.reshape(b, t, kv_heads, n // kv_heads, h).permute(0, 2, 3, 1, 4)
 
 
-def _ungrouped(x: torch.Tensor) -> torch.Tensor:
+def _ungrouped(x: Tensor) -> Tensor:
     """[B, K, G, T, H] -> [B, T, N, H]."""
     b, k, g, t, h = x.shape
     return x.permute(0, 3, 1, 2, 4).reshape(b, t, k * g, h).contiguous()
@@ -31,13 +32,13 @@ def _spans(t: int, blocks: int) -> list[tuple[int, int]]:
     return [(t * i // blocks, t * (i + 1) // blocks) for i in range(blocks)]
 
 
-def _hidden(start: int, stop: int, device: torch.device) -> torch.Tensor:
+def _hidden(start: int, stop: int, device: torch.device) -> Tensor:
     """[stop - start, stop] bool: True where a key lies after its query."""
     query = torch.arange(start, stop, device=device)[:, None]
     return torch.arange(stop, device=device)[None, :] > query
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, start: int) -> torch.Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, start: int) -> Tensor:
     """Masked scores [B, K, G, rows, S] of query rows start.. against the first S keys, in float32 or wider."""
     b, kv, g, rows, h = q.shape
     s = k.shape[2]
@@ -45,7 +46,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, start: int) -> torch
     return (upcast(raw) * scale).masked_fill(_hidden(start, start + rows, q.device), float("-inf"))
 
 
-def _forward(q, k, v, scale, blocks):
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: int) -> tuple[Tensor, Tensor]:
     kv = k.shape[2]
     qg, ks, vs = _grouped(q, kv), k.transpose(1, 2), v.transpose(1, 2)
     outs, lses = [], []
@@ -63,7 +64,16 @@ def _forward(q, k, v, scale, blocks):
     return _ungrouped(out), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
 
 
-def _backward(do, q, k, v, o, lse, scale, blocks):
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    blocks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     kv = k.shape[2]
     qg, dog, ks, vs = _grouped(q, kv), _grouped(do, kv), k.transpose(1, 2), v.transpose(1, 2)
     delta = _grouped((upcast(do) * upcast(o)).sum(-1, keepdim=True), kv)  # [B, K, G, T, 1]
@@ -96,34 +106,52 @@ def _blocks(t: int) -> int:
     return max(1, min(MAX_BLOCKS, t // MIN_BLOCK))
 
 
-def attention_reference(q, k, v, scale):
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o [B, T, N, H] in q's dtype = softmax(scale q k^T + causal mask) v, and log-sum-exp [B, N, T] of the scores."""
     return _forward(q, k, v, scale, 1)
 
 
-def attention_bwd_reference(do, q, k, v, o, lse, scale):
+def attention_bwd_reference(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v; probabilities are computed again from lse."""
     return _backward(do, q, k, v, o, lse, scale, 1)
 
 
-def attention_blocked(q, k, v, scale):
+def attention_blocked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As attention_reference, on a few blocks of queries against the keys they can see."""
     return _forward(q, k, v, scale, _blocks(q.shape[1]))
 
 
-def attention_bwd_blocked(do, q, k, v, o, lse, scale):
+def attention_bwd_blocked(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As attention_bwd_reference, block by block."""
     return _backward(do, q, k, v, o, lse, scale, _blocks(q.shape[1]))
 
 
 _MASK = 2048  # FlashAttentionScore's sparse mode 2 takes one mask of this size for causal attention of any length
 
 
-def _causal(q: torch.Tensor) -> dict[str, object]:
+def _causal(q: Tensor) -> dict[str, object]:
     """What FlashAttentionScore and its gradient are told about the mask."""
     hidden = torch.ones((_MASK, _MASK), dtype=torch.bool, device=q.device).triu(1)
     return {"atten_mask": hidden, "sparse_mode": 2, "next_tockens": 0}
 
 
-def attention_npu(q, k, v, scale):
+def attention_npu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """FlashAttentionScore in the layout [B, N, S, D]. Its two statistics per row, each eight times over, become the one
     log-sum-exp that is kept for the backward."""
     heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
@@ -131,7 +159,15 @@ def attention_npu(q, k, v, scale):
     return o.transpose(1, 2).contiguous(), top[..., 0] + total[..., 0].log()
 
 
-def attention_bwd_npu(do, q, k, v, o, lse, scale):
+def attention_bwd_npu(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient computes exp(score - top) / total: with top = lse and total = 1 these are the probabilities."""
     query, key, value, dy, out = (x.transpose(1, 2).contiguous() for x in (q, k, v, do, o))
     top = lse[..., None].expand(*lse.shape, 8).contiguous()
@@ -139,10 +175,11 @@ def attention_bwd_npu(do, q, k, v, o, lse, scale):
         query, key, value, dy, q.shape[2], "BNSD", softmax_max=top, softmax_sum=torch.ones_like(top), attention_in=out,
         scale_value=scale, **_causal(q),
     )  # fmt: skip
-    return tuple(x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
+    dq, dk, dv = (x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv
 
 
-def _abstract(q, k, v, scale):
+def _abstract(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     b, t, n, _ = q.shape
     if n % k.shape[2]:
         raise ValueError(f"attention: {n} query heads are not a multiple of {k.shape[2]} kv heads")
@@ -150,7 +187,7 @@ def _abstract(q, k, v, scale):
     return q.new_empty(q.shape), q.new_empty((b, n, t), dtype=dtype)
 
 
-def _flops(q, k, *_):
+def _flops(q: Tensor, k: Tensor, *_: Argument) -> int:
     """Two products over the causal half of the T x S square."""
     return 4 * q.numel() * k.shape[1] // 2
 

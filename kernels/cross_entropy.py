@@ -37,6 +37,7 @@ cross_entropy_bwd = kernel(
 
 
 def per_token(like: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes of nll and log-sum-exp: two float32 (float64 for a float64 `like`) values per token."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype)
 
@@ -52,6 +53,7 @@ cross_entropy = kernel(
 
 
 def token_blocks(x: torch.Tensor, targets: torch.Tensor) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Per block of CHUNK_TOKENS tokens: its place, its rows of x [B, T, D] as [tokens, D], and its targets."""
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     starts = range(0, rows.shape[0], CHUNK_TOKENS)
     spans = [slice(s, min(s + CHUNK_TOKENS, rows.shape[0])) for s in starts]

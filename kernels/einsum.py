@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 
-from kernels.registry import Factors, kernel
+from kernels.registry import Argument, Factors, kernel
 
 
 @cache
@@ -81,12 +82,12 @@ def stored_layouts(
     """Rows, columns and "lies transposed" of both operands as matrices; and whether the product of the two, as they lie
     in memory, is the result."""
     layouts, _, order = _plan(equation, a, b)
-    found, straight = [], order == sorted(order)
+    parts, straight = [], order == sorted(order)
     for letters, sizes, batch, rows, columns in layouts:
         swapped = _swapped(letters, batch, rows, columns)
         straight = straight and not batch and list(letters) == (columns + rows if swapped else rows + columns)
-        found.append((prod(sizes[x] for x in rows), prod(sizes[x] for x in columns), swapped))
-    return found[0], found[1], straight
+        parts.append((prod(sizes[x] for x in rows), prod(sizes[x] for x in columns), swapped))
+    return parts[0], parts[1], straight
 
 
 def einsum_npu(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -123,7 +124,9 @@ def _abstract(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.new_empty([sizes[letter] for letter in parse(equation)[2]])
 
 
-def _vjp(inputs, outputs, cotangents):
+def _vjp(
+    inputs: Sequence[Argument], outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
+) -> tuple[None, torch.Tensor, torch.Tensor]:
     equation, a, b = inputs
     left, right, out = parse(equation)
     (dy,) = cotangents

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 import torch
 
 from kernels import scope
-from kernels.registry import differentiable
+from kernels.registry import Argument, differentiable
 
 
 def _unbind_op(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(torch.ops.aten.unbind.int(x, 0))
 
 
-def _unbind_vjp(inputs, outputs, cotangents):
+def _unbind_vjp(
+    inputs: Sequence[Argument], outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor]:
     (x,) = inputs
     whole = [torch.zeros_like(x[0]) if ct is None else ct for ct in cotangents]
     return (torch.ops.aten.stack.default(whole, 0),)

@@ -17,6 +17,10 @@ import torch
 
 from kernels import scope
 
+Argument = Any  # of an op: a tensor, None, a number, a string, or a list of them
+Results = Any  # of an op: a tensor or a tuple of them
+Vjp = Callable[[Sequence[Argument], Sequence[torch.Tensor], Sequence[Any]], Sequence[Any]]
+
 NAMESPACE = "llama_fn"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 KERNELS: dict[str, Kernel] = {}
@@ -37,10 +41,12 @@ class Factors:
 
     @property
     def operands(self) -> tuple[tuple[str, ...], ...]:
+        """The factors of each operand, one per dimension: (("b", "t"), ...)."""
         return _terms(self.rule.split("->")[0])
 
     @property
     def results(self) -> tuple[tuple[str, ...], ...]:
+        """The factors of each result, one per dimension."""
         return _terms(self.rule.split("->")[1])
 
 
@@ -54,7 +60,7 @@ def _terms(side: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(term.split()) for term in side.split(","))
 
 
-def tensor_bytes(values: Any) -> int:
+def tensor_bytes(values: Results) -> int:
     """Bytes of every tensor in an op's (flat) arguments or results."""
     values = values if isinstance(values, (tuple, list)) else (values,)
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
@@ -75,24 +81,26 @@ class Kernel:
 
     name: str
     schema: str
-    reference: Callable[..., Any]
-    abstract: Callable[..., Any]
+    reference: Callable[..., Results]
+    abstract: Callable[..., Results]
     factors: Callable[..., Factors]
     flops: Callable[..., int] = lambda *args: 0
-    vjp: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Sequence[Any]] | None = None
-    impls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    npu: Callable[..., Any] | None = None
+    vjp: Vjp | None = None
+    impls: Mapping[str, Callable[..., Results]] = field(default_factory=dict)
+    npu: Callable[..., Results] | None = None
     opaque: bool = False
 
     @property
     def op(self) -> Any:
+        """The torch operator, as nodes of a graph name it."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
-    def bytes(self, args: Sequence[Any], results: Any) -> int:
+    def bytes(self, args: Sequence[Argument], results: Results) -> int:
         """Bytes moved when every operand is read once and every result written once."""
         return tensor_bytes(args) + tensor_bytes(results)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Argument) -> Results:
+        """Results of the op, differentiable where it has a vjp; in a trace its node carries the caller's line."""
         with scope.source_line():
             if self.vjp is None:
                 return self.op(*args)
@@ -103,25 +111,25 @@ _FUNCTIONS: dict[str, Any] = {}
 
 
 def kernel(**fields: Any) -> Kernel:
-    """Define a kernel, register its torch op, and return the callable record."""
-    record = Kernel(**fields)
-    assert record.name not in KERNELS, f"kernel {record.name} is defined twice"
-    _LIBRARY.define(record.name + record.schema)
-    _LIBRARY.impl(record.name, record.reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{record.name}", record.abstract, lib=_LIBRARY)
-    KERNELS[record.name] = record
-    if record.vjp is not None:
-        _FUNCTIONS[record.name] = differentiable(record.name, record.op, record.vjp)
-    return record
+    """Define a kernel, register its torch op, and return it, callable."""
+    new = Kernel(**fields)
+    assert new.name not in KERNELS, f"kernel {new.name} is defined twice"
+    _LIBRARY.define(new.name + new.schema)
+    _LIBRARY.impl(new.name, new.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{new.name}", new.abstract, lib=_LIBRARY)
+    KERNELS[new.name] = new
+    if new.vjp is not None:
+        _FUNCTIONS[new.name] = differentiable(new.name, new.op, new.vjp)
+    return new
 
 
-def differentiable(name: str, op: Callable[..., Any], vjp: Callable[..., Sequence[Any]]) -> Any:
+def differentiable(name: str, op: Callable[..., Results], vjp: Vjp) -> Any:
     """An autograd.Function around `op` that `torch.func` transforms accept; its backward runs in the op's scope."""
 
-    def forward(*args: Any) -> Any:
+    def forward(*args: Argument) -> Results:
         return op(*args)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Argument, ...], output: Results) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
         tensors = [x for x in (*inputs, *outputs) if isinstance(x, torch.Tensor)]
         ctx.save_for_backward(*tensors)
@@ -130,7 +138,7 @@ def differentiable(name: str, op: Callable[..., Any], vjp: Callable[..., Sequenc
         ctx.location = scope.current()
         ctx.set_materialize_grads(False)
 
-    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if is_t else x for is_t, x in zip(ctx.is_tensor, ctx.inputs, strict=True)]
         with scope.backward_of(ctx.location):
@@ -145,7 +153,7 @@ def differentiable(name: str, op: Callable[..., Any], vjp: Callable[..., Sequenc
 
 
 @lru_cache(maxsize=1024)
-def of_node(target: Any) -> Kernel | None:
+def of_node(target: object) -> Kernel | None:
     """The kernel that an FX node's target calls, or None for an op that is not ours."""
     name = getattr(target, "__module__", "") if isinstance(target, str) else str(target)
     if not name.startswith(NAMESPACE + "."):

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
-from kernels.registry import Factors, kernel
+from kernels.registry import Argument, Factors, kernel
 
 
-def upcast(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: Tensor) -> Tensor:
     """float64 stays, everything narrower is computed in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y [..., D] in x's dtype, and rstd [..., 1] in the computing dtype for the backward."""
     x_wide = upcast(x)
     rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
     return (x_wide * rstd).to(x.dtype) * weight, rstd
 
 
-def _abstract(x, weight, eps):
+def _abstract(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), upcast(x[..., :1]).new_empty((*x.shape[:-1], 1))
 
 
-def rms_norm_bwd_reference(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm_bwd_reference(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """dx [..., D] and dweight [D]. With n = x * rstd: dx = rstd * (dy w - n mean(dy w n))."""
     n = upcast(x) * rstd
     g = upcast(dy) * upcast(weight)
@@ -34,17 +35,19 @@ def rms_norm_bwd_reference(
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
-def rms_norm_npu(x, weight, eps):
+def rms_norm_npu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RmsNorm multiplies by the weight before it rounds, where the reference rounds first."""
-    return torch.ops.npu.npu_rms_norm(x, weight, eps)
+    y, rstd = torch.ops.npu.npu_rms_norm(x, weight, eps)
+    return y, rstd
 
 
-def rms_norm_bwd_npu(dy, x, weight, rstd):
+def rms_norm_bwd_npu(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """RmsNormGrad; dweight comes back in float32 and is rounded to the weight's dtype."""
     dx, dweight = torch.ops.npu.npu_rms_norm_backward(dy, x, weight, rstd)
     return dx, dweight.to(weight.dtype)
 
 
-def _rows(x: torch.Tensor) -> str:
+def _rows(x: Tensor) -> str:
     return " ".join("btuv"[: x.dim() - 1])
 
 
@@ -60,7 +63,7 @@ rms_norm_bwd = kernel(
 )
 
 
-def _vjp(inputs, outputs, cotangents):
+def _vjp(inputs: Sequence[Argument], outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Argument, ...]:
     x, weight, _ = inputs
     dx, dweight = rms_norm_bwd(cotangents[0], x, weight, outputs[1])
     return dx, dweight, None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
-from kernels.registry import Factors, kernel
+import torch
+from torch import Tensor
+
+from kernels.registry import Argument, Factors, kernel
 from kernels.rms_norm import upcast
 
 
-def rope_table_reference(
-    like: torch.Tensor, seq_len: int, head_dim: int, theta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table_reference(like: Tensor, seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [T, H/2] in float32 for positions 0..T-1; `like` only tells the device."""
     exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
     inverse_frequency = 1.0 / theta**exponent
@@ -19,7 +20,7 @@ def rope_table_reference(
     return angle.cos(), angle.sin()
 
 
-def _table_abstract(like, seq_len, head_dim, theta):
+def _table_abstract(like: Tensor, seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     if head_dim % 2:
         raise ValueError(f"rope needs an even head_dim, got {head_dim}")
     shape = (seq_len, head_dim // 2)
@@ -35,7 +36,7 @@ rope_table = kernel(
 )
 
 
-def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """x [B, T, N, H] with each pair (x[i], x[i + H/2]) turned by its position's angle (`inverse`: turned back)."""
     half = x.shape[-1] // 2
     first, second = upcast(x[..., :half]), upcast(x[..., half:])
@@ -46,13 +47,13 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, invers
     return torch.cat([part.to(x.dtype) for part in turned], dim=-1)
 
 
-def rope_npu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+def rope_npu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """RotaryMul wants cos and sin as upcast as x and in its dtype, so in bf16 the angles are rounded to bf16."""
     wide_cos, wide_sin = (torch.cat([part, part], -1)[None, :, None, :].to(x.dtype) for part in (cos, sin))
     return torch.ops.npu.npu_rotary_mul(x, wide_cos, -wide_sin if inverse else wide_sin)
 
 
-def _vjp(inputs, outputs, cotangents):
+def _vjp(inputs: Sequence[Argument], outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Argument, ...]:
     _, cos, sin, inverse = inputs
     return rope(cotangents[0], cos, sin, not inverse), None, None, None
 

@@ -21,6 +21,7 @@ def _dims(text: str) -> list[int]:
 
 
 def shapes_text(shapes: Sequence[Sequence[int]]) -> str:
+    """ "4x8,16" for (4, 8) and (16,): the form in which ops carry shapes."""
     return ",".join("x".join(map(str, shape)) for shape in shapes)
 
 
@@ -29,6 +30,7 @@ def _shapes(text: str) -> list[tuple[int, ...]]:
 
 
 def join_rows_reference(xs: Sequence[torch.Tensor], n: int, dims: str) -> torch.Tensor:
+    """[n, elements / n] of all xs: row i is the i-th of n parts of each, cut in its own dimension."""
     rows = [
         torch.stack([piece.reshape(-1) for piece in x.chunk(n, dim)]) if n > 1 else x.reshape(1, -1)
         for x, dim in zip(xs, _dims(dims), strict=True)
@@ -37,14 +39,15 @@ def join_rows_reference(xs: Sequence[torch.Tensor], n: int, dims: str) -> torch.
 
 
 def split_rows_reference(rows: torch.Tensor, dims: str, shapes: str) -> list[torch.Tensor]:
-    n, at, found = rows.shape[0], 0, []
+    """The inverse of join_rows_reference for tensors of these `shapes`."""
+    n, at, leaves = rows.shape[0], 0, []
     for dim, shape in zip(_dims(dims), _shapes(shapes), strict=True):
         width = prod(shape) // n
         part = [size // n if d == dim and n > 1 else size for d, size in enumerate(shape)]
         pieces = [row[at : at + width].reshape(part) for row in rows.unbind()]
-        found.append(torch.cat(pieces, dim) if n > 1 else pieces[0].clone())
+        leaves.append(torch.cat(pieces, dim) if n > 1 else pieces[0].clone())
         at += width
-    return found
+    return leaves
 
 
 join_rows = kernel(

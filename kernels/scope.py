@@ -35,6 +35,7 @@ _LIBRARIES = ("/torch", "/contextlib", "/functools")
 
 
 def current() -> Location:
+    """Where ops that are called now stand."""
     return _LOCATION.get()
 
 

@@ -23,10 +23,12 @@ def swiglu_bwd_reference(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor)
 
 
 def swiglu_npu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """SwiGlu of gate and up side by side."""
     return torch.ops.npu.npu_swiglu(torch.cat([gate, up], -1), -1)
 
 
 def swiglu_bwd_npu(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """SwiGluGrad, taken apart into dgate and dup."""
     both = torch.ops.npu.npu_swiglu_backward(dy, torch.cat([gate, up], -1), -1)
     dgate, dup = both.split(gate.shape[-1], -1)
     return dgate, dup

@@ -22,15 +22,21 @@ from kernels.embedding import embedding_bwd_reference, embedding_reference
 from kernels.registry import Factors, kernel
 from kernels.rms_norm import upcast
 
+Value = Any  # what an Emit works on: a node of the graph that is being made, or a tensor
+
 
 class Emit(Protocol):
     """What a sharded form of an op is written with: it emits ops of the per-device graph."""
 
-    index: Any  # position along the sharded factor's axes
+    index: Value  # position along the sharded factor's axes
 
-    def __call__(self, op: Any, *args: Any) -> Any: ...
+    def __call__(self, op: Any, *args: Value) -> Value:
+        """The results of an op on this device's parts."""
+        ...
 
-    def all_reduce(self, x: Any, kind: str) -> Any: ...
+    def all_reduce(self, x: Value, kind: str) -> Value:
+        """x summed (or its maximum, by `kind`) over the devices that share the vocabulary."""
+        ...
 
 
 def _own(ids: torch.Tensor, index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,33 +163,37 @@ head_part_bwd = kernel(
 )
 
 
-def embedding_sharded(emit: Emit, table: Any, tokens: Any) -> Any:
+def embedding_sharded(emit: Emit, table: Value, tokens: Value) -> Value:
     """Unreduced over the vocabulary's axes: the annotation after it says where the sum goes."""
     return emit(embedding_part.op, table, tokens, emit.index)
 
 
-def embedding_bwd_sharded(emit: Emit, dy: Any, tokens: Any, table: Any) -> Any:
+def embedding_bwd_sharded(emit: Emit, dy: Value, tokens: Value, table: Value) -> Value:
+    """The gradient of this device's rows of the table."""
     return emit(embedding_part_bwd.op, dy, tokens, emit.index, table)
 
 
-def _merged(emit: Emit, part: Any) -> Any:
+def _merged(emit: Emit, part: Value) -> Value:
     top = emit.all_reduce(emit(part_max.op, part), "max")
     return emit(part_merge.op, emit.all_reduce(emit(part_sums.op, part, top), "sum"), top)
 
 
-def cross_entropy_sharded(emit: Emit, logits: Any, targets: Any) -> Any:
+def cross_entropy_sharded(emit: Emit, logits: Value, targets: Value) -> Value:
+    """nll and log-sum-exp [B, T] from logits [B, T, V / n], merged over devices."""
     return _merged(emit, emit(logits_part.op, logits, targets, emit.index))
 
 
-def cross_entropy_bwd_sharded(emit: Emit, g: Any, logits: Any, targets: Any, lse: Any) -> Any:
+def cross_entropy_bwd_sharded(emit: Emit, g: Value, logits: Value, targets: Value, lse: Value) -> Value:
+    """dlogits of this device's part of the vocabulary; sends nothing."""
     return emit(cross_entropy_part_bwd.op, g, logits, targets, lse, emit.index)
 
 
-def head_cross_entropy_sharded(emit: Emit, x: Any, head: Any, targets: Any) -> Any:
+def head_cross_entropy_sharded(emit: Emit, x: Value, head: Value, targets: Value) -> Value:
+    """As cross_entropy_sharded, from this device's rows of the head, in blocks of tokens."""
     return _merged(emit, emit(head_part.op, x, head, targets, emit.index))
 
 
-def head_cross_entropy_bwd_sharded(emit: Emit, g: Any, x: Any, head: Any, targets: Any, lse: Any) -> Any:
+def head_cross_entropy_bwd_sharded(emit: Emit, g: Value, x: Value, head: Value, targets: Value, lse: Value) -> Value:
     """dx is unreduced over the vocabulary's axes."""
     return emit(head_part_bwd.op, g, x, head, targets, lse, emit.index)
 

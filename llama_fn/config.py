@@ -1,46 +1,14 @@
 """Every default of the project, in frozen dataclasses without torch. A Config builds nothing and holds nothing live.
 
-Field metadata: `help` is the flag's help text; `numbers` marks fields that change the numbers of a run, so that a
-resume with another value is refused; `saved` those that the files of a run repeat; `path` those that name a file or
-folder; `bounds` is what a number may be. llama_fn/config_checks.py holds a Config to them.
+config_fields.py says what a field's declaration means; config_checks.py holds a Config to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from llama_fn.errors import UserError, nearest
-
-LARGEST = {int: 2**31 - 1, float: 3.4e38}  # of a number that names no bound of its own; a float must fit in float32
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The numbers from `least` to `most`; without the ends where `open` says so."""
-
-    least: float
-    most: float
-    open: bool = False
-
-    def hold(self, value: float) -> bool:
-        """False for nan, too."""
-        return self.least < value < self.most if self.open else self.least <= value <= self.most
-
-    def __str__(self) -> str:
-        if self.most in LARGEST.values():
-            return f"above {self.least:g}" if self.open else f"at least {self.least:g}"
-        return f"{'between' if self.open else 'from'} {self.least:g} {'and' if self.open else 'to'} {self.most:g}"
-
-
-def opt(default: Any, help: str, numbers: bool = True, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, "numbers": numbers, "saved": True, "path": False, **more})
-
-
-def number(default: float, help: str, least: float, most: float = 0, numbers: bool = True, open: bool = False) -> Any:
-    """A numeric field and what it may be; `most`=0: anything that its type holds."""
-    return opt(default, help, numbers, bounds=Bounds(least, most or LARGEST[type(default)], open))
+from llama_fn.config_fields import number, opt
 
 
 @dataclass(frozen=True)
@@ -66,6 +34,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
+        """H."""
         return self.embed_dim // self.num_heads
 
 
@@ -212,67 +181,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run; every field is a flag: --model.num_layers."""
+
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
-
-
-def _llama(name: str, layers: int, dim: int, heads: int, mlp: int, **more: Any) -> Callable[[], ModelConfig]:
-    kv_heads = more.pop("kv_heads", heads)
-    shape = {"num_layers": layers, "embed_dim": dim, "num_heads": heads, "num_kv_heads": kv_heads, "mlp_dim": mlp}
-    return lambda: ModelConfig(preset=name, **{"vocab_size": 32000, **shape, **more})
-
-
-# Shapes: LLaMA (Touvron et al. 2023a, table 2), LLaMA-2 (2023b), Llama 3 (Dubey et al. 2024, table 3).
-PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    "llama_tiny": ModelConfig,
-    "llama_60m": _llama("llama_60m", 8, 512, 8, 1376),
-    "llama_1b": _llama("llama_1b", 22, 2048, 16, 5504),
-    "llama_7b": _llama("llama_7b", 32, 4096, 32, 11008),
-    "llama_13b": _llama("llama_13b", 40, 5120, 40, 13824),
-    "llama_33b": _llama("llama_33b", 60, 6656, 52, 17920),
-    "llama_65b": _llama("llama_65b", 80, 8192, 64, 22016, norm_eps=1e-5),
-    "llama_65b_8layers": _llama("llama_65b_8layers", 8, 8192, 64, 22016, norm_eps=1e-5),
-    "llama2_70b": _llama("llama2_70b", 80, 8192, 64, 28672, kv_heads=8, norm_eps=1e-5),
-    "llama3_8b": _llama(
-        "llama3_8b", 32, 4096, 32, 14336, kv_heads=8, norm_eps=1e-5, vocab_size=128256, rope_theta=500000.0
-    ),
-}
-
-
-def preset(name: str) -> ModelConfig:
-    """The model preset `name`; UserError with the nearest name for an unknown one."""
-    if name not in PRESETS:
-        raise UserError(f"--model.preset={name} is not a preset. {nearest(name, PRESETS)}")
-    return PRESETS[name]()
-
-
-def value_of(cfg: Config, dotted: str) -> Any:
-    section, name = dotted.split(".")
-    return getattr(getattr(cfg, section), name)
-
-
-def each_field(cfg: Config) -> Iterator[tuple[str, Field[Any], Any]]:
-    """("model.num_layers", its field, its value) for every field."""
-    for section in fields(cfg):
-        values = getattr(cfg, section.name)
-        for f in fields(values):
-            yield f"{section.name}.{f.name}", f, getattr(values, f.name)
-
-
-def flat(cfg: Config, marked: str = "") -> dict[str, Any]:
-    """{"model.num_layers": 6, ...}; only the fields whose metadata has `marked`, "numbers" or "saved", where given."""
-    return {name: value for name, f, value in each_field(cfg) if not marked or f.metadata[marked]}
-
-
-def with_values(cfg: Config, values: dict[str, Any]) -> Config:
-    """cfg with dotted names replaced; an unknown name is a UserError with the nearest one."""
-    known = flat(cfg)
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"{name} is not a setting. {nearest(name, known)}")
-        section, leaf = name.split(".")
-        cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{leaf: value})})
-    return cfg

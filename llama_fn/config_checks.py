@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import Field, fields, replace
 from typing import Any
 
-from llama_fn.config import Config, RunConfig, each_field, flat, value_of, with_values
+from llama_fn.config import Config, RunConfig
+from llama_fn.config_fields import each_field, flat, value_of, with_values
 from llama_fn.errors import UserError, nearest
 
 _WEIGHT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
@@ -115,11 +116,11 @@ def dump_ranks(run: RunConfig) -> list[int] | None:
     """The ranks that --run.dump_ranks names, None for all. UserError for what is neither."""
     if run.dump_ranks == "all":
         return None
-    ranks = [whole_number(part.strip()) for part in run.dump_ranks.split(",")]
-    found = [rank for rank in ranks if rank is not None]
-    if len(found) < len(ranks):
+    numbers = [whole_number(part.strip()) for part in run.dump_ranks.split(",")]
+    ranks = [number for number in numbers if number is not None]
+    if len(ranks) < len(numbers):
         raise UserError(f"--run.dump_ranks={run.dump_ranks} is neither all nor ranks such as 0,8")
-    return found
+    return ranks
 
 
 def dumps(run: RunConfig, rank: int) -> bool:

@@ -57,8 +57,8 @@ def _remove_abandoned(path: Path) -> None:
     """What a process of this machine that was killed had begun to write. Its number may be another's by now, and the
     folder shared between machines: then it stays."""
     for old in path.parent.glob(f".{path.name}.*.writing"):
-        found = _ASIDE.fullmatch(old.name)
-        if found and found["name"] == path.name and not alive(int(found["pid"])):
+        match = _ASIDE.fullmatch(old.name)
+        if match and match["name"] == path.name and not alive(int(match["pid"])):
             with suppress(OSError):
                 old.unlink()
 
@@ -101,10 +101,10 @@ def checksum(path: Path) -> list[int]:
 
 def files_below(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Path]:
     """Every file below `folder` whose own name, and whose folders' names, are `wanted`, by its path in the folder."""
-    found = {}
+    paths = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(filter(wanted, folders))
         for name in sorted(filter(wanted, names)):
             path = Path(parent, name)
-            found[path.relative_to(folder).as_posix()] = path
-    return found
+            paths[path.relative_to(folder).as_posix()] = path
+    return paths

@@ -131,13 +131,14 @@ def available_bytes() -> float:
     """Memory of this machine that a process may still take; all of it where the system does not say."""
     try:
         with open("/proc/meminfo") as lines:
-            found = next((line for line in lines if line.startswith("MemAvailable:")), "")
-        return float(found.split()[1]) * 1024
+            line = next((text for text in lines if text.startswith("MemAvailable:")), "")
+        return float(line.split()[1]) * 1024
     except (OSError, IndexError):
         return total_bytes()
 
 
 def total_bytes() -> float:
+    """Memory of this machine."""
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 

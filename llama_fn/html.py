@@ -16,6 +16,7 @@ tr + tr td { border-top: 1px solid #e3e9ef } a { color: #0b5cad }
 
 
 def document(title: str, body: str) -> str:
+    """A whole page around `body`, which is HTML; the title is escaped."""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{escape(title)}</h1>{body}</html>\n"

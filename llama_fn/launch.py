@@ -49,3 +49,15 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     if value is None or (value == 0 and default == 1):
         raise UserError(f"environment variable {name}={text}: a number is expected, as torchrun sets it")
     return value
+
+
+def local_device(count: int) -> int:
+    """LOCAL_RANK, the device of this process on its machine; UserError where the machine has fewer."""
+    local = launched().local_rank
+    if local >= count:
+        raise UserError(
+            f"LOCAL_RANK={local}, but this machine shows {count} devices: start at most {count} processes on it "
+            f"(torchrun --nproc_per_node={count}), or free hidden devices (ASCEND_RT_VISIBLE_DEVICES, "
+            "CUDA_VISIBLE_DEVICES)"
+        )
+    return local

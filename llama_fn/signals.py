@@ -57,6 +57,7 @@ class StopRequest:
         self.leaving = True
 
     def remove(self) -> None:
+        """Give signals back to whoever had them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

@@ -6,7 +6,7 @@ make_fx would bake their tensors in as constants: trees are flattened at every b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, dataclass_transform
 
 import optree
@@ -14,6 +14,8 @@ import optree.dataclasses
 
 NAMESPACE = "llama_fn"
 TreeSpec = optree.PyTreeSpec
+Tree = Any  # dataclasses, dicts, lists and tuples of leaves, or a leaf alone; which, no type can say
+Leaf = Any  # what a tree holds at its ends: a tensor, or what declares one (model/arrays.py)
 
 
 @dataclass_transform(frozen_default=True)
@@ -23,23 +25,27 @@ def dataclass(cls: type) -> Any:
     return make(cls, frozen=True, namespace=NAMESPACE)
 
 
-def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+def flatten(tree: Tree) -> tuple[list[Leaf], TreeSpec]:
+    """Leaves in order, and what puts them together again."""
     return optree.tree_flatten(tree, namespace=NAMESPACE)
 
 
-def unflatten(spec: TreeSpec, leaves: Any) -> Any:
+def unflatten(spec: TreeSpec, leaves: Iterable[Leaf]) -> Tree:
+    """The tree that `flatten` took apart, with these leaves."""
     return optree.tree_unflatten(spec, leaves)
 
 
-def leaves(tree: Any) -> list[Any]:
+def leaves(tree: Tree) -> list[Leaf]:
+    """Leaves in order; None is no leaf."""
     return optree.tree_leaves(tree, namespace=NAMESPACE)
 
 
-def map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map(fn: Callable[..., Leaf], tree: Tree, *rest: Tree) -> Tree:
+    """The tree of fn(leaf, *leaves of `rest` at the same place)."""
     return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
 
 
-def paths(tree: Any, root: str = "") -> list[str]:
+def paths(tree: Tree, root: str = "") -> list[str]:
     """One readable path per leaf, such as state.params.layers.wq or batch.tokens[0]."""
     accessors = optree.tree_accessors(tree, namespace=NAMESPACE)
     return [(root + _codify(accessor)).lstrip(".") for accessor in accessors]
@@ -54,12 +60,13 @@ def _codify(accessor: optree.PyTreeAccessor) -> str:
     return text
 
 
-def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_with_path(fn: Callable[..., Leaf], tree: Tree, *rest: Tree) -> Tree:
     """map, with the leaf's path as first argument."""
     flat, spec = flatten(tree)
     others = [leaves(other) for other in rest]
     return unflatten(spec, [fn(*args) for args in zip(paths(tree), flat, *others, strict=True)])
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(tree: Tree) -> dict[str, Leaf]:
+    """{"params.layers[0].wq": leaf, ...}."""
     return dict(zip(paths(tree), leaves(tree), strict=True))

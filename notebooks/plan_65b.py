@@ -8,22 +8,23 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 
-from llama_fn import config
+from llama_fn import config, config_fields
 from llama_fn.hardware import TABLE
+from llama_fn.model import presets
 from llama_fn.planner import plan, report
 from sharding import Mesh
 
-cfg = config.with_values(
-    config.Config(model=config.preset("llama_65b")),
+cfg = config_fields.with_values(
+    config.Config(model=presets.preset("llama_65b")),
     {
         "model.compute_dtype": "bf16", "data.seq_len": 2048, "data.global_batch_size": 256, "data.microbatches": 32,
         "optim.reduce_per_microbatch": True, "mesh.axes": "data:4,model:8", "mesh.remat": "full", "mesh.regather": True,
     },
 )  # fmt: skip
 mesh, traces = Mesh.parse(cfg.mesh.axes), plan.Traces()
-found = plan.make(cfg, mesh, TABLE["ascend_910b1"], traces)
-print(report.as_text(found))
-assert found.fits
+planned = plan.make(cfg, mesh, TABLE["ascend_910b1"], traces)
+print(report.as_text(planned))
+assert planned.fits
 
 # %% [markdown]
 # What if layers kept more? The trace is shared: a plan costs only the lowering.
@@ -38,8 +39,8 @@ for policy in ("dots", "none"):
 
 # %%
 plt.figure(figsize=(8, 3), layout="constrained")
-plt.plot([moment.bytes / 1e9 for moment in found.timeline])
-plt.axhline(found.hardware.hbm_bytes / 1e9, color="red", linewidth=1)
+plt.plot([moment.bytes / 1e9 for moment in planned.timeline])
+plt.axhline(planned.hardware.hbm_bytes / 1e9, color="red", linewidth=1)
 plt.xlabel("layers, in the order of the step")
 plt.ylabel("GB")
 plt.savefig("work/notebook/plan_65b.png")

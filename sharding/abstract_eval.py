@@ -26,8 +26,8 @@ class AbstractEval:
         memo: dict[str, Any] = vars(first.fake_mode)  # lives and dies with its world
         if _MEMO not in memo:
             memo[_MEMO] = cls(first.fake_mode)
-        found: AbstractEval = memo[_MEMO]
-        return found
+        known: AbstractEval = memo[_MEMO]
+        return known
 
     def result(self, target: Any, args: Any, kwargs: Any = {}) -> Any:  # noqa: B006 (never written)
         """What target(*args, **kwargs) gives, nodes standing for their values; the same object for the same kind."""

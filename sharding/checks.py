@@ -44,6 +44,7 @@ class Names:
             self.annotated.add(axis)
 
     def layout(self, layout: P) -> None:
+        """Count the mesh axes of a layout as in use."""
         for axes in layout.by_dim:
             self.sharding.update(axes)
         self.sharding |= layout.unreduced

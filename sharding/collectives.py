@@ -27,10 +27,12 @@ from kernels.registry import Factors, Kernel, kernel, tensor_bytes
 
 
 def axes_text(axes: tuple[str, ...]) -> str:
+    """ "node+data": the form in which ops carry mesh axes."""
     return "+".join(axes)
 
 
 def axes_of(text: str) -> tuple[str, ...]:
+    """The inverse of axes_text."""
     return tuple(text.split("+"))
 
 
@@ -110,9 +112,9 @@ def unstacked(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
     return x if dim == 0 else x.unflatten(0, (n, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
-def communicates(record: Kernel | None) -> str:
-    """The collective that a node of this record sends for, "" if it sends nothing."""
-    name = record.name.removesuffix("_start") if record is not None else ""
+def communicates(kernel: Kernel | None) -> str:
+    """The collective that a node of this kernel sends for, "" if it sends nothing."""
+    name = kernel.name.removesuffix("_start") if kernel is not None else ""
     return name if name in STARTS else ""
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from kernels.registry import of_node
 from kernels.scope_names import without_numbers
 from sharding.collectives import communicates, sent_bytes
@@ -30,29 +32,30 @@ class Collective:
     count: int = 1
 
 
-def collectives(graph: Any) -> list[Collective]:
+def collectives(graph: torch.fx.Graph) -> list[Collective]:
     """Rows in the order of their first appearance in a per-device graph."""
     rows = Counter(row for node in graph.nodes if (row := row_of(node)) is not None)
     return [replace(row, count=count) for row, count in rows.items()]
 
 
-def kind_of(node: Any) -> str:
+def kind_of(node: torch.fx.Node) -> str:
     """The collective that a node is, fused ones included; "" for anything else."""
-    record = of_node(node.target) if node.op == "call_function" else None
-    return record.name if record is not None and record.name in UNFUSED else communicates(record)
+    kernel = of_node(node.target) if node.op == "call_function" else None
+    return kernel.name if kernel is not None and kernel.name in UNFUSED else communicates(kernel)
 
 
-def row_of(node: Any) -> Collective | None:
+def row_of(node: torch.fx.Node) -> Collective | None:
     """The row of one node, with count 1; None for what sends nothing."""
     name = kind_of(node)
     if not name:
         return None
-    x, axes, n = node.args[0].meta["val"], node.args[1], node.args[2]
+    args: Any = node.args
+    x, axes, n = args[0].meta["val"], args[1], args[2]
     kind, size = name, sent_bytes(name, x, n) if name not in UNFUSED else 0
-    if name == "all_reduce" and node.args[3] != "sum":
-        kind = f"all_reduce_{node.args[3]}"
+    if name == "all_reduce" and args[3] != "sum":
+        kind = f"all_reduce_{args[3]}"
     if name in UNFUSED:
-        axes, size = node.args[2], sent(name, [a.meta["val"] if hasattr(a, "meta") else a for a in node.args])
+        axes, size = args[2], sent(name, [a.meta["val"] if hasattr(a, "meta") else a for a in args])
     labels = node.meta.get("custom", {})
     return Collective(
         phase=labels.get("phase", ""), scope=without_numbers(labels.get("scope", "")), kind=kind, axis=axes,

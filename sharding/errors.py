@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 class ShardingError(ValueError):
     """A sharding that does not work out: the message names op, scope, source line, shardings and what to write."""
 
 
-def where(node: Any) -> str:
+def where(node: torch.fx.Node) -> str:
     """ "einsum in layers/3/mlp, backward (llama.py:98)" for a traced node."""
     labels = node.meta.get("custom", {})
     name = str(node.target).removeprefix("llama_fn.").removesuffix(".default")

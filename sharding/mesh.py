@@ -62,6 +62,7 @@ class Mesh:
 
     @property
     def size(self) -> int:
+        """How many devices there are."""
         return prod(size for _, size in self.axes)
 
     def __str__(self) -> str:

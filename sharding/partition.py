@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,6 +35,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Partitioned:
+    """The graph of one device, and how its inputs and outputs are sharded."""
+
     graph: torch.fx.Graph
     inputs: tuple[P, ...]
     outputs: tuple[P, ...]
@@ -47,15 +49,18 @@ def partition(
     return _Partitioner(gm, mesh, rules).run(inputs)
 
 
+Layouts = Any  # P of a single result, a list of them of several
+
+
 class _Partitioner:
     def __init__(self, gm: torch.fx.GraphModule, mesh: Mesh, rules: Rules) -> None:
         self.source, self.mesh, self.rules = gm, mesh, rules
         self.graph = torch.fx.Graph()
         self.new: dict[torch.fx.Node, torch.fx.Node] = {}
-        self.layouts: dict[torch.fx.Node, Any] = {}  # P, or a list of them for several results
+        self.layouts: dict[torch.fx.Node, Layouts] = {}
         self.values = AbstractEval.of(next(iter(gm.graph.nodes)).meta["val"])
         self.names = Names(mesh, rules, ())
-        self.at: Any = None  # the traced node that is being carried over
+        self.at: torch.fx.Node = next(iter(gm.graph.nodes))  # the traced node that is being carried over
 
     def run(self, inputs: Sequence[tuple[tuple[str | None, ...], str]]) -> Partitioned:
         places = iter(inputs)
@@ -97,42 +102,42 @@ class _Partitioner:
         new.meta = dict(node.meta)
         return tuple(self.layouts[result] for result in results)
 
-    def _call(self, node: torch.fx.Node) -> tuple[torch.fx.Node, Any]:
-        record = of_node(node.target)
+    def _call(self, node: torch.fx.Node) -> tuple[torch.fx.Node, Layouts]:
+        kernel, args = of_node(node.target), cast("tuple[Any, ...]", node.args)
         if node.target is operator.getitem:
-            source, index = node.args
-            return self._copy(node), self.layouts[source][index]  # type: ignore[index]
-        if record is None:
+            source, index = args
+            return self._copy(node), self.layouts[source][index]
+        if kernel is None:
             layout = self._aten_layout(node)  # first: shapes that do not fit are an error of torch's, without a line
             return self._copy(node), layout
-        if record.name == "constrain":
-            x, spec, table = node.args
+        if kernel.name == "constrain":
+            x, spec, table = args
             axes = tuple(None if a == "-" else a for a in str(spec).split(",")) if spec else ()
             self.names.annotation(axes, where(node))
             target = self.rules.layout(axes, str(table), self.mesh)
             what = f"{_origin(x)}{where(node)}"
-            local_shape(tuple(x.meta["val"].shape), target, self.mesh, what, table != "compute")  # type: ignore[union-attr]
+            local_shape(tuple(x.meta["val"].shape), target, self.mesh, what, table != "compute")
             return self._reshard(x, target)
-        if record.name == "checkpoint_name":
-            x, name = node.args
-            self.new[x].meta["custom"] = {**self.new[x].meta.get("custom", {}), "name": name}  # type: ignore[index]
-            return self.new[x], self.layouts[x]  # type: ignore[index]
-        if record.name == "reshard_as":
-            x, like = node.args
-            return self._reshard(x, P.of(self.layouts[like].by_dim))  # type: ignore[index]
-        return self._kernel(node, record)
+        if kernel.name == "checkpoint_name":
+            x, name = args
+            self.new[x].meta["custom"] = {**self.new[x].meta.get("custom", {}), "name": name}
+            return self.new[x], self.layouts[x]
+        if kernel.name == "reshard_as":
+            x, like = args
+            return self._reshard(x, P.of(self.layouts[like].by_dim))
+        return self._kernel(node, kernel)
 
-    def _kernel(self, node: torch.fx.Node, record: Kernel) -> tuple[torch.fx.Node, Any]:
+    def _kernel(self, node: torch.fx.Node, kernel: Kernel) -> tuple[torch.fx.Node, Layouts]:
         args = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args]
         operands = [a for a in node.args if isinstance(a, torch.fx.Node)]
         layouts = [self.layouts[a] for a in operands]
-        form: Any = SHARDED_VOCABULARY.get(record.name)
-        factors = record.factors(*args)
-        results = propagate.by_factors(node, record, args, layouts, parts="v" if form else "")
+        form: Any = SHARDED_VOCABULARY.get(kernel.name)
+        factors = kernel.factors(*args)
+        results = propagate.by_factors(node, kernel, args, layouts, parts="v" if form else "")
         axes = self._vocabulary(factors.operands, layouts) if form else ()
         if axes:
             new = form(_Emitter(self, axes, self.new[operands[0]]), *(self._arg(a) for a in node.args))
-            if record.name in FINISHED:
+            if kernel.name in FINISHED:
                 results = [P.of(r.by_dim, r.unreduced - set(axes)) for r in results]
         else:
             new = self._copy(node)
@@ -146,7 +151,7 @@ class _Partitioner:
                 return layout.axes(letters.index("v"))
         return ()
 
-    def _aten_layout(self, node: torch.fx.Node) -> Any:
+    def _aten_layout(self, node: torch.fx.Node) -> Layouts:
         operands: list[torch.fx.Node] = []
         torch.fx.node.map_arg((node.args, node.kwargs), operands.append)
         layouts = [self.layouts[n] for n in operands]
@@ -215,15 +220,15 @@ class _Partitioner:
         return new
 
 
-def _spec_text(layout: Any) -> str:
+def _spec_text(layout: Layouts) -> str:
     """Of one result, or of several."""
     return "; ".join(map(str, layout)) if isinstance(layout, list) else str(layout)
 
 
-def _origin(node: Any) -> str:
+def _origin(node: torch.fx.Node) -> str:
     """The input that a value was cut or cast from, to begin an error with; "" for what is computed."""
     while node.op == "call_function" and node.target in (operator.getitem, aten.unbind.int, aten._to_copy.default):
-        node = node.args[0]
+        node = node.args[0]  # type: ignore[assignment]
     return f"{node.meta.get('path', node.name)}: " if node.op == "placeholder" else ""
 
 

@@ -19,10 +19,10 @@ LIKE_COPY = (aten._to_copy.default, aten.clone.default, aten.neg.default)
 SHAPE_ONLY = (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default)
 
 
-def by_factors(node: Any, record: Kernel, args: list[Any], layouts: list[P], parts: str = "") -> list[P]:
+def by_factors(node: torch.fx.Node, kernel: Kernel, args: list[Any], layouts: list[P], parts: str = "") -> list[P]:
     """Layouts of a kernel's results. `args` are the global values, `layouts` those of its tensor operands; `parts` the
     factors that may be sharded though the rule says otherwise."""
-    factors = record.factors(*args)
+    factors = kernel.factors(*args)
     axes_of: dict[str, tuple[str, ...]] = {}
     given: dict[str, P] = {}
     for letters, layout in zip(factors.operands, layouts, strict=False):
@@ -60,7 +60,8 @@ def by_factors(node: Any, record: Kernel, args: list[Any], layouts: list[P], par
     ]
 
 
-def refuse_unreduced(node: Any, layout: P) -> None:
+def refuse_unreduced(node: torch.fx.Node, layout: P) -> None:
+    """ShardingError naming the annotation to write where `layout` is a partial sum."""
     if layout.unreduced:
         raise ShardingError(
             f"{where(node)}: an operand is still a partial sum over {'+'.join(sorted(layout.unreduced))} ({layout}) "
@@ -69,7 +70,7 @@ def refuse_unreduced(node: Any, layout: P) -> None:
         )
 
 
-def pointwise(node: Any, shapes: list[tuple[int, ...]], layouts: list[P], out: tuple[int, ...]) -> P:
+def pointwise(node: torch.fx.Node, shapes: list[tuple[int, ...]], layouts: list[P], out: tuple[int, ...]) -> P:
     """Broadcasting ops: every operand that has a dimension must shard it alike."""
     dims: list[tuple[str, ...]] = []
     for dim, size in enumerate(out):
@@ -88,7 +89,7 @@ def pointwise(node: Any, shapes: list[tuple[int, ...]], layouts: list[P], out: t
     return P.of(dims, _pending(node, layouts))
 
 
-def _pending(node: Any, layouts: list[P]) -> frozenset[str]:
+def _pending(node: torch.fx.Node, layouts: list[P]) -> frozenset[str]:
     """Axes over which the result of a pointwise op is still a sum."""
     sums = [layout.unreduced for layout in layouts]
     if node.target in SHAPE_ONLY or not any(sums):
@@ -107,7 +108,7 @@ def _pending(node: Any, layouts: list[P]) -> frozenset[str]:
     raise AssertionError
 
 
-def reduction(node: Any, layout: P, dims: list[int] | None, keepdim: bool) -> P:
+def reduction(node: torch.fx.Node, layout: P, dims: list[int] | None, keepdim: bool) -> P:
     """aten.sum over `dims` (all of them): a sharded dimension that is summed leaves the result unreduced."""
     summed = set(range(len(layout))) if dims is None else {d % len(layout) for d in dims}
     over = [axis for d in summed for axis in layout.axes(d)]
@@ -115,7 +116,7 @@ def reduction(node: Any, layout: P, dims: list[int] | None, keepdim: bool) -> P:
     return P.of(kept, [*over, *layout.unreduced])
 
 
-def together(node: Any, layouts: list[P]) -> P:
+def together(node: torch.fx.Node, layouts: list[P]) -> P:
     """Operands of a stack: all alike."""
     if len(set(layouts)) > 1:
         raise ShardingError(f"{where(node)}: parts are sharded differently: {sorted(set(map(str, layouts)))}")

@@ -107,12 +107,12 @@ FUSED: dict[str, Callable[..., Sequence[Any]]] = {
 
 def spans(shape: Sequence[int], layout: P, mesh: Mesh, rank: int) -> tuple[slice, ...]:
     """Where in the global tensor a rank's part lies; shorter than the part where that ends in padding."""
-    found = []
+    slices = []
     for dim, size in enumerate(shape):
         axes = layout.axes(dim)
         width, at = -(-size // mesh.extent(axes)), mesh.index(rank, axes)
-        found.append(slice(min(at * width, size), min((at + 1) * width, size)))
-    return tuple(found)
+        slices.append(slice(min(at * width, size), min((at + 1) * width, size)))
+    return tuple(slices)
 
 
 def part(x: torch.Tensor, layout: P, mesh: Mesh, rank: int) -> torch.Tensor:

@@ -51,6 +51,7 @@ class P:
 
     @property
     def by_dim(self) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes of each dimension."""
         return tuple(self.axes(dim) for dim in range(len(self)))
 
     @classmethod

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fn import config
+from llama_fn import config, config_fields
 from llama_fn.model import optim
 from llama_fn.run import metrics
 from sharding import Mesh
@@ -32,13 +32,13 @@ def load(*args: str) -> config.Config:
     script = (
         "import json, sys\nfrom llama_fn import config, config_checks\nfrom llama_fn.tools import config_flags\n"
         "config_flags.define_flags()\nconfig_flags.parse(sys.argv)\n"
-        "print(json.dumps(config.flat(config_checks.resolved(config_flags.build_config()))))"
+        "print(json.dumps(config_fields.flat(config_checks.resolved(config_flags.build_config()))))"
     )
     done = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     import json
 
-    return config.with_values(config.Config(), json.loads(done.stdout))
+    return config_fields.with_values(config.Config(), json.loads(done.stdout))
 
 
 def check(cfg: config.Config) -> None:

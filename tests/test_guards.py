@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_fn.config import Config, with_values
+from llama_fn.config import Config
+from llama_fn.config_fields import with_values
 from llama_fn.data import writer
 from llama_fn.run import loop, workdir_lock
 from llama_fn.tools import command

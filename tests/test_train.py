@@ -175,11 +175,11 @@ def test_wrong_flags_get_one_paragraph_and_a_status(flags, message, tmp_path):
 
 
 def test_help_lists_every_flag():
-    from llama_fn import config
+    from llama_fn import config, config_fields
 
     code, out = run("--help")
     assert code == 1  # absl's status for a help page
-    for name in config.flat(config.Config()):
+    for name in config_fields.flat(config.Config()):
         assert f"--{name}" in out or f"--[no]{name}" in out
 
 
@@ -187,7 +187,8 @@ def test_the_megatron_line_of_the_published_slice():
     """TFLOPs 107.09 and 7.570 samples/s for the 65B slice at 33.818 s on 8 devices; consumed counts of iteration 3."""
     from dataclasses import replace
 
-    from llama_fn.config import Config, preset
+    from llama_fn.config import Config
+    from llama_fn.model.presets import preset
     from llama_fn.run import metrics
 
     cfg = Config(model=preset("llama_65b_8layers"))

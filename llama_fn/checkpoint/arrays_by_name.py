@@ -33,14 +33,14 @@ def _keys(path: str) -> list[str]:
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
     """{"params": {"wq": x}} of {"params.wq": x}."""
-    found: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, name = _keys(path)
-        node = found
+        node = by_key
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = value
-    return found
+    return by_key
 
 
 def at_path(nested: Any, path: str) -> Any:

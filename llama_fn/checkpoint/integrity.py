@@ -38,13 +38,13 @@ def is_whole(folder: Path) -> bool:
     for name, wanted in listed.items():
         path = folder / name
         try:
-            found = checksum(path)
+            actual = checksum(path)
         except (FileNotFoundError, NotADirectoryError):
             raise Damaged(f"{name} is missing") from None
         except OSError as error:
             raise unreadable(path, error) from None
-        if found != wanted:
-            what = f"has {found[0]} bytes instead of {wanted[0]}" if found[0] != wanted[0] else "has another checksum"
+        if actual != wanted:
+            what = f"has {actual[0]} bytes instead of {wanted[0]}" if actual[0] != wanted[0] else "has another checksum"
             raise Damaged(f"{name} {what}")
     return bool(listed)
 
@@ -69,10 +69,10 @@ def _counts(name: str) -> bool:
 def _listed(folder: Path) -> dict[str, list[int]]:
     """The list, empty where there is none or where it is itself damaged: then the checkpoint has to prove itself."""
     try:
-        found = json.loads((folder / SUMS).read_bytes())
+        content = json.loads((folder / SUMS).read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
     except OSError as error:
         raise unreadable(folder / SUMS, error) from None
-    good = isinstance(found, dict) and found.get("crc32") == of_json(found.get("files"))
-    return found["files"] if good else {}
+    good = isinstance(content, dict) and content.get("crc32") == of_json(content.get("files"))
+    return content["files"] if good else {}

@@ -111,6 +111,7 @@ class Checkpointer:
         )
 
     def steps(self) -> list[int]:
+        """Iterations of the checkpoints there are, oldest first."""
         return sorted(self.manager.all_steps())
 
     def find(self) -> SavedStep | None:
@@ -223,6 +224,7 @@ class Checkpointer:
             )
 
     def close(self) -> None:
+        """Wait for what is being written, then let go of Orbax."""
         self.wait()
         self.commits.shutdown()
         self.manager.close()

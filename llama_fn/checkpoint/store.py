@@ -55,12 +55,14 @@ class Store:
         return self.processes.scatter_state(whole[0] if whole else None, self.infos, self._own(layouts), self.device)
 
     def save(self, iteration: int, state: Any, meta: dict[str, Any], layouts: Sequence[P]) -> None:
+        """Save the state as of `iteration`, with `meta` beside it, while the run goes on; `layouts`: of its leaves."""
         if self.processes is not None:
             state = self.processes.gathered(state, self.infos, self._own(layouts))
         if self.checkpointer is not None:
             self.checkpointer.save(iteration, state, meta)
 
     def parts(self, layouts: Sequence[P]) -> list[arrays.Part] | None:
+        """What this process holds of each leaf; None for a single process, which holds all."""
         return None if self.processes is None else self.processes.parts(self.infos, self._own(layouts))
 
     def _own(self, layouts: Sequence[P]) -> Sequence[P]:
@@ -68,9 +70,11 @@ class Store:
         return layouts[: len(tree.leaves(self.infos))]
 
     def settle(self) -> None:
+        """Wait until nothing is being written."""
         if self.checkpointer is not None:
             self.checkpointer.settle()
 
     def close(self) -> None:
+        """Finish what is being written; UserError where that failed."""
         if self.checkpointer is not None:
             self.checkpointer.close()

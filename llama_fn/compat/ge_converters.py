@@ -76,6 +76,7 @@ def all_gather_matmul(a: Any, b: Any, group_name: str, n: int, transposed: bool,
 
 @torchair.register_fx_node_ge_converter(torch.ops.llama_fn.matmul_reduce_scatter.default)
 def matmul_reduce_scatter(a: Any, b: Any, group_name: str, n: int, transposed: bool, meta_outputs: Any = None) -> Any:
+    """llama_fn.matmul_reduce_scatter as GE's MatmulReduceScatter."""
     return ge.MatmulReduceScatter(
         a, b, bias=None, group=hcom_name(group_name), reduce_op="sum", is_trans_a=False, is_trans_b=transposed,
         comm_turn=0, rank_size=n,

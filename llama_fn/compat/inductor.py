@@ -185,8 +185,8 @@ class _CppKernels:
         with ThreadPoolExecutor(len(units)) as pool:
             loads = [CppPythonBindingsCodeCache.load_async(unit, submit_fn=pool.submit) for unit in units]
             modules = [load() for load in loads]
-        found = {i: getattr(m, f"f{k}") for g, m in zip(groups, modules, strict=True) for k, i in enumerate(g)}
-        self.built = [found[i] for i in range(len(self.asked))]
+        kernels = {i: getattr(m, f"f{k}") for g, m in zip(groups, modules, strict=True) for k, i in enumerate(g)}
+        self.built = [kernels[i] for i in range(len(self.asked))]
 
 
 def missing_tool(kind: str) -> str:

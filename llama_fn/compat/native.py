@@ -8,16 +8,19 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
-def flash_attention(q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention on [B, N, T, H]: o and log-sum-exp [B, N, T]."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[:2]
 
 
-def flash_attention_backward(do, q, k, v, o, lse, scale: float) -> tuple[torch.Tensor, ...]:
+def flash_attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     """dq, dk, dv of :func:`flash_attention`."""
     if q.device.type == "cpu":
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -29,6 +32,7 @@ def flash_attention_backward(do, q, k, v, o, lse, scale: float) -> tuple[torch.T
 
 
 def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN."""
     return torch.backends.mkldnn.is_available()
 
 
@@ -40,7 +44,7 @@ torch.library.register_fake(
 )
 
 
-def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] times b [K, N]; either may be a transposed view. An op of its own, which inductor leaves alone."""
     return torch.ops.llama_fn_forms.onednn_product(a, b)
 

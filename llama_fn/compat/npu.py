@@ -44,7 +44,7 @@ def without_converter(targets: Sequence[Any]) -> list[Any]:
     """The operators among `targets` that torchair has no converter for; most of its converters only raise."""
     from torchair._ge_concrete_graph.fx2ge_converter import _get_converter
 
-    return [t for t in targets if (found := _get_converter(t)) is None or _only_raises(inspect.unwrap(found))]
+    return [t for t in targets if (converter := _get_converter(t)) is None or _only_raises(inspect.unwrap(converter))]
 
 
 def _only_raises(fn: Callable[..., Any]) -> bool:
@@ -73,6 +73,7 @@ class GeGraph:
         return proto
 
     def pbtxt(self) -> str:
+        """The GraphDef as protobuf text, which netron opens."""
         from google.protobuf import text_format
 
         return str(text_format.MessageToString(self.proto))
@@ -91,11 +92,11 @@ class GeGraph:
         local, glob = self.graph._normalize_ge_option()
         groups = {name: list(ranks) for name, (ranks, _) in self.graph.graph.used_process_group.items()}
         results = [self.graph._fx_outputs_mapping[i] for i in range(len(self.graph._fx_outputs))]
-        found = {
+        options = {
             "global": glob, "graph": local, "groups": groups, "inputs": self.used(), "written_inputs": self.written(),
             "results": results,
         }  # fmt: skip
-        return json.dumps(found, indent=1, default=str)
+        return json.dumps(options, indent=1, default=str)
 
 
 def ge_convert(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], scopes: Mapping[str, str]) -> GeGraph:
@@ -114,10 +115,10 @@ def ge_convert(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], scopes:
 
 
 def _shapes(gm: torch.fx.GraphModule) -> dict[str, list[int]]:
-    found = {}
+    shapes = {}
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         for i, one in enumerate(value if isinstance(value, (tuple, list)) else [value]):
             if isinstance(one, torch.Tensor):
-                found[f"{node.name}.{i}"] = list(one.shape)
-    return found
+                shapes[f"{node.name}.{i}"] = list(one.shape)
+    return shapes

@@ -42,6 +42,7 @@ class FakeTensors:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def make(self, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        """A tensor of this world."""
         with self.mode:
             return torch.empty(tuple(shape), dtype=dtype, device=device)
 
@@ -89,11 +90,13 @@ class FakeTensors:
         return "".join(lines)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """fn(*args) on tensors of this world."""
         with self.mode:
             return fn(*args)
 
 
 def labels(node: torch.fx.Node) -> dict[str, Any]:
+    """scope, phase, source, region, name and note of a node, as far as it has them (kernels/scope.py)."""
     return node.meta.get("custom", {})
 
 

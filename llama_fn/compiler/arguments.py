@@ -17,6 +17,7 @@ import torch
 
 from llama_fn import tree
 from llama_fn.model.arrays import ArrayInfo
+from llama_fn.tree import Leaf, Tree
 
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
@@ -33,16 +34,16 @@ class Bound:
     `positional` on go by keyword."""
 
     names: tuple[str, ...]
-    values: tuple[Any, ...]
+    values: tuple[Tree, ...]
     positional: int
 
-    def call(self, fn: Callable[..., Any], values: Sequence[Any]) -> Any:
+    def call(self, fn: Callable[..., Any], values: Sequence[Tree]) -> Tree:
         """fn of other values for the same parameters."""
         n = self.positional
         return fn(*values[:n], **dict(zip(self.names[n:], values[n:], strict=True)))
 
 
-def bind(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound:
+def bind(fn: Callable[..., Any], args: Sequence[Tree], kwargs: Mapping[str, Tree]) -> Bound:
     """fn's arguments; TypeError, as Python's own, where they are not what it takes."""
     try:
         signature = inspect.signature(fn)
@@ -68,7 +69,7 @@ def _positional_names(signature: inspect.Signature, count: int) -> Iterable[str]
     yield from (f"{parameter.name}[{i}]" for i in range(count))
 
 
-def as_array(x: Any, path: str) -> torch.Tensor | ArrayInfo:
+def as_array(x: Leaf, path: str) -> torch.Tensor | ArrayInfo:
     """A leaf as a tensor, or as the declaration of one; ValueError naming the path of what is neither."""
     if isinstance(x, (torch.Tensor, ArrayInfo)):
         if isinstance(x, torch.Tensor) and x.layout != torch.strided:
@@ -92,12 +93,12 @@ class Leaves:
     """Flat arguments: the path of every leaf, what was given, the same as an array, and the tree they came from."""
 
     paths: list[str]
-    given: list[Any]
-    arrays: list[Any]
+    given: list[Leaf]
+    arrays: list[Leaf]
     spec: tree.TreeSpec
 
     @classmethod
-    def of(cls, names: Sequence[str], values: Sequence[Any]) -> Leaves:
+    def of(cls, names: Sequence[str], values: Sequence[Tree]) -> Leaves:
         """ValueError naming the path of a leaf that is no array."""
         paths = [path for name, value in zip(names, values, strict=True) for path in tree.paths(value, name)]
         given, spec = tree.flatten(tuple(values))
@@ -117,11 +118,11 @@ def refuse_spoiled(paths: Sequence[str], leaves: Sequence[torch.Tensor]) -> None
     """ValueError for a leaf that an interrupted step may have overwritten."""
     if not _SPOILED:
         return
-    found = [path for path, x in zip(paths, leaves, strict=True) if x.untyped_storage().data_ptr() in _SPOILED]
-    if found:
+    spoiled = [path for path, x in zip(paths, leaves, strict=True) if x.untyped_storage().data_ptr() in _SPOILED]
+    if spoiled:
         raise ValueError(
-            f"{found[0]}{f' and {len(found) - 1} more' if found[1:] else ''} was donated to a step that did not end: "
-            "some leaves may hold new values and others old ones. Begin again from a checkpoint or a new state"
+            f"{spoiled[0]}{f' and {len(spoiled) - 1} more' if spoiled[1:] else ''} was donated to a step that did not "
+            "end: some leaves may hold new values and others old ones. Begin again from a checkpoint or a new state"
         )
 
 

@@ -18,6 +18,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 def scope_of(node: torch.fx.Node) -> str:
+    """ "microbatch/0/layers/3/mlp", or ""."""
     return str(compat.labels(node).get("scope", ""))
 
 
@@ -37,6 +38,7 @@ def warn_without_layers(graph: torch.fx.Graph, reader: str, cost: str) -> None:
 
 
 def phase_of(node: torch.fx.Node) -> str:
+    """forward, backward or optimizer."""
     return str(compat.labels(node).get("phase", "forward"))
 
 
@@ -46,10 +48,12 @@ def label(node: torch.fx.Node, like: torch.fx.Node) -> None:
 
 
 def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """The graph's inputs, in order."""
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def output_node(graph: torch.fx.Graph) -> torch.fx.Node:
+    """The node that returns the results, which is the last."""
     last = next(iter(reversed(graph.nodes)))
     assert last.op == "output", f"a pass left {last} behind the output"
     return last
@@ -61,6 +65,7 @@ def results(graph: torch.fx.Graph) -> list[Any]:
 
 
 def calls(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """The graph's ops, in order."""
     return [node for node in graph.nodes if node.op == "call_function"]
 
 
@@ -75,9 +80,9 @@ def operands(node: torch.fx.Node) -> list[torch.fx.Node]:
 
     Unlike `Node.all_input_nodes`, whose order changes when an argument is replaced.
     """
-    found: dict[torch.fx.Node, None] = {}
-    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.setdefault(n))
-    return list(found)
+    nodes: dict[torch.fx.Node, None] = {}
+    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: nodes.setdefault(n))
+    return list(nodes)
 
 
 def _argument(x: Any) -> str:

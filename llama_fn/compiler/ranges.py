@@ -35,6 +35,7 @@ class Ranges:
         self._levels: list[tuple[str, AbstractContextManager[Any]] | None] = [None]
 
     def to(self, name: str) -> None:
+        """End the range of this level and begin the one of this name, if it is another; "" begins none."""
         if not self.on:
             return
         here = self._levels[-1]
@@ -49,11 +50,13 @@ class Ranges:
             self._levels[-1] = name, timer
 
     def enter(self, name: str) -> None:
+        """Begin the range `name` and, inside it, a level of its own."""
         if self.on:
             self.to(name)
             self._levels.append(None)
 
     def leave(self) -> None:
+        """End the level that `enter` began, and its range."""
         if self.on:
             self.to("")
             self._levels.pop()
@@ -74,9 +77,11 @@ class Timeline:
         self.events: list[dict[str, Any]] = []
 
     def start(self) -> None:
+        """Time ranges with this clock from now on."""
         RANGES.timer = self._timed
 
     def stop(self) -> None:
+        """Give ranges back to torch's profiler."""
         RANGES.timer = torch.profiler.record_function
 
     @contextmanager
@@ -89,6 +94,7 @@ class Timeline:
             self.events.append(range_event(name, begun / 1e3, us))
 
     def export_chrome_trace(self, path: str) -> None:
+        """Write the ranges as a trace that Perfetto opens."""
         with open(path, "w") as f:
             json.dump({"traceEvents": self.events}, f)
 

@@ -12,6 +12,7 @@ import torch
 from llama_fn import compat
 from llama_fn.compiler.arguments import Leaves, refuse_shared, refuse_spoiled
 from llama_fn.model.arrays import ArrayInfo, describe
+from llama_fn.tree import Leaf, Tree, TreeSpec
 
 
 def is_within(path: str, argument: str) -> bool:
@@ -23,10 +24,10 @@ def is_within(path: str, argument: str) -> bool:
 class Signature:
     """Trees that go in and come out, leaf by leaf; `donated` are the arguments whose buffers the caller gives up."""
 
-    in_spec: Any
+    in_spec: TreeSpec
     in_paths: tuple[str, ...]
     in_infos: tuple[ArrayInfo, ...]
-    out_spec: Any
+    out_spec: TreeSpec
     out_paths: tuple[str, ...]
     donated: tuple[int, ...]
     argument_names: tuple[str, ...]
@@ -52,7 +53,7 @@ class Signature:
         """The input leaves that are donated."""
         return [i for i, _ in self.donations]
 
-    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any], what: str) -> Leaves:
+    def leaves(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], what: str) -> Leaves:
         """A call's arguments; ValueError naming every path whose leaf is missing, extra, or of another type."""
         leaves = Leaves.of(*self._ordered(args, kwargs, what))
         if leaves.spec == self.in_spec and all(
@@ -70,7 +71,7 @@ class Signature:
         raise ValueError("\n".join([f"{what} was made for other arguments:", *lines[:20], *_more(len(lines) - 20)]))
 
     def inputs(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], what: str, device: str | None
+        self, args: Sequence[Tree], kwargs: Mapping[str, Tree], what: str, device: str | None
     ) -> list[torch.Tensor]:
         """The tensors that an executable on `device` (None: any) takes, from a call's arguments.
 
@@ -106,8 +107,8 @@ class Signature:
         return x
 
     def _ordered(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], what: str
-    ) -> tuple[Sequence[str], Sequence[Any]]:
+        self, args: Sequence[Tree], kwargs: Mapping[str, Tree], what: str
+    ) -> tuple[Sequence[str], Sequence[Leaf]]:
         """Names and values of a call's arguments, in the order in which they were traced."""
         if not kwargs and len(args) == len(self.argument_names):
             return self.argument_names, args
@@ -137,5 +138,5 @@ def _more(n: int) -> list[str]:
     return [f"  ... and {n} more"] if n > 0 else []
 
 
-def _matches(x: Any, info: ArrayInfo) -> bool:
+def _matches(x: Leaf, info: ArrayInfo) -> bool:
     return hasattr(x, "shape") and tuple(x.shape) == info.shape and x.dtype == info.dtype

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llama_fn import compat, tree
-from llama_fn.compiler import backends, cost, ir, passes
+from llama_fn.compiler import backends, cost, ir, liveness, passes
 from llama_fn.compiler.arguments import name_of, spoil
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.compiler.passes.fuse import report as fusion_report
@@ -33,6 +33,7 @@ from llama_fn.compiler.tracing import trace
 from llama_fn.config import MeshConfig
 from llama_fn.errors import UserError, nearest
 from llama_fn.model.arrays import abstract, describe
+from llama_fn.tree import Tree
 from sharding import P, collectives_table
 from sharding.mesh import Mesh
 from sharding.rules import PRESETS, Rules
@@ -60,9 +61,10 @@ class Wrapped:
 
     @property
     def trace_count(self) -> int:
+        """How often the function was traced: once per signature."""
         return len(self._traces)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+    def trace(self, *args: Tree, **kwargs: Tree) -> Traced:
         """Trace with the shapes and dtypes of the arguments, whose leaves are ArrayInfo, tensors, NumPy arrays or
         numbers.
 
@@ -80,7 +82,8 @@ class Wrapped:
         self._traces.append(traced.signature)
         return traced
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
+        """The function's results, compiled at the first call."""
         if not self._compiled:
             self._compiled.append(self.trace(*args, **kwargs).lower().compile(self.backend))
         return self._compiled[0](*args, **kwargs)
@@ -115,8 +118,8 @@ class _Graph(ABC):
     def cost_analysis(self) -> cost.Cost:
         return cost.cost_analysis(self.graph_module)
 
-    def memory_analysis(self) -> cost.Memory:
-        return cost.memory_analysis(self.graph_module, self.aliases)
+    def memory_analysis(self) -> liveness.Memory:
+        return liveness.memory_analysis(self.graph_module, self.aliases)
 
 
 @dataclass(frozen=True)
@@ -130,14 +133,16 @@ class Traced(_Graph):
 
     @property
     def title(self) -> str:
+        """The name of the function and of the stage."""
         return f"{self.name} traced"
 
     @property
     def aliases(self) -> Sequence[tuple[int, int]]:
+        """(input, result) of every donated input: the result takes its buffer."""
         return self.signature.aliases
 
     @uncollected()
-    def resized(self, *args: Any) -> Traced:
+    def resized(self, *args: Tree) -> Traced:
         """The trace for another batch size, for a tenth of the time that tracing takes.
 
         ValueError where more than the extent of `batch` axes differs from what was traced, or where an op does not take
@@ -207,10 +212,12 @@ class Lowered(_Graph):
 
     @property
     def signature(self) -> Signature:
+        """Paths, shapes and dtypes of arguments and results, all global."""
         return self.traced.signature
 
     @property
     def title(self) -> str:
+        """The name of the function and of the stage."""
         return f"{self.traced.name} lowered for {self.mesh}, rules {self.rules.name}"
 
     def _output_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -223,6 +230,7 @@ class Lowered(_Graph):
         return collectives_table.collectives(self.graph_module.graph)
 
     def as_text(self) -> str:
+        """The graph of one device, the table of its collectives, and what fused or did not."""
         rows, notes = self.collectives(), fusion_report(self.graph_module.graph)
         parts = [
             super().as_text(),
@@ -267,9 +275,10 @@ class Compiled:
 
     @property
     def from_cache(self) -> bool:
+        """Whether nothing was compiled and earlier code was loaded."""
         return self.executable.origin is not None and self.executable.origin.from_cache
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
         """The function's results. Donated arguments are overwritten; where the call is interrupted, by an error or by
         Ctrl-C, they are refused from then on, as some may hold new values and others old ones."""
         signature = self.lowered.local_signature if self.executable.local else self.lowered.signature
@@ -284,13 +293,15 @@ class Compiled:
         return tree.unflatten(signature.out_spec, flat)
 
     def as_text(self) -> str:
+        """The graph that the backend runs."""
         return self.executable.text
 
     __str__ = as_text
 
     def cost_analysis(self) -> cost.Cost:
+        """Of the lowered graph: what the backend makes of it is not counted."""
         return self.lowered.cost_analysis()
 
-    def memory_analysis(self) -> cost.Memory | None:
+    def memory_analysis(self) -> liveness.Memory | None:
         """What the backend measured of its last call, or None where it measures nothing."""
         return self.executable.measured()

@@ -13,12 +13,13 @@ from llama_fn.compiler.arguments import Leaves, bind, name_of
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.compiler.signature import Signature
 from llama_fn.model.arrays import abstract
+from llama_fn.tree import Leaf, Tree
 from sharding.mesh import Mesh
 
 
 @uncollected()
 def trace(
-    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], donate: tuple[int, ...]
+    fn: Callable[..., Any], args: Sequence[Tree], kwargs: Mapping[str, Tree], donate: tuple[int, ...]
 ) -> tuple[torch.fx.GraphModule, Signature]:
     """The graph of `fn(*args, **kwargs)`, whose leaves are ArrayInfo or arrays, and its signature; ValueError where it
     uses tensors that are not among its arguments, draws random numbers, returns what is no tensor, or where no result
@@ -59,7 +60,7 @@ def _donated(names: Sequence[str], donate: tuple[int, ...]) -> tuple[int, ...]:
     return donate
 
 
-def _refuse_other_results(results: Sequence[Any], paths: Sequence[str], name: str) -> None:
+def _refuse_other_results(results: Sequence[Leaf], paths: Sequence[str], name: str) -> None:
     for result, path in zip(results, paths, strict=True):
         if not isinstance(result, torch.Tensor):
             raise ValueError(

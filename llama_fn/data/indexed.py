@@ -24,10 +24,12 @@ HEADER = struct.Struct("<9sQBQQ")
 
 
 def files(prefix: Path) -> tuple[Path, Path]:
+    """PREFIX.bin and PREFIX.idx."""
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
 def exists(prefix: Path) -> bool:
+    """Whether both files of a prefix are there."""
     return all(os.path.isfile(path) for path in files(prefix))
 
 
@@ -69,11 +71,11 @@ class IndexedDataset:
     def verify(self, vocab_size: int, memory: Path) -> None:
         """UserError for a checksum that is not met, and for a token that is not below `vocab_size`; all of the data is
         read, once: `memory` is the file that remembers it."""
-        found = verified(self.prefix, files(self.prefix), self.tokens, memory)
-        self._refuse(found, vocab_size)
+        extremes = verified(self.prefix, files(self.prefix), self.tokens, memory)
+        self._refuse(extremes, vocab_size)
 
-    def _refuse(self, found: Extremes, vocab_size: int) -> None:
-        refuse_other_tokens(self.bin_path, self.tokens, self.offsets, found, vocab_size)
+    def _refuse(self, extremes: Extremes, vocab_size: int) -> None:
+        refuse_other_tokens(self.bin_path, self.tokens, self.offsets, extremes, vocab_size)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

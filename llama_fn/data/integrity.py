@@ -79,6 +79,7 @@ class BlockSums:
     blocks: list[int] | None = None
 
     def add(self, data: bytes | memoryview) -> None:
+        """Count the bytes that come next in the file."""
         self.blocks = self.blocks if self.blocks is not None else []
         view = memoryview(data).cast("B")
         while view:
@@ -90,10 +91,12 @@ class BlockSums:
             view = view[room:]
 
     def as_json(self) -> list[Any]:
+        """[size in bytes, CRC-32 per block]."""
         return [self.size, self.blocks or []]
 
 
 def sums_path(prefix: Path) -> Path:
+    """Where the sums of a prefix's files are kept."""
     return prefix.with_name(prefix.name + SUMS)
 
 
@@ -167,6 +170,7 @@ class Extremes:
     largest: int = -1
 
     def add(self, tokens: np.ndarray) -> None:
+        """Look at more tokens."""
         if tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
             self.smallest, self.largest = min(self.smallest, low), max(self.largest, high)

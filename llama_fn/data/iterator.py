@@ -63,7 +63,9 @@ class BatchIterator:
         return batch
 
     def state(self) -> dict[str, int]:
+        """How many samples and tokens were handed out so far, for a checkpoint."""
         return {"consumed_samples": self.consumed, "consumed_tokens": self.tokens}
 
     def close(self) -> None:
+        """End the thread that prepares batches."""
         self._worker.shutdown(wait=True, cancel_futures=True)

@@ -51,6 +51,7 @@ class Processes:
         return self._groups
 
     def part(self, x: torch.Tensor, layout: P) -> torch.Tensor:
+        """What this process holds of a global tensor."""
         return part(x, layout, self.mesh, self.rank)
 
     def whole(self, mine: torch.Tensor, layout: P, shape: Sequence[int]) -> torch.Tensor | None:
@@ -121,6 +122,7 @@ class Processes:
         self.watchdog.wait_for_all(what)
 
     def barrier(self) -> None:
+        """Wait for all processes."""
         dist.barrier()
 
     def any(self, flag: int) -> int:

@@ -35,14 +35,17 @@ class Watchdog:
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> Watchdog:
+        """Watch from now on; returns itself."""
         self._sign_of_life()
         self.thread.start()
         return self
 
     def begin(self, step: int) -> None:
+        """This process begins `step`: a sign of life."""
         self.step = step
 
     def close(self) -> None:
+        """Stop watching."""
         self.closed.set()
         self.thread.join(timeout=5)
 

@@ -41,6 +41,7 @@ _OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)")
 
 
 def rank_folder(folder: Path, rank: int) -> Path:
+    """Where a rank dumps its graphs below --run.dump_dir."""
     return folder / f"rank_{rank}"
 
 

@@ -50,6 +50,7 @@ def rows(measured: Mapping[Key, float], lowered: stages.Lowered, hardware: Hardw
 
 
 def as_text(rows: Sequence[Row], hardware: Hardware) -> str:
+    """The table of docs/debugging.md, in milliseconds per step."""
     lines = [
         "milliseconds of a step by scope, measured, and predicted by the roofline, every op reading and writing memory",
         f"{hardware.name}: {hardware.source}",

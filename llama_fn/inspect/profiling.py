@@ -39,6 +39,7 @@ class Profiler:
         self.target = self.table.with_suffix("" if self.kind == "npu" else ".json")
 
     def before(self, iteration: int) -> None:
+        """Begin to profile if this iteration is the first to be profiled."""
         if iteration not in self.steps:
             return
         if self.running is None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 
 from kernels.scope import caller
 from llama_fn import tree
 from llama_fn.model import random
+from llama_fn.tree import Leaf, Tree
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SHORT = {
@@ -45,38 +45,41 @@ class ArrayInfo:
 
     @property
     def size(self) -> int:
+        """Elements, of the global shape."""
         return prod(self.shape)
 
     @property
     def bytes(self) -> int:
+        """Bytes, of the global shape."""
         return self.size * self.dtype.itemsize
 
     def __str__(self) -> str:
         return describe(self)
 
 
-def describe(x: Any) -> str:
+def describe(x: Leaf) -> str:
     """f32[2,3] for anything with a shape and a dtype."""
     if not hasattr(x, "shape"):
         return repr(x)
     return f"{SHORT.get(x.dtype, str(x.dtype))}[{','.join(str(s) for s in x.shape)}]"
 
 
-def abstract(x: Any) -> ArrayInfo:
+def abstract(x: Leaf) -> ArrayInfo:
     """The ArrayInfo of a tensor or of anything that already has a shape and a dtype."""
     return x if isinstance(x, ArrayInfo) else ArrayInfo(tuple(x.shape), x.dtype)
 
 
-def total_size(infos: Any) -> int:
+def total_size(infos: Tree) -> int:
     """Number of elements in a tree of ArrayInfo."""
     return sum(info.size for info in tree.leaves(infos))
 
 
-def total_bytes(infos: Any) -> int:
+def total_bytes(infos: Tree) -> int:
+    """Bytes of a tree of ArrayInfo."""
     return sum(info.bytes for info in tree.leaves(infos))
 
 
-def materialize(infos: Any, key: random.Key, device: str = "cpu", parts: Sequence[Part] | None = None) -> Any:
+def materialize(infos: Tree, key: random.Key, device: str = "cpu", parts: Sequence[Part] | None = None) -> Tree:
     """Tensors for a tree of ArrayInfo; every leaf draws from `key` folded with its own path, so the values depend
     neither on the order of the leaves nor on which device or shard asks for them.
 
@@ -105,6 +108,7 @@ class Part:
     shape: tuple[int, ...]
 
     def padded(self, values: torch.Tensor) -> torch.Tensor:
+        """values, filled up with zeros to this part's shape."""
         if tuple(values.shape) == self.shape:
             return values
         whole = values.new_zeros(self.shape)

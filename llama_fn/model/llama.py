@@ -6,7 +6,6 @@ Letters: B batch, T query, S key, D embed, N query heads, K kv heads, H head dim
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -18,9 +17,9 @@ from llama_fn import tree
 from llama_fn.config import ModelConfig
 from llama_fn.model.arrays import ArrayInfo, Init
 from llama_fn.model.transforms import remat
+from llama_fn.tree import Leaf, Tree
 from sharding import P, constrain
 
-Leaf = Any  # a tensor, or its ArrayInfo
 RESIDUAL = P("batch", "seq", "embed")  # between blocks
 BLOCK = P("batch", "full_seq", "embed")  # what a block's first products read
 QUERIES, KEYS = (P("batch", "attn_seq", heads, "head_dim") for heads in ("attn_heads", "attn_kv_heads"))
@@ -46,7 +45,7 @@ class Params:
     """All parameters; lm_head is None where the embedding is tied."""
 
     embed: Leaf  # [V, D]
-    layers: Any  # a Layer of stacked leaves; after weights.gather a list of them, one per layer
+    layers: Tree  # a Layer of stacked leaves; after weights.gather a list of them, one per layer
     final_norm: Leaf  # [D]
     lm_head: Leaf  # [V, D]
 
@@ -86,7 +85,9 @@ def abstract_params(cfg: ModelConfig) -> Params:
     )
 
 
-def attention_block(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig) -> torch.Tensor:
+def attention_block(
+    p: Layer, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, cfg: ModelConfig
+) -> torch.Tensor:
     """x + wo(attention(rope(wq n), rope(wk n), wv n)) with n = rms_norm(x)."""
     with named_scope("attention"):
         n_BTD = constrain(k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], BLOCK)
@@ -108,7 +109,7 @@ def mlp_block(p: Layer, x_BTD: torch.Tensor, *, cfg: ModelConfig) -> torch.Tenso
         return x_BTD + constrain(k.einsum("btf,fd->btd", h_BTF, p.w_down), RESIDUAL)
 
 
-def _layer(p: Layer, x_BTD: torch.Tensor, cos, sin, *, cfg: ModelConfig) -> torch.Tensor:
+def _layer(p: Layer, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
     return mlp_block(p, attention_block(p, x_BTD, cos, sin, cfg=cfg), cfg=cfg)
 
 
@@ -126,6 +127,7 @@ def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torc
 
 
 def head(params: Params) -> torch.Tensor:
+    """The output head [V, D]: the embedding where it is tied."""
     return params.embed if params.lm_head is None else params.lm_head
 
 

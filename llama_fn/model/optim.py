@@ -16,6 +16,7 @@ from kernels.rms_norm import upcast
 from llama_fn import tree
 from llama_fn.config import Config, OptimConfig
 from llama_fn.model.arrays import ArrayInfo, Init
+from llama_fn.tree import Leaf, Tree
 from sharding import P, constrain, reshard_as
 
 Schedule = Callable[[torch.Tensor], torch.Tensor]
@@ -24,16 +25,16 @@ Schedule = Callable[[torch.Tensor], torch.Tensor]
 class Optimizer(NamedTuple):
     """`init` maps a tree of ArrayInfo to the abstract state; `update` is pure."""
 
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
+    init: Callable[[Tree], Tree]
+    update: Callable[..., tuple[Tree, Tree]]
 
 
 def _count() -> ArrayInfo:
     return ArrayInfo((), torch.float32, ())
 
 
-def _stateless(fn: Callable[..., Any]) -> Optimizer:
-    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+def _stateless(fn: Callable[..., Tree]) -> Optimizer:
+    def update(updates: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         return fn(updates, params, **extra), state
 
     return Optimizer(lambda params: (), update)
@@ -42,7 +43,7 @@ def _stateless(fn: Callable[..., Any]) -> Optimizer:
 def chain(*parts: Optimizer) -> Optimizer:
     """Apply the parts in order; the state is the tuple of their states."""
 
-    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         new = []
         for part, part_state in zip(parts, state, strict=True):
             updates, part_state = part.update(updates, part_state, params, **extra)
@@ -52,7 +53,7 @@ def chain(*parts: Optimizer) -> Optimizer:
     return Optimizer(lambda params: tuple(part.init(params) for part in parts), update)
 
 
-def global_norm(grads: Any) -> torch.Tensor:
+def global_norm(grads: Tree) -> torch.Tensor:
     """Euclidean norm over every leaf, float32 scalar (float64 if a leaf is)."""
     # Each leaf's sum is finished over the mesh axes that shard that leaf, so nothing is counted twice.
     squares = [constrain(torch.sum(torch.square(upcast(g))), P()) for g in tree.leaves(grads)]
@@ -62,7 +63,7 @@ def global_norm(grads: Any) -> torch.Tensor:
 def clip_by_global_norm(limit: float) -> Optimizer:
     """Scale all updates by min(1, limit / (norm + 1e-6)) (Pascanu et al. 2013, with torch's epsilon)."""
 
-    def clip(updates: Any, params: Any, grad_norm: torch.Tensor, **extra: Any) -> Any:
+    def clip(updates: Tree, params: Tree, grad_norm: torch.Tensor, **extra: Any) -> Tree:
         factor = torch.clamp(limit / (grad_norm + 1e-6), max=1.0)
         return tree.map(lambda g: g * factor, updates)
 
@@ -72,19 +73,19 @@ def clip_by_global_norm(limit: float) -> Optimizer:
 class AdamState(NamedTuple):
     """First moment, second moment (trees like params) and the number of updates made."""
 
-    mu: Any
-    nu: Any
-    count: Any
+    mu: Tree
+    nu: Tree
+    count: Leaf
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
     """Adam's direction with bias correction (Kingma and Ba 2015, algorithm 1)."""
 
-    def init(params: Any) -> AdamState:
+    def init(params: Tree) -> AdamState:
         zeros = tree.map(lambda info: replace(info, init=Init(), table="moments"), params)
         return AdamState(zeros, zeros, _count())
 
-    def update(updates: Any, state: AdamState, params: Any, **extra: Any) -> tuple[Any, AdamState]:
+    def update(updates: Tree, state: AdamState, params: Tree, **extra: Any) -> tuple[Tree, AdamState]:
         count = state.count + 1
         mu = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = tree.map(lambda v, g: b2 * v + (1 - b2) * (g * g), state.nu, updates)
@@ -99,16 +100,16 @@ def _power(base: float, exponent: torch.Tensor) -> torch.Tensor:
     return torch.exp(exponent * math.log(base)) if base > 0 else torch.zeros_like(exponent)
 
 
-def add_decayed_weights(rate: float, mask: Any) -> Optimizer:
+def add_decayed_weights(rate: float, mask: Tree) -> Optimizer:
     """Decoupled weight decay (Loshchilov and Hutter 2019) where `mask`, a tree of bool like params, is True."""
 
-    def decay(updates: Any, params: Any, **extra: Any) -> Any:
+    def decay(updates: Tree, params: Tree, **extra: Any) -> Tree:
         return tree.map(lambda u, p, decayed: u + rate * reshard_as(p, u) if decayed else u, updates, params, mask)
 
     return _stateless(decay)
 
 
-def matrices(params: Any) -> Any:
+def matrices(params: Tree) -> Tree:
     """The mask of what weight decay applies to: every leaf of ArrayInfo but vectors, stacked or not (the norms)."""
     return tree.map(lambda info: len([axis for axis in info.axes if axis != "layers"]) > 1, params)
 
@@ -116,7 +117,7 @@ def matrices(params: Any) -> Any:
 def scale_by_schedule(schedule: Schedule) -> Optimizer:
     """Multiply by -schedule(count), count being 1 in the first update."""
 
-    def update(updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
         count = state + 1
         rate = schedule(count)
         return tree.map(lambda u: -rate * u, updates), count
@@ -146,12 +147,12 @@ def warmup_decay(cfg: OptimConfig, total_steps: int) -> Schedule:
 class AdamW(NamedTuple):
     """An optimizer, and the learning rate of the next update by its state, for the metrics: a float32 scalar."""
 
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
-    learning_rate: Callable[[Any], torch.Tensor]
+    init: Callable[[Tree], Tree]
+    update: Callable[..., tuple[Tree, Tree]]
+    learning_rate: Callable[[Tree], torch.Tensor]
 
 
-def adamw(cfg: Config, params: Any) -> AdamW:
+def adamw(cfg: Config, params: Tree) -> AdamW:
     """The optimizer of a training run on parameters declared as `params`: clip, Adam, weight decay, schedule."""
     o = cfg.optim
     schedule = warmup_decay(o, cfg.run.steps)
@@ -160,13 +161,13 @@ def adamw(cfg: Config, params: Any) -> AdamW:
     parts += [add_decayed_weights(o.weight_decay, matrices(params))] if o.weight_decay else []
     whole = chain(*parts, scale_by_schedule(schedule))
 
-    def learning_rate(state: Any) -> torch.Tensor:
+    def learning_rate(state: Tree) -> torch.Tensor:
         *_, updates_made = state  # scale_by_schedule is the chain's last part, and its state is this count
         return schedule(updates_made + 1)
 
     return AdamW(whole.init, whole.update, learning_rate)
 
 
-def apply_updates(params: Any, updates: Any) -> Any:
+def apply_updates(params: Tree, updates: Tree) -> Tree:
     """params + updates, each leaf in the parameter's dtype and sharding."""
     return tree.map(lambda p, u: p + reshard_as(u.to(p.dtype), p), params, updates)

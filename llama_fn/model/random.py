@@ -24,6 +24,7 @@ class Key:
 
 
 def key(seed: int) -> Key:
+    """The key that everything random of a run is folded from."""
     return fold_in(Key((seed & (2**64 - 1), 0)), "seed")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from llama_fn.config_checks import check
 from llama_fn.model import llama, optim, weights
 from llama_fn.model.arrays import DTYPES, ArrayInfo, Init
 from llama_fn.model.transforms import accumulate, named_scope, phase, repeated, value_and_grad
+from llama_fn.tree import Leaf, Tree
 from sharding import P, constrain
 
 MAX_LOSS_SCALE = 2.0**32
@@ -28,15 +28,17 @@ MAX_LOSS_SCALE = 2.0**32
 class Guard:
     """What protects a run from non-finite numbers: the fp16 loss scale and the counts of what was refused."""
 
-    loss_scale: Any  # [] float32; 1 and constant unless compute_dtype is fp16
-    good_steps: Any  # [] float32, updates since the scale last changed
-    skipped: Any  # [] float32, iterations without an update so far
-    nan: Any  # [] float32, iterations so far whose loss was not finite, or whose update left parameters that are not
+    loss_scale: Leaf  # [] float32; 1 and constant unless compute_dtype is fp16
+    good_steps: Leaf  # [] float32, updates since the scale last changed
+    skipped: Leaf  # [] float32, iterations without an update so far
+    nan: Leaf  # [] float32, iterations so far whose loss was not finite, or whose update left parameters that are not
 
 
 @tree.dataclass
 class OptState:
-    chain: Any
+    """The state of the optimizer's chain (optim.py), and the guard's."""
+
+    chain: Tree
     guard: Guard
 
 
@@ -44,16 +46,18 @@ class OptState:
 class TrainState:
     """Everything needed to continue, except the position in the data."""
 
-    step: Any  # [] int64, iterations done
+    step: Leaf  # [] int64, iterations done
     params: llama.Params
     opt_state: OptState
 
 
 @tree.dataclass
 class Batch:
-    tokens: Any
-    targets: Any
-    loss_mask: Any
+    """M microbatches: tokens and targets int64 [M, B, T], loss_mask float32 [M, B, T]."""
+
+    tokens: Leaf
+    targets: Leaf
+    loss_mask: Leaf
 
 
 def abstract_state(cfg: Config) -> TrainState:
@@ -71,6 +75,7 @@ def abstract_state(cfg: Config) -> TrainState:
 
 
 def abstract_batch(cfg: Config) -> Batch:
+    """The declaration of a batch. UserError for a cfg that is no configuration."""
     check(cfg)
     m = cfg.data.microbatches
     shape = (m, cfg.data.global_batch_size // m, cfg.data.seq_len)

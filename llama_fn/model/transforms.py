@@ -13,18 +13,19 @@ from kernels.rms_norm import upcast
 from kernels.scope import named_scope, phase, remat_region, source_line
 from kernels.scope_names import ACCUMULATE, microbatch, of_path
 from llama_fn import tree
+from llama_fn.tree import Leaf, Tree
 
 __all__ = ["accumulate", "by_leaf", "named_scope", "phase", "remat", "repeated", "value_and_grad"]
 
 
-def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, Tree]]:
     """`fn(params, *args) -> scalar tensor` into `(params, *args, cotangent=) -> (value, grads)`.
 
     grads is a tree like params. `cotangent` (a scalar tensor, default one) scales the gradient before the backward
     starts, which is where a loss scale belongs.
     """
 
-    def transformed(params: Any, *args: Any, cotangent: torch.Tensor | None = None) -> tuple[Any, Any]:
+    def transformed(params: Tree, *args: Any, cotangent: torch.Tensor | None = None) -> tuple[torch.Tensor, Tree]:
         leaves, spec = tree.flatten(params)
         value, pull, *_ = torch.func.vjp(lambda *flat: fn(tree.unflatten(spec, flat), *args), *leaves)
         with phase("backward"):
@@ -35,13 +36,15 @@ def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return transformed
 
 
-def accumulate(fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[Any], **kwargs: Any) -> tuple[Any, Any]:
+def accumulate(
+    fn: Callable[..., tuple[torch.Tensor, Tree]], params: Tree, parts: Sequence[Tree], **kwargs: Any
+) -> tuple[torch.Tensor, Tree]:
     """Sum of `fn(params, part) -> (value, grads)` over microbatches; grads of several are summed in float32 or wider.
 
     `fn` must close over no tensor: it is traced once for all parts.
     """
     once = repeated(fn)
-    total: tuple[Any, Any] | None = None
+    total: tuple[torch.Tensor, Tree] | None = None
     for i, part in enumerate(parts):
         with named_scope(microbatch(i)):
             value, grads = once(params, part, **kwargs)
@@ -53,10 +56,10 @@ def accumulate(fn: Callable[..., tuple[Any, Any]], params: Any, parts: Sequence[
     return total
 
 
-def by_leaf(fn: Callable[..., Any], *trees: Any) -> Any:
+def by_leaf(fn: Callable[..., Leaf], *trees: Tree) -> Tree:
     """tree.map, each leaf in the scope of its path: layers/3/wq."""
 
-    def one(path: str, *leaves: Any) -> Any:
+    def one(path: str, *leaves: Leaf) -> Leaf:
         with named_scope(of_path(path)):
             return fn(*leaves)
 

@@ -17,6 +17,7 @@ from kernels.scope import named_scope, source_line
 from kernels.scope_names import GATHER, LAYERS, REDUCE, layer
 from llama_fn import tree
 from llama_fn.model.arrays import ArrayInfo
+from llama_fn.tree import Tree
 from sharding import P, constrain
 
 
@@ -27,7 +28,9 @@ class Stacked(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def layers(self) -> Any: ...
+    def layers(self) -> Tree:
+        """Stacked leaves, with a leading L dimension."""
+        ...
 
 
 Params = TypeVar("Params", bound=Stacked)
@@ -55,7 +58,7 @@ def reduce(grads: Params, infos: Params, dtype: torch.dtype | None) -> Params:
 def _annotated(weights: Params, infos: Params, role: str, dtype: torch.dtype | None = None) -> Params:
     """Each leaf cast, then constrained, in the scope and at the line of its declaration; `layers` is a list here."""
 
-    def annotate(leaves: Any, infos: Any, within: str = "", stacked_dims: int = 0) -> Any:
+    def annotate(leaves: Tree, infos: Tree, within: str = "", stacked_dims: int = 0) -> Tree:
         def leaf(path: str, x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
             with named_scope(path), source_line(f"{within}{path}, {info.source}"):
                 return constrain(x.to(dtype or x.dtype), P(*info.axes[stacked_dims:]), _TABLES[role])

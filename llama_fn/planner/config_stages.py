@@ -13,6 +13,7 @@ from sharding import Mesh
 
 
 def mesh(cfg: Config) -> Mesh:
+    """The mesh of --mesh.axes; UserError for what is none."""
     try:
         return Mesh.parse(cfg.mesh.axes)
     except ValueError as error:
@@ -26,6 +27,7 @@ def train(cfg: Config) -> stages.Traced:
 
 
 def evaluation(cfg: Config) -> stages.Traced:
+    """The validation step of cfg, traced."""
     state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
     return stages.jit(train_step.make_eval_step(cfg)).trace(state.params, batch)
 

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_fn.compiler import cost, stages
+from llama_fn.compiler import stages
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.config import Config
 from llama_fn.hardware import Hardware
 from llama_fn.model import arrays, train_step
+from llama_fn.model.flops import model_flops_per_token
 from llama_fn.planner import config_stages
 from llama_fn.planner.survey import (
     ENDS,
@@ -105,6 +106,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether the peak and what is reserved fit in the device's memory."""
         return self.spare_bytes >= 0
 
     @property
@@ -114,14 +116,17 @@ class Plan:
 
     @property
     def step_time_alone_s(self) -> float:
+        """Seconds of a step whose sending hides behind nothing."""
         return self.compute_s + self.comms_s
 
     @property
     def tokens_per_second_per_device(self) -> float:
+        """With sending hidden behind computing."""
         return self.cfg.data.global_batch_size * self.cfg.data.seq_len / self.mesh.size / self.step_time_s
 
     @property
     def mfu(self) -> float:
+        """Model FLOPs of a step over the peak, with sending hidden behind computing."""
         return self.model_flops / self.step_time_s / self.hardware.peak_flops_per_s
 
 
@@ -153,7 +158,7 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
         activations_bytes=round(costs[("saved",)]),
         peak_bytes=sum(arguments.values()) + round(temporary), peak_at=peak_at,
         timeline=timeline(costs, sum(arguments.values()), layers, ends),
-        model_flops=cost.model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens / mesh.size,
+        model_flops=model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens / mesh.size,
         hardware_flops=round(total(costs, "flops")),
         compute_s=total(costs, "seconds"),
         comms_s=sum(t.seconds for t in transfers),

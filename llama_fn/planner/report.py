@@ -44,6 +44,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def as_text(plan: Plan) -> str:
+    """The plan as the tool prints it."""
     h = plan.hardware
     lines = [
         f"{plan.cfg.model.preset}, {plan.parameters:,} parameters, {plan.cfg.model.compute_dtype}, batch "
@@ -77,6 +78,7 @@ def as_text(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
+    """ "fits with 8.0 GB to spare", or how much is missing."""
     if plan.fits:
         return f"fits with {plan.spare_bytes / GB:.1f} GB to spare"
     return f"DOES NOT FIT: {-plan.spare_bytes / GB:.1f} GB are missing"

@@ -39,14 +39,17 @@ class Tried:
 
     @property
     def where(self) -> str:
+        """ "data:4,model:2 fsdp_tp"."""
         return f"{self.cfg.mesh.axes or 'one device'} {self.cfg.mesh.rules}"
 
     @property
     def name(self) -> str:
+        """Mesh, rules and options, in words."""
         return f"{self.where}, {self.how}"
 
     @property
     def how(self) -> str:
+        """Microbatches and remat, in words."""
         m, d, o = self.cfg.mesh, self.cfg.data, self.cfg.optim
         often = ", reduced per microbatch" if o.reduce_per_microbatch else ""
         again = ", weights gathered again" if m.regather else ""
@@ -54,6 +57,7 @@ class Tried:
 
     @property
     def flags(self) -> str:
+        """The flags that ask train.py for this."""
         m, d, o = self.cfg.mesh, self.cfg.data, self.cfg.optim
         return (
             f"--mesh.axes={m.axes} --mesh.rules={m.rules} --data.microbatches={d.microbatches} --mesh.remat={m.remat} "
@@ -209,6 +213,7 @@ def _local_bytes(cfg: Config, infos: Any) -> int:
 
 
 def as_text(tried: Sequence[Tried], best: int = 10) -> str:
+    """The `best` that fit, fastest first, and why the others do not."""
     fits = [t for t in tried if t.plan]
     lines = [f"{'tokens/s':>9} {'MFU':>6} {'peak GB':>8}  what, per device, sending hidden behind computing"]
     for t in fits[:best]:

@@ -24,7 +24,7 @@ import torch
 from kernels.registry import tensor_bytes
 from kernels.scope_names import GATHER, parse, without_numbers
 from llama_fn.compat import node_value
-from llama_fn.compiler import cost, ir, stages
+from llama_fn.compiler import cost, ir, liveness, stages
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from sharding import collectives_table
@@ -58,7 +58,7 @@ def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int, ends:
             costs["count", *key, i], costs["sent", *key, i] = count, size
     costs[("saved",)] = _saved(graph)
     ordinals: Counter[tuple[Any, ...]] = Counter()
-    for node, live in zip(ir.calls(graph), cost.live_bytes(lowered.graph_module), strict=True):
+    for node, live in zip(ir.calls(graph), liveness.live_bytes(lowered.graph_module), strict=True):
         if cost.is_view(node):
             continue
         at = place_of(node, layers, ends)
@@ -98,6 +98,7 @@ def extrapolated(small: Survey, larger: Survey, steps: int) -> Survey:
 
 
 def total(costs: Survey, kind: str) -> float:
+    """The sum of one kind of cost over scopes and phases."""
     return sum(number for key, number in costs.items() if key[0] == kind)
 
 

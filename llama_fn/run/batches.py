@@ -13,12 +13,14 @@ from sharding import P
 
 
 def iterator(cfg: Config, samples: Samples, to_device: ToDevice, consumed: int = 0, tokens: int = 0) -> BatchIterator:
+    """Batches of `samples` for this run, from `consumed` samples on."""
     d = cfg.data
     shape = (d.global_batch_size, d.microbatches, cfg.model.vocab_size)
     return BatchIterator(samples, *shape, consumed, tokens, to_device.rows)
 
 
 def validation_batches(cfg: Config, samples: Samples | None, to_device: ToDevice) -> list[train_step.Batch]:
+    """The batches of every validation, on the device; none where there are no samples."""
     if samples is None:
         return []
     batches = iterator(cfg, samples, to_device)
@@ -38,6 +40,7 @@ class ToDevice:
         self.layouts = [P.of(axes if dim != 1 else () for dim, axes in enumerate(p.by_dim)) for p in layouts]
 
     def __call__(self, batch: train_step.Batch) -> train_step.Batch:
+        """This process's part of a global batch, on its device."""
         if self.processes is not None:
             batch = self.processes.local(batch, self.layouts)
         return tree.map(lambda x: x.to(self.device, non_blocking=True), batch)

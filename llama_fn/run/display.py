@@ -28,10 +28,12 @@ class Display:
             self.task = self.progress.add_task("", total=steps, completed=start)
 
     def start(self) -> None:
+        """Show the progress bar, on a terminal."""
         if self.progress:
             self.progress.start()
 
     def record(self, row: Mapping[str, Any], text: str) -> None:
+        """Show an iteration: its metrics in the bar, or its log line where there is none."""
         if self.progress:
             summary = (
                 f"loss {row['lm_loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  lr {row['learning_rate']:.2e}"
@@ -41,5 +43,6 @@ class Display:
             log.info("%s", text)
 
     def close(self) -> None:
+        """Take the bar away."""
         if self.progress:
             self.progress.stop()

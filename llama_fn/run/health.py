@@ -29,7 +29,7 @@ class Health:
     routine: bool = True  # since then, nothing but overflows of the loss scale
     warned: bool = False
     skipped: float = 0.0
-    stopped_by: str = ""  # what --run.check_finite found
+    stopped_by: str = ""  # what --run.check_finite says
 
     def __post_init__(self) -> None:
         self.seen = self.good

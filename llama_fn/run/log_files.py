@@ -79,8 +79,8 @@ def _iteration(line: bytes) -> int | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    found = row.get("iteration") if isinstance(row, dict) else None
-    return found if type(found) is int and found > 0 else None
+    iteration = row.get("iteration") if isinstance(row, dict) else None
+    return iteration if type(iteration) is int and iteration > 0 else None
 
 
 def _rewrite(path: Path, lines: Sequence[bytes]) -> None:

@@ -60,6 +60,7 @@ class Run:
         return self.stop.signal if self.processes is None else self.processes.any(self.stop.signal)
 
     def save(self, cfg: Config, iteration: int, state: train_step.TrainState) -> None:
+        """Save the state as of `iteration`, with all that a resume needs; logs up to there reach the disk first."""
         if self.writer is not None:
             self.writer.sync()
         meta = resume.meta(cfg, self.mesh, self.batches, self.data)
@@ -89,10 +90,10 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         workdir = Path(cfg.run.workdir)
         by_chief(members, lambda: held.enter_context(_locked(workdir)) and None)
         store = Store(cfg, workdir / "checkpoints", members)
-        found = store.find(lambda found: resume.refuse_changes(cfg, found))
+        newest = store.find(lambda saved: resume.refuse_changes(cfg, saved))
         load = lambda: open_parts(cfg, workdir)  # noqa: E731
         data = load() if members is None else members.in_turn(load)
-        return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, found, data)
+        return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data)
 
 
 @contextmanager
@@ -119,21 +120,21 @@ def _locked(workdir: Path) -> Iterator[WorkdirLock]:
 
 def _run(
     cfg: Config, flags_text: str, backend: compiling.Backend | None, mesh: Mesh, hardware: Hardware | None,
-    members: Processes | None, stop: StopRequest, store: Store, found: SavedStep | None, data: Parts,
+    members: Processes | None, stop: StopRequest, store: Store, newest: SavedStep | None, data: Parts,
 ) -> int:  # fmt: skip
     """The rest of `run`, once it is known what there is."""
     chief, workdir = members is None or members.chief, Path(cfg.run.workdir)
-    if found is not None:
-        resume.refuse_other_data(cfg, found, data)
-        resume.warn_of_other_digits(cfg, mesh, found)
-    start, consumed, tokens = resume.starting_point(found)
+    if newest is not None:
+        resume.refuse_other_data(cfg, newest, data)
+        resume.warn_of_other_digits(cfg, mesh, newest)
+    start, consumed, tokens = resume.starting_point(newest)
     samples = data.train_samples(cfg, consumed, max(0, cfg.run.steps - start))
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
     step, evaluate = compiling.compile(cfg, mesh, hardware, members, data.valid is not None, backend)
     if members is not None:
         members.all_reached("compiled")
-    state = resume.restore_or_begin(cfg, store, found, step.lowered)
+    state = resume.restore_or_begin(cfg, store, newest, step.lowered)
     to_device = ToDevice(cfg, step, members)
     with ExitStack() as held:
         batches = iterator(cfg, samples, to_device, consumed, tokens)

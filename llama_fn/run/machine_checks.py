@@ -44,6 +44,7 @@ def check_machine(cfg: Config, world: int) -> None:
 
 
 def make_writable(workdir: Path, flag: str = "run.workdir") -> None:
+    """Make the folder; UserError naming `flag` where nothing can be written there."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):

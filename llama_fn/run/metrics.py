@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_fn.compiler import cost
-from llama_fn.config import Config, flat
+from llama_fn.config import Config
+from llama_fn.config_fields import flat
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
+from llama_fn.model.flops import hardware_flops_per_token, model_flops_per_token
 from llama_fn.run.log_files import keep_lines, keep_records, set_aside
 from sharding import Mesh
 
@@ -48,7 +49,7 @@ def record(
     d, m = cfg.data, cfg.model
     tokens = d.global_batch_size * d.seq_len
     per_s = tokens / seconds
-    flops = cost.hardware_flops_per_token(m, d.seq_len, cfg.mesh.remat == "full")
+    flops = hardware_flops_per_token(m, d.seq_len, cfg.mesh.remat == "full")
     on_one = per_s / Mesh.parse(cfg.mesh.axes).size
     return {
         "iteration": iteration,
@@ -64,7 +65,7 @@ def record(
         "step_time_ms": seconds * 1e3,
         "tokens_per_second": per_s,
         "tflops_hardware": flops * on_one / 1e12,
-        "mfu": None if hw is None else cost.model_flops_per_token(m, d.seq_len) * on_one / hw.peak_flops_per_s,
+        "mfu": None if hw is None else model_flops_per_token(m, d.seq_len) * on_one / hw.peak_flops_per_s,
     }
 
 
@@ -110,6 +111,7 @@ class Writer:
         self.text.write(text + "\n")
 
     def write(self, row: Mapping[str, Any]) -> str:
+        """Write an iteration to all logs; returns its line of train.log."""
         text = line(self.cfg, row)
         self.jsonl.write(as_json(row) + "\n")
         self.text.write(text + "\n")
@@ -121,6 +123,7 @@ class Writer:
         return text
 
     def validation(self, iteration: int, loss: float) -> str:
+        """Write a validation loss, in nats per token; returns its line of train.log."""
         text = (
             f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |"
         )
@@ -136,6 +139,7 @@ class Writer:
             os.fsync(f.fileno())
 
     def close(self) -> None:
+        """End all logs."""
         for f in (self.jsonl, self.text, self.board):
             if f is not None:
                 f.close()

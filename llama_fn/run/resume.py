@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llama_fn import config
+from llama_fn import config_fields
 from llama_fn.checkpoint import SavedStep, Store
 from llama_fn.compiler.stages import Lowered
 from llama_fn.config import Config
@@ -30,7 +30,7 @@ def meta(cfg: Config, mesh: Mesh, batches: BatchIterator, data: Parts) -> dict[s
     """What a checkpoint says besides the state."""
     return {
         "iterator": batches.state(),
-        "config": config.flat(cfg, "saved"),
+        "config": config_fields.flat(cfg, "saved"),
         "data": data.data.fingerprint,
         "arithmetic": _arithmetic(cfg, mesh),
     }
@@ -46,7 +46,7 @@ def refuse_changes(cfg: Config, checkpoint: SavedStep) -> None:
     saved = checkpoint.meta["config"]
     changed = {
         name: (saved.get(name), value)
-        for name, value in config.flat(cfg, "numbers").items()
+        for name, value in config_fields.flat(cfg, "numbers").items()
         if saved.get(name) != value
     }
     if changed and not cfg.run.accept_changes:
@@ -103,8 +103,9 @@ def refuse_too_large(cfg: Config, lowered: Lowered) -> None:
 
 
 def save_flags(workdir: Path, cfg: Config, flags_text: str) -> None:
+    """Write config.json and flags.txt of the work folder."""
     with atomic(workdir / "config.json") as f:
-        json.dump(config.flat(cfg, "saved"), f, indent=1)
+        json.dump(config_fields.flat(cfg, "saved"), f, indent=1)
     with atomic(workdir / "flags.txt") as f:
         f.write(flags_text)
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from llama_fn import compat, hardware
-from llama_fn.ascend import environment
+from llama_fn.ascend import device as npu_device
 from llama_fn.config import RunConfig
 from llama_fn.config_checks import dumps
 from llama_fn.errors import FULL_DISK, UserError
 from llama_fn.inspect import dump
-from llama_fn.launch import launched
+from llama_fn.launch import launched, local_device
 
 log = logging.getLogger("llama_fn")
 
@@ -38,7 +38,7 @@ def setup(run: RunConfig) -> hardware.Hardware | None:
         return None
     if kind == "npu":  # torch knows the name once torch_npu is there
         folder = dump.rank_folder(Path(run.dump_dir), launch.rank) if dumps(run, launch.rank) else None
-        environment.prepare(run, folder / dump.GE_OWN if folder else None)
+        npu_device.prepare(run, folder / dump.GE_OWN if folder else None)
         return hardware.identify(torch.get_device_module("npu").get_device_name())
     if not torch.cuda.is_available():
         raise UserError(
@@ -46,9 +46,7 @@ def setup(run: RunConfig) -> hardware.Hardware | None:
             "torch (BUILD.md) and check nvidia-smi, or use --run.device=cpu"
         )
     device = torch.device(run.device)
-    torch.cuda.set_device(
-        device.index if device.index is not None else environment.local_device(torch.cuda.device_count())
-    )
+    torch.cuda.set_device(device.index if device.index is not None else local_device(torch.cuda.device_count()))
     return hardware.identify(torch.cuda.get_device_name())
 
 

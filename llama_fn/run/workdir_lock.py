@@ -51,6 +51,7 @@ class WorkdirLock:
         return self
 
     def release(self) -> None:
+        """Let others train here."""
         if self.file is not None:
             self.ended.set()
             self._write("")
@@ -105,10 +106,10 @@ class WorkdirLock:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        holder = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and str(found.get("pid", "")).isdigit() else {}
+    return holder if isinstance(holder, dict) and str(holder.get("pid", "")).isdigit() else {}
 
 
 def _me() -> dict[str, Any]:

@@ -13,23 +13,26 @@ from dataclasses import replace
 from absl import app
 from absl import logging as absl_logging
 
+from llama_fn.config import Config
+
 TOLERANCE = 1e-3  # relative, float32 on both sides; the NPU may round products through hf32
 
 
 def main(argv: list[str]) -> None:
+    """Print what this machine has and lacks, compare two steps, and exit 0 or 1."""
     from llama_fn import config, config_checks
-    from llama_fn.ascend import environment
+    from llama_fn.ascend import device, requirements
     from llama_fn.errors import UserError
 
     absl_logging.set_verbosity(absl_logging.WARNING)
-    findings = list(environment.diagnose())
-    print(environment.missing_text(findings))
-    if not all(f.found for f in findings):
+    needed = list(requirements.on_this_machine())
+    print(requirements.as_text(needed))
+    if not all(r.there for r in needed):
         sys.exit(1)
     cfg = config.Config()
     cfg = config_checks.resolved(replace(cfg, run=replace(cfg.run, backend="npu"), data=replace(cfg.data, seq_len=128)))
     try:
-        environment.prepare(cfg.run)
+        device.prepare(cfg.run)
         npu, cpu = losses(cfg, "npu"), losses(cfg, "cpu")
     except UserError as error:
         print(error)
@@ -39,7 +42,7 @@ def main(argv: list[str]) -> None:
     sys.exit(0 if apart <= TOLERANCE else 1)
 
 
-def losses(cfg, device: str) -> list[float]:
+def losses(cfg: Config, device: str) -> list[float]:
     """The loss of two steps on made-up tokens."""
     import torch
 
@@ -53,11 +56,11 @@ def losses(cfg, device: str) -> list[float]:
     state = arrays.materialize(train_step.abstract_state(cfg), random.key(0), device)
     ids = torch.arange(8 * 129).reshape(1, 8, 129) % cfg.model.vocab_size
     batch = train_step.Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), torch.ones(1, 8, 128))
-    found = []
+    per_step = []
     for _ in range(2):
         state, metrics = compiled(state, tree.map(lambda x: x.to(device), batch))
-        found.append(metrics["lm_loss"].item())
-    return found
+        per_step.append(metrics["lm_loss"].item())
+    return per_step
 
 
 if __name__ == "__main__":

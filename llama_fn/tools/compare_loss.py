@@ -36,14 +36,17 @@ class Comparison:
 
     @property
     def errors(self) -> list[float]:
+        """|loss - reference| / reference, per iteration."""
         return [abs(a - b) / b for a, b in zip(self.losses, self.references, strict=True)]
 
     @property
     def peak(self) -> float:
+        """The largest error."""
         return max(self.errors)
 
     @property
     def mean(self) -> float:
+        """The mean error."""
         return sum(self.errors) / len(self.errors)
 
 
@@ -69,6 +72,7 @@ def read_losses(path: Path) -> dict[int, float]:
 
 
 def compare(losses: Mapping[int, float], references: Mapping[int, float]) -> Comparison:
+    """Both losses at the iterations that both runs logged; UserError where there are none."""
     both = sorted(set(losses) & set(references))
     if not both:
         raise UserError("the two runs logged no iteration in common; compare runs of the same --run.log_every")
@@ -127,6 +131,7 @@ def report(comparison: Comparison, every: int, bound: float) -> str:
 
 
 def compare_runs(argv: list[str]) -> int:
+    """Print the comparison and draw its charts; the exit status."""
     if len(argv) != 3:
         raise UserError("two runs are compared: compare_loss RUN REFERENCE (see --help)")
     if len(FLAGS.names) != 2:
@@ -145,10 +150,12 @@ def compare_runs(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> None:
+    """The command: exit status 0, 1 or 2."""
     sys.exit(command.status_of(lambda: compare_runs(argv)))
 
 
 def define_flags() -> None:
+    """The command's flags."""
     flags.DEFINE_float("bound", 0.02, "largest relative error allowed, at every iteration", lower_bound=0.0)
     flags.DEFINE_integer("every", 10, "iterations between printed lines", lower_bound=1)
     flags.DEFINE_string("out", ".", "folder for the charts")

@@ -11,8 +11,9 @@ from typing import Any
 
 from absl import app, flags
 
-from llama_fn import config
+from llama_fn import config, config_fields
 from llama_fn.errors import UserError
+from llama_fn.model import presets
 from llama_fn.tools import command
 
 FLAGS = flags.FLAGS
@@ -48,15 +49,15 @@ def _define(name: str, kind: Any, default: Any, help_text: str) -> None:
 
 def build_config() -> config.Config:
     """The Config that the parsed flags mean."""
-    cfg = config.Config(model=config.preset(str(FLAGS["model.preset"].value)))
-    given = {name: FLAGS[name].value for name in config.flat(cfg) if FLAGS[name].value is not None}
+    cfg = config.Config(model=presets.preset(str(FLAGS["model.preset"].value)))
+    given = {name: FLAGS[name].value for name in config_fields.flat(cfg) if FLAGS[name].value is not None}
     given.pop("model.preset")
-    return config.with_values(cfg, given)
+    return config_fields.with_values(cfg, given)
 
 
 def flags_text() -> str:
     """The resolved flags, one per line, as a flagfile; not the permissions that are given once."""
-    return "".join(f"--{name}={value}\n" for name, value in config.flat(build_config(), "saved").items())
+    return "".join(f"--{name}={value}\n" for name, value in config_fields.flat(build_config(), "saved").items())
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -73,20 +74,20 @@ def with_flagfiles(argv: Sequence[str], folder: Path = Path(), including: tuple[
     absl would look for all of them in the working directory. UserError for a file that cannot be read or that names
     itself.
     """
-    found: list[str] = []
+    words: list[str] = []
     given = iter(argv)
     for word in given:
         if word == "--":
-            return [*found, word, *given]
+            return [*words, word, *given]
         name, equals, value = word.partition("=")
         if name not in ("--flagfile", "-flagfile"):
-            found.append(word)
+            words.append(word)
             continue
         path = folder / os.path.expanduser(value if equals else next(given, ""))
         if path.resolve() in including:
             raise UserError(f"--flagfile={path} names itself, by way of {including[-1]}")
-        found += with_flagfiles(_lines(path), path.parent, (*including, path.resolve()))
-    return found
+        words += with_flagfiles(_lines(path), path.parent, (*including, path.resolve()))
+    return words
 
 
 def _lines(path: Path) -> list[str]:

@@ -53,6 +53,7 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def compare(argv: list[str], everything: bool) -> int:
+    """Print what differs; exit status 0 where nothing does, else 1."""
     if len(argv) != 3:
         raise UserError("give two folders: python -m llama_fn.tools.graph_diff BEFORE AFTER")
     before, after = (load(Path(folder)) for folder in argv[1:])
@@ -72,6 +73,7 @@ def compare(argv: list[str], everything: bool) -> int:
 
 
 def main(argv: list[str]) -> None:
+    """The command: exit status 0, 1 or 2."""
     sys.exit(command.status_of(lambda: compare(argv, ALL.value)))
 
 

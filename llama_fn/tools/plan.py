@@ -49,6 +49,7 @@ def _search(cfg: config.Config, devices: int, device: Any) -> int:
 
 
 def make_plan(argv: list[str]) -> int:
+    """Print and write what was asked for; exit status 0 where the run fits, else 1."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
     cfg = config_checks.resolved(config_flags.build_config())
@@ -61,18 +62,19 @@ def make_plan(argv: list[str]) -> int:
 
     if FLAGS.search:
         return _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
-    found = plan.make(cfg, config_stages.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
-    print(report.as_text(found))
+    planned = plan.make(cfg, config_stages.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
+    print(report.as_text(planned))
     if FLAGS.json:
         with atomic(Path(FLAGS.json)) as f:
-            json.dump(report.as_json(found), f, indent=1, allow_nan=False)
+            json.dump(report.as_json(planned), f, indent=1, allow_nan=False)
     if FLAGS.page:
         with atomic(Path(FLAGS.page)) as f:
-            f.write(page.page(found))
-    return 0 if found.fits else 1
+            f.write(page.page(planned))
+    return 0 if planned.fits else 1
 
 
 def main(argv: list[str]) -> None:
+    """The command: exit status 0, 1 or 2."""
     sys.exit(command.status_of(lambda: make_plan(argv)))
 
 

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig, preset
+from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
 from llama_fn.distributed.processes import Processes
+from llama_fn.model.presets import preset
 from llama_fn.planner import config_stages
 from sharding import Mesh
 

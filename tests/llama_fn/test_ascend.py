@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn import config, config_checks
+from llama_fn import config, config_checks, config_fields, launch
 from llama_fn.ascend import environment
 from llama_fn.errors import UserError
 
@@ -78,9 +78,9 @@ def test_ranks_that_dump_are_those_asked_for():
 
 def test_local_rank_picks_the_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert environment.local_device(8) == 3
+    assert launch.local_device(8) == 3
     with pytest.raises(UserError, match="LOCAL_RANK=3, but this machine shows 2 devices"):
-        environment.local_device(2)
+        launch.local_device(2)
 
 
 def test_the_documented_table_is_the_one_that_is_used():
@@ -102,11 +102,11 @@ def test_the_documented_table_is_the_one_that_is_used():
 )
 def test_flags_that_do_not_go_together(values, said):
     with pytest.raises(UserError, match=said):
-        config_checks.resolved(config.with_values(config.Config(), values))
+        config_checks.resolved(config_fields.with_values(config.Config(), values))
 
 
 def test_the_device_follows_the_backend():
-    npu = config.with_values(config.Config(), {"run.backend": "npu"})
+    npu = config_fields.with_values(config.Config(), {"run.backend": "npu"})
     assert (
         config_checks.resolved(npu).run.device == "npu" and config_checks.resolved(config.Config()).run.device == "cpu"
     )

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from llama_fn import config
-from llama_fn.config import Config, each_field, with_values
+from llama_fn import config_fields
+from llama_fn.config import Config
 from llama_fn.config_checks import check, dump_ranks, profiled, resolved, split_weights, without_effect
+from llama_fn.config_fields import each_field, with_values
 from llama_fn.errors import UserError
 from llama_fn.launch import Launch, launched
 from llama_fn.model import train_step
@@ -89,13 +90,13 @@ def test_the_home_folder_stands_for_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     paths = {name: "~/y" for name, (field, _) in FIELDS.items() if field.metadata["path"]}
     assert len(paths) == 5
-    flat = config.flat(resolved(with_values(Config(), paths)))
+    flat = config_fields.flat(resolved(with_values(Config(), paths)))
     assert {flat[name] for name in paths} == {"/home/x/y"}
 
 
 def test_permissions_for_once_are_not_saved():
-    assert "run.accept_changes" not in config.flat(Config(), "saved")
-    assert len(config.flat(Config(), "saved")) == len(config.flat(Config())) - 1
+    assert "run.accept_changes" not in config_fields.flat(Config(), "saved")
+    assert len(config_fields.flat(Config(), "saved")) == len(config_fields.flat(Config())) - 1
 
 
 def test_flags_without_effect_are_told():

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from llama_fn import tree
-from llama_fn.config import PRESETS, preset
 from llama_fn.model import arrays, llama, random, weights
+from llama_fn.model.presets import PRESETS, preset
 
 COUNTS = {
     "llama_7b": 6_738_415_616,

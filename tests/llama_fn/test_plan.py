@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, preset
+from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from llama_fn.hardware import TABLE, Reserved
+from llama_fn.model.presets import preset
 from llama_fn.planner import plan, report
 from sharding import Mesh
 

@@ -8,7 +8,7 @@ import torch
 from kernels.scope import named_scope, phase
 from llama_fn import compat, config
 from llama_fn.compiler import stages
-from llama_fn.model import train_step, transforms
+from llama_fn.model import presets, train_step, transforms
 from llama_fn.model.arrays import ArrayInfo
 from llama_fn.planner import config_stages
 
@@ -16,7 +16,7 @@ VECTOR = ArrayInfo((4,), torch.float32)
 
 
 def tiny(microbatches=3, per_microbatch=False, **model):
-    cfg = config.Config(model=replace(config.preset("llama_tiny"), num_layers=2, **model))
+    cfg = config.Config(model=replace(presets.preset("llama_tiny"), num_layers=2, **model))
     data = replace(cfg.data, microbatches=microbatches, global_batch_size=2 * microbatches)
     return replace(cfg, data=data, optim=replace(cfg.optim, reduce_per_microbatch=per_microbatch))
 

@@ -7,14 +7,14 @@ import torch
 
 from llama_fn import config
 from llama_fn.compiler import stages
-from llama_fn.model import train_step
+from llama_fn.model import presets, train_step
 from llama_fn.model.arrays import ArrayInfo
 from llama_fn.planner import config_stages
 from sharding import Mesh
 
 
 def sized(batch, per_microbatch=False, fused_head=False, seq_len=64):
-    cfg = config.Config(model=replace(config.preset("llama_tiny"), num_layers=2, fused_head=fused_head))
+    cfg = config.Config(model=replace(presets.preset("llama_tiny"), num_layers=2, fused_head=fused_head))
     data = replace(cfg.data, microbatches=2, global_batch_size=batch, seq_len=seq_len)
     return replace(cfg, data=data, optim=replace(cfg.optim, reduce_per_microbatch=per_microbatch))
 

@@ -25,7 +25,7 @@ import torch
 from absl import app, flags
 from ge_interpreter import GeInterpreter
 
-from llama_fn import config
+from llama_fn import config, config_fields
 from llama_fn.compiler import ir
 from llama_fn.compiler.backends import Executable, Program
 from llama_fn.inspect.dump import rank_folder
@@ -65,7 +65,9 @@ def ge_backend(folder: Path):
 def lower(cfg: config.Config, folder: Path) -> None:
     """GE graphs of cfg's step, by the worker that has torch_npu."""
     values = {
-        name: value for name, value in config.flat(cfg).items() if name.split(".")[0] in ("model", "data", "optim")
+        name: value
+        for name, value in config_fields.flat(cfg).items()
+        if name.split(".")[0] in ("model", "data", "optim")
     }
     values |= {"run.steps": cfg.run.steps}
     job = {"config": values, "mesh": MESH, "rules": RULES, "ranks": [0, 1], "out": str(folder)}
@@ -83,7 +85,7 @@ def compare(run: Path, reference: Path, *args: str) -> int:
 
 def main(argv: list[str]) -> None:
     work = Path(argv[1]).absolute()
-    base = config.with_values(config.Config(), {**VALUES, "run.steps": FLAGS.steps})
+    base = config_fields.with_values(config.Config(), {**VALUES, "run.steps": FLAGS.steps})
     narrow = replace(base, model=replace(base.model, compute_dtype="bf16"))
     ge = replace(
         narrow,

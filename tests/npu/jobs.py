@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llama_fn import config
+from llama_fn import config, config_fields
+from llama_fn.model import presets
 
 TINY = {"model.preset": "llama_tiny"}
 DTYPES = ("fp32", "bf16", "fp16")
@@ -17,8 +18,8 @@ def job(mesh: str = "", ranks: int = 1, rules: str = "fsdp_tp", fuse: bool = Fal
 
 def config_of(given: dict) -> config.Config:
     values = dict(given["config"])
-    cfg = config.Config(model=config.preset(values.pop("model.preset")))
-    return config.with_values(cfg, values)
+    cfg = config.Config(model=presets.preset(values.pop("model.preset")))
+    return config_fields.with_values(cfg, values)
 
 
 JOBS = {

@@ -11,7 +11,7 @@ import pytest
 from jobs import SHAPES, job
 from test_lowering import check_layers, counts
 
-from llama_fn import config
+from llama_fn.model import presets
 
 
 @pytest.mark.slow
@@ -23,4 +23,4 @@ def test_the_whole_preset_lowers(name, tmp_path, torch_npu_environment):
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(file)]
     done = subprocess.run(command, env=torch_npu_environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    check_layers(counts(tmp_path / name), config.preset(name).num_layers)
+    check_layers(counts(tmp_path / name), presets.preset(name).num_layers)

@@ -15,8 +15,9 @@ import pytest
 
 from llama_fn import tree
 from llama_fn.compiler import stages
-from llama_fn.config import Config, DataConfig, preset
+from llama_fn.config import Config, DataConfig
 from llama_fn.model import llama, train_step
+from llama_fn.model.presets import preset
 from sharding import Mesh, collectives_table
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama_fn.compiler import stages
-from llama_fn.config import with_values
+from llama_fn.config_fields import with_values
 from llama_fn.errors import UserError
 from llama_fn.model.arrays import ArrayInfo
 from llama_fn.planner import config_stages

@@ -13,7 +13,7 @@ import torch
 
 from kernels.registry import of_node
 from llama_fn import compat
-from llama_fn.compiler import cost
+from llama_fn.compiler import liveness
 from llama_fn.distributed.processes import Processes
 from llama_fn.errors import UserError, nearest
 from sharding import Mesh, P
@@ -99,7 +99,7 @@ class Executable:
     text: str
     origin: CodeOrigin | None = None  # None: nothing was compiled here
     local: bool = False  # arguments and results are this process's parts
-    measured: Callable[[], cost.Memory | None] = lambda: None
+    measured: Callable[[], liveness.Memory | None] = lambda: None
     code: str = ""
     scopes: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None

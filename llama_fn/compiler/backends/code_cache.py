@@ -124,10 +124,10 @@ def seal(folder: Path) -> None:
 def _listed(folder: Path) -> dict[str, list[int]]:
     """Size and CRC-32 by name; nothing where the list itself is missing or damaged."""
     try:
-        found = json.loads((folder / FILES).read_bytes())
+        sums = json.loads((folder / FILES).read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return sums if isinstance(sums, dict) else {}
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def compile(program: Program, processes: Processes | None = None, check_finite: 
         gm = expand(gm, dict.fromkeys(collectives, "functional"), forms.finder(collectives), {})
 
     @torch.no_grad()
-    def run(inputs):
+    def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if check_finite:
             finite.check_inputs(gm.graph, inputs)
         return _NodeByNode(gm, check_finite).run(*inputs) if RANGES.on or check_finite else gm(*inputs)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels.einsum import einsum_reference, matrices
 from kernels.registry import KERNELS
@@ -17,19 +18,28 @@ from llama_fn import compat
 from llama_fn.errors import UserError, nearest
 
 
-def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def _heads(x: Tensor, heads: int) -> Tensor:
     """[B, S, K, H] -> [B, N, S, H], kv heads repeated for the query heads that read them."""
     return x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1) if heads != x.shape[2] else x.transpose(1, 2)
 
 
-def flash(q, k, v, scale):
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """torch's FlashAttention-2 kernels (Dao 2023)."""
     n = q.shape[2]
     o, lse = compat.flash_attention(q.transpose(1, 2), _heads(k, n), _heads(v, n), scale)
     return o.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-def flash_bwd(do, q, k, v, o, lse, scale):
+def flash_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """The gradient of `flash`, from its o and lse."""
     n, kv = q.shape[2], k.shape[2]
     operands = (do.transpose(1, 2), q.transpose(1, 2), _heads(k, n), _heads(v, n), o.transpose(1, 2), lse)
     dq, dk, dv = compat.flash_attention_backward(*operands, scale)
@@ -38,7 +48,7 @@ def flash_bwd(do, q, k, v, o, lse, scale):
     return tuple(x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
 
 
-def onednn(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def onednn(equation: str, a: Tensor, b: Tensor) -> Tensor:
     """Unbatched products through oneDNN, which reads transposed operands as they are; MKL is slow on other CPUs."""
     lhs, rhs, shape, order = matrices(equation, a, b)
     if lhs.dim() == 3:

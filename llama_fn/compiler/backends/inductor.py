@@ -88,7 +88,7 @@ def compile(
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:
     """The dtype of the matrix products."""
-    products = [n for n in ir.calls(gm.graph) if (record := of_node(n.target)) and record.name == "einsum"]
+    products = [n for n in ir.calls(gm.graph) if (kernel := of_node(n.target)) and kernel.name == "einsum"]
     return compat.node_value(products[0]).dtype if products else torch.float32
 
 

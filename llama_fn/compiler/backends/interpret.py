@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernels.registry import of_node, tensor_bytes
-from llama_fn.compiler import cost, finite, ir
+from llama_fn.compiler import finite, ir, liveness
 from llama_fn.compiler.backends import Executable, Program
 from llama_fn.compiler.ranges import RANGES, name_of
 from sharding.simulate import COLLECTIVES, FUSED, join, part
@@ -32,7 +32,7 @@ class Interpreter:
 
     def __init__(self, program: Program, check_finite: bool = False) -> None:
         self.program, self.graph, self.check_finite = program, program.graph_module.graph, check_finite
-        self.memory: cost.Memory | None = None
+        self.memory: liveness.Memory | None = None
         last: dict[torch.fx.Node, torch.fx.Node] = {used: n for n in self.graph.nodes for used in n.all_input_nodes}
         self.dying: dict[torch.fx.Node, list[torch.fx.Node]] = defaultdict(list)
         for value, user in last.items():
@@ -40,10 +40,12 @@ class Interpreter:
                 self.dying[user].append(value)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Results of a mesh of one device."""
         return self.lockstep([inputs])[0]
 
     @torch.no_grad()
     def run_global(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Global results from global inputs, which donated ones of are overwritten."""
         program, ranks = self.program, range(self.program.mesh.size)
         held = [[part(x, p, program.mesh, r) for x, p in zip(inputs, program.inputs, strict=True)] for r in ranks]
         results = self.lockstep(held)
@@ -84,19 +86,19 @@ class Interpreter:
         RANGES.to("")
         results = [[mine[r] for r in ir.results(self.graph)] for mine in values]
         base = tensor_bytes(list(inputs[0]))
-        self.memory = cost.Memory(base, tensor_bytes(results[0]), peak, base + peak, peak_at)
+        self.memory = liveness.Memory(base, tensor_bytes(results[0]), peak, base + peak, peak_at)
         return results
 
     def _evaluate(self, node: torch.fx.Node, values: list[dict[torch.fx.Node, Any]]) -> list[Any]:
         calls = [torch.fx.node.map_arg((node.args, node.kwargs), mine.__getitem__) for mine in values]
-        record = of_node(node.target)
-        if record is not None and record.name in FUSED:
+        kernel = of_node(node.target)
+        if kernel is not None and kernel.name in FUSED:
             _, _, *rest = calls[0][0]
             operands = ([args[i] for args, _ in calls] for i in range(2))
-            return list(FUSED[record.name](self.program.mesh, *operands, *rest))
-        if record is not None and record.name in COLLECTIVES:
+            return list(FUSED[kernel.name](self.program.mesh, *operands, *rest))
+        if kernel is not None and kernel.name in COLLECTIVES:
             _, *rest = calls[0][0]
-            return COLLECTIVES[record.name](self.program.mesh, [args[0] for args, _ in calls], *rest)
+            return COLLECTIVES[kernel.name](self.program.mesh, [args[0] for args, _ in calls], *rest)
         return [node.target(*args, **kwargs) for args, kwargs in calls]  # type: ignore[operator]
 
 

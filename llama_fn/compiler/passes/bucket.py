@@ -29,6 +29,7 @@ BUCKETED = (all_gather.op, all_reduce.op, reduce_scatter.op)
 
 
 def bucket(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with collectives of one kind, axes and scope joined into one."""
     if ctx.mesh.size == 1:
         return gm
     of_member = {m: b for b in _buckets(gm.graph) if len(b.members) > 1 for m in b.members}

@@ -20,6 +20,7 @@ from llama_fn.compiler import ir
 
 
 def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with one copy of each value that depends on no input, at its beginning."""
     graph = torch.fx.Graph()
     values: dict[torch.fx.Node, torch.fx.Node] = {}
     made: dict[str, torch.fx.Node] = {}
@@ -45,10 +46,10 @@ def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
 
 def _constant(graph: torch.fx.Graph) -> dict[torch.fx.Node, None]:
     """Ops with one result that depend on no input and write nothing, in order."""
-    found: dict[torch.fx.Node, None] = {}
+    constant: dict[torch.fx.Node, None] = {}
     for node in ir.calls(graph):
         writes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
         several = isinstance(compat.node_value(node), (tuple, list))
-        if not writes and not several and found.keys() >= set(ir.operands(node)):
-            found[node] = None
-    return found
+        if not writes and not several and constant.keys() >= set(ir.operands(node)):
+            constant[node] = None
+    return constant

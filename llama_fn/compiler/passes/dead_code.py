@@ -17,6 +17,7 @@ from llama_fn.compiler import ir
 
 
 def dead_code(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` without ops whose result nobody reads."""
     for node in reversed(ir.calls(gm.graph)):
         if not node.users and not _writes(node):
             gm.graph.erase_node(node)

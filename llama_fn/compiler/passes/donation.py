@@ -20,6 +20,7 @@ CLONE = torch.ops.aten.clone.default
 
 
 def donation(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with the new value of each donated input copied into it at the end."""
     if not ctx.aliases:
         return gm
     inputs, out = ir.placeholders(gm.graph), ir.output_node(gm.graph)

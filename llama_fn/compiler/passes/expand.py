@@ -29,16 +29,18 @@ Decompositions = Mapping[Any, Callable[..., Any]]
 def expand(
     gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find, decompositions: Decompositions
 ) -> torch.fx.GraphModule:
+    """`gm` with each of our ops in the form that `forms` names and `find` has, and the aten ops of `decompositions`
+    written in others."""
     for child in gm.children():
         if isinstance(child, torch.fx.GraphModule):
             expand(child, forms, find, decompositions)
     traced: dict[str, torch.fx.GraphModule] = {}
     for node in ir.calls(gm.graph):
-        record = of_node(node.target)
-        if record is None and node.target in decompositions:
+        kernel = of_node(node.target)
+        if kernel is None and node.target in decompositions:
             fn: Any = node.target  # traced, it comes apart by itself
-        elif record is not None and (not record.opaque or record.name in forms):
-            fn = find(record.name, forms.get(record.name.removesuffix("_bwd"), "reference"))
+        elif kernel is not None and (not kernel.opaque or kernel.name in forms):
+            fn = find(kernel.name, forms.get(kernel.name.removesuffix("_bwd"), "reference"))
         else:
             continue
         key = f"{node.target}{torch.fx.node.map_arg((node.args, node.kwargs), _layout)}"

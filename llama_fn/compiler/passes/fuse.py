@@ -38,6 +38,7 @@ NOTE = "note"
 
 
 def fuse(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with collectives and the products beside them joined where Ascend has one op; `report` says which."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in ir.calls(gm.graph):
         if node.target is all_gather.op:

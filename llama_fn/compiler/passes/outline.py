@@ -25,6 +25,8 @@ from llama_fn.compiler import ir
 
 @dataclass(frozen=True)
 class Candidate:
+    """Ops of one layer in one phase, which may share their code with those of other layers."""
+
     name: str
     nodes: tuple[torch.fx.Node, ...]
     inputs: tuple[torch.fx.Node, ...]
@@ -32,6 +34,7 @@ class Candidate:
 
 
 def outline(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with repeated layers as calls of one subgraph."""
     ir.warn_without_layers(gm.graph, "outline", "compile time grows with depth")
     groups: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in _candidates(gm.graph):

@@ -20,15 +20,16 @@ from sharding.collectives import STARTS, put_together, wait
 
 
 def overlap(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with each collective split into its start and the wait for it."""
     for node in ir.calls(gm.graph):
-        record = of_node(node.target)
-        if record is None or record.name not in STARTS:
+        kernel = of_node(node.target)
+        if kernel is None or kernel.name not in STARTS:
             continue
-        op: Any = STARTS[record.name].op
+        op: Any = STARTS[kernel.name].op
         x, n = node.args[0], node.args[2]
         with gm.graph.inserting_before(node):
             start = gm.graph.call_function(op, node.args)
-            done = gm.graph.call_function(wait.op, (start, x, n, put_together(record.name, node.args)))
+            done = gm.graph.call_function(wait.op, (start, x, n, put_together(kernel.name, node.args)))
         start.meta["val"] = AbstractEval.of(compat.node_value(node)).result(op, node.args)
         done.meta["val"] = compat.node_value(node)
         ir.label(start, node)

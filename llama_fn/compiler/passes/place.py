@@ -14,6 +14,7 @@ from llama_fn import compat
 
 
 def place(gm: torch.fx.GraphModule, device: str) -> torch.fx.GraphModule:
+    """`gm` with values, and ops that make tensors, on `device`."""
     target = torch.device(device)
     if target.type == "cpu":
         return gm

@@ -26,6 +26,7 @@ from sharding.collectives import all_gather
 
 
 def regather(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with sharded weights gathered again for the backward, where ctx.remat asks for it."""
     if not ctx.remat.gathers:
         return gm
     segments = _Segments(gm.graph)

@@ -30,12 +30,13 @@ RECOMPUTED = "recomputed"  # the note on ops that this pass makes
 
 
 def remat(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with values computed again in the backward as ctx.remat says."""
     if ctx.remat.policy == "none":
         return gm
-    found = regions(gm.graph)
-    kept = kept_values(list(found.values()), ctx.remat)
+    marked = regions(gm.graph)
+    kept = kept_values(list(marked.values()), ctx.remat)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for region in found.values():
+    for region in marked.values():
         _Recomputation(gm.graph, region, kept, region.first_gradient(order)).insert()
     return gm
 

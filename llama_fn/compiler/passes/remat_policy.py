@@ -60,8 +60,8 @@ def _price(node: torch.fx.Node) -> float:
     """What running an op once more costs, in FLOP."""
     if cost.is_view(node):
         return 0.0
-    record = of_node(node.target)
-    name = communicates(record)
+    kernel = of_node(node.target)
+    name = communicates(kernel)
     if name:
         x, _, n, *_ = node.args
         return float(FLOPS_PER_LINK_BYTE * sent_bytes(name, compat.node_value(x), n))  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from sharding.collectives import communicates, wait
 
 
 def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` in an order that lets collectives run beside computing."""
     if ctx.mesh.size == 1:
         return gm
     ir.warn_without_layers(gm.graph, "schedule", "every weight is gathered before the first product")

@@ -17,6 +17,7 @@ from llama_fn.compiler import ir
 
 
 def scopes(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with scope, phase and source on every op."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in ir.calls(gm.graph):
         here = {"scope": "", "phase": "forward", "source": "", **labels(node)}

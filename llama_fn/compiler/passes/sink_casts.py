@@ -19,6 +19,7 @@ CAST = aten._to_copy.default
 
 
 def sink_casts(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
+    """`gm` with a stack of casts written as a cast of the stack."""
     for node in ir.calls(gm.graph):
         if node.target is not torch.ops.aten.stack.default:
             continue
