@@ -91,10 +91,10 @@ def attention_block(
     """x + wo(attention(rope(wq n), rope(wk n), wv n)) with n = rms_norm(x)."""
     with named_scope("attention"):
         n_BTD = constrain(k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], BLOCK)
-        q_BTNH = k.rope(constrain(k.einsum("btd,dnh->btnh", n_BTD, p.wq), QUERIES), cos, sin, False)
-        k_BSKH = k.rope(constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wk), KEYS), cos, sin, False)
-        v_BSKH = constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wv), KEYS)
-        q_BTNH, k_BSKH, v_BSKH = (name(x, as_) for x, as_ in ((q_BTNH, "query"), (k_BSKH, "key"), (v_BSKH, "value")))
+        q_BTNH = constrain(k.einsum("btd,dnh->btnh", n_BTD, p.wq), QUERIES)
+        k_BSKH = constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wk), KEYS)
+        v_BSKH = name(constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wv), KEYS), "value")
+        q_BTNH, k_BSKH = (name(k.rope(x, cos, sin, False), as_) for x, as_ in ((q_BTNH, "query"), (k_BSKH, "key")))
         o_BTNH = name(k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5)[0], "context")
         o_BTNH = constrain(o_BTNH, P("batch", "full_seq", "heads", "head_dim"))
         return x_BTD + name(constrain(k.einsum("btnh,nhd->btd", o_BTNH, p.wo), RESIDUAL), "out_proj")
