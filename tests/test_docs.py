@@ -73,6 +73,25 @@ def test_every_pass_is_explained_in_the_order_in_which_it_runs():
     assert rows[1:] == ["partition", *(each.__name__ for each in passes.LOWERING)]
 
 
+def test_every_word_of_the_glossary_is_used():
+    words = re.findall(r"^\| \*\*(.+?)\*\* \|", (ROOT / "docs" / "glossary.md").read_text(), re.M)
+    assert len(words) > 50 and len(set(words)) == len(words)
+    files = (path for name in ("kernels", "sharding", "llama_fn", "tests") for path in (ROOT / name).rglob("*.py"))
+    code = "\n".join(path.read_text() for path in files if path.name != Path(__file__).name)
+    unused = [word for word in words if not re.search(rf"\b{re.escape(word)}", code, re.I)]
+    assert not unused
+
+
+def test_messages_that_troubleshooting_quotes_are_said_somewhere():
+    cells = re.findall(r"^\| (`.+?`)[ |,]", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    quoted = [part for cell in cells for part in re.split(r"\.\.\.|process|\bN\b|\d|`|nan", cell) if len(part) > 12]
+    sources = "\n".join(p.read_text() for n in ("sharding", "llama_fn") for p in (ROOT / n).rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", sources)  # of a message that goes over lines
+    code = re.sub(r"\{[^{}]*\}", "*", code)
+    unsaid = [part for part in quoted if part.strip() not in code]
+    assert len(quoted) > 10 and not unsaid
+
+
 def test_every_metric_is_explained():
     cfg = Config()
     values = dict.fromkeys(
