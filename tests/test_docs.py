@@ -1,4 +1,4 @@
-"""The snippets of docs/ run, top to bottom, each page in one namespace."""
+"""The snippets of README and docs/ run, top to bottom, each page in one namespace."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
 def test_snippets_run(page, capsys):
     namespace: dict = {}
     snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     for snippet in snippets:
         exec(compile(snippet, str(page), "exec"), namespace)
+    if page.name == "README.md":
+        assert snippets and callable(namespace["compiled"]) and "graph step traced" in capsys.readouterr().out
+    if page.name == "adding.md":
+        printed = capsys.readouterr().out
+        assert "all_reduce over replica for reduce/embed" in printed and "gather over replica" not in printed
     if page.name == "sharding.md":
         printed = capsys.readouterr().out
         assert "reduce_scatter  model" in printed and "partial sum over model" in printed

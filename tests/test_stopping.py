@@ -37,8 +37,11 @@ class Started:
             self.lines.append(line)
 
     def until(self, text):
+        self.until_true(lambda: any(text in line for line in self.lines))
+
+    def until_true(self, condition):
         end = time.monotonic() + 60
-        while not any(text in line for line in self.lines):
+        while not condition():
             assert self.process.poll() is None and time.monotonic() < end, "".join(self.lines)
             time.sleep(0.01)
 
@@ -71,7 +74,9 @@ def test_data_and_compiling_are_left_at_once_and_tokenizing_goes_on(corpus, tmp_
     ):
         run = Started(*flags)
         run.until(text)
-        time.sleep(0.5 if text != "tokenizing" else 2.5)
+        if text == "tokenizing":
+            run.until_true(lambda: any(p.stat().st_size for p in (tmp_path / "data").glob(".*.bin.partial")))
+        time.sleep(0.5)
         seconds, got = run.stop(number)
         said = "".join(run.lines)
         assert got == status and seconds < 12, (text, seconds, said)

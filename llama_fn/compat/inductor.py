@@ -83,11 +83,15 @@ def inductor_compile(
         compiled = compile_fx.compile_fx_inner(gm, list(inputs), static_input_idxs=tuple(static), is_inference=True)
     if counts["fxgraph_cache_bypass"] > skipped:
         log.warning("inductor does not keep this graph on disk; every start compiles it again")
-    assert isinstance(compiled, CompiledFxGraph), type(compiled)
+
+    def run(*args: torch.Tensor) -> Any:
+        return compiled(list(args))
+
+    if not isinstance(compiled, CompiledFxGraph):  # a graph without ops needs no code
+        return CompiledGraph(run, False, "", "", None)
+    key, file = compiled._fx_graph_cache_key or "", Path(get_path(compiled.cache_key, "py")[2])
     return CompiledGraph(
-        run=lambda *args: compiled(list(args)), from_cache=counts["fxgraph_cache_hit"] > hits,
-        code=compiled.source_code, key=compiled._fx_graph_cache_key or "",
-        file=Path(get_path(compiled.cache_key, "py")[2]) if cached else None,
+        run, counts["fxgraph_cache_hit"] > hits, compiled.source_code, key, file if cached and key else None
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def compile(
         # A CUDA graph writes its results to the same memory in every run, and is not replayed while one is still held.
         return [result.clone() for result in results] if patches.get("triton.cudagraphs") else results
 
-    origin = CodeOrigin(compiled.key, compiled.file, compiled.from_cache)
+    origin = CodeOrigin(compiled.key, compiled.file, compiled.from_cache) if compiled.key else None
     return Executable(run, text, origin, local=processes is not None, code=compiled.code, device=device)
 
 
