@@ -1,6 +1,7 @@
 """Runs in a subprocess without the repository on its path: logits, loss and gradients of LlamaForCausalLM.
 
-Reads weights and tokens from an .npz in our names and layouts, writes an .npz in the same names.
+Its argument is a JSON list of [input, output, configuration]. An input is an .npz of weights and tokens in our names
+and layouts, an output an .npz in the same names.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def main() -> None:
-    source, target, spec = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+def answer(source: str, target: str, spec: dict) -> None:
     given = {name: torch.from_numpy(a) for name, a in np.load(source).items()}
     layers, d, n, h = given["layers.wq"].shape
     config = LlamaConfig(
@@ -60,4 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for case in json.loads(sys.argv[1]):
+        answer(*case)

@@ -42,22 +42,32 @@ def test_order_of_the_worked_example(tmp_path):
     assert samples.shuffle.tolist() == [7, 3, 5, 1, 4, 8, 0, 2, 6]
 
 
-@pytest.mark.parametrize(
-    "count, seq_len, split", [(9, 8, "1"), (60, 8, "90,5,5"), (25, 16, "8,1,1"), (31, 7, "5,4,1")], ids=str
-)
-def test_samples_equal_megatron_cores(count, seq_len, split, tmp_path):
-    lengths = np.random.default_rng(5).integers(1, 40, 30).tolist()
-    data = write(tmp_path / "x", lengths)
-    part = split_ranges(split, len(data))[0]
-    samples = Samples(data, part, seq_len, count, 1234, "train")
-    padded = ",".join([*split.split(","), "0", "0"][:3])
-    spec = {"seed": 1234, "seq_len": seq_len, "split": padded, "count": count, "port": 29600 + count}
+CASES = [(9, 8, "1"), (60, 8, "90,5,5"), (25, 16, "8,1,1"), (31, 7, "5,4,1")]
+LENGTHS = np.random.default_rng(5).integers(1, 40, 30).tolist()
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory):
+    """The folder of one corpus, and of what megatron-core makes of it in every case: one process imports it once."""
+    folder = tmp_path_factory.mktemp("megatron")
+    write(folder / "x", LENGTHS)
+    specs = [
+        {"seed": 1234, "count": count, "seq_len": seq_len, "split": ",".join([*split.split(","), "0", "0"][:3])}
+        for count, seq_len, split in CASES
+    ]
     script = Path(__file__).with_name("megatron_oracle.py")
-    command = [sys.executable, "-P", str(script), str(tmp_path / "x"), str(tmp_path / "o.npz"), json.dumps(spec)]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    want = np.load(tmp_path / "o.npz")
-    assert want["lengths"].tolist() == lengths
-    assert np.array_equal(want["first"], data.read(0, 0, lengths[0]))
+    command = [sys.executable, "-P", str(script), str(folder / "x"), str(folder), "29609", json.dumps(specs)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=240)
+    return folder
+
+
+@pytest.mark.parametrize("count, seq_len, split", CASES, ids=str)
+def test_samples_equal_megatron_cores(count, seq_len, split, megatron):
+    data = indexed.IndexedDataset(megatron / "x")
+    samples = Samples(data, split_ranges(split, len(data))[0], seq_len, count, 1234, "train")
+    want = np.load(megatron / f"{count}.npz")
+    assert want["lengths"].tolist() == LENGTHS
+    assert np.array_equal(want["first"], data.read(0, 0, LENGTHS[0]))
     assert np.array_equal(want["documents"], data.documents)
     assert np.array_equal(np.stack([samples[k] for k in range(count)]), want["samples"])
 

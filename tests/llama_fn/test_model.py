@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llama_fn import tree
+from llama_fn.config import ModelConfig
 from llama_fn.model import arrays, llama, random, weights
 from llama_fn.model.presets import PRESETS, preset
 
@@ -38,22 +39,42 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert arrays.total_size(llama.abstract_params(m)) == COUNTS.get(name, by_hand) == by_hand
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"norm_eps": 1e-6},
-        {"num_kv_heads": 2, "norm_eps": 1e-5, "rope_theta": 500000.0},
-        {"num_kv_heads": 1, "rope_theta": 100.0, "fused_head": True},
-        {"tie_embeddings": True},
-    ],
-    ids=str,
-)
-def test_logits_loss_and_gradients_equal_transformers(change, tmp_path, tiny_config):
-    cfg = replace(tiny_config(num_kv_heads=4).model, init_std=0.2, **change)
+CHANGES = [
+    {"norm_eps": 1e-6},
+    {"num_kv_heads": 2, "norm_eps": 1e-5, "rope_theta": 500000.0},
+    {"num_kv_heads": 1, "rope_theta": 100.0, "fused_head": True},
+    {"tie_embeddings": True},
+]
+
+
+def changed(change):
+    """A small model with one thing changed: its config, parameters, tokens and targets, the same at every call."""
+    tiny = ModelConfig(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=48, vocab_size=64)
+    cfg = replace(tiny, init_std=0.2, **change)
+    torch.manual_seed(CHANGES.index(change))
     params = arrays.materialize(llama.abstract_params(cfg), random.key(3))
     params = tree.map(lambda p: p + 0.1 * torch.randn_like(p), params)
     ids = torch.randint(0, cfg.vocab_size, (3, 20))
-    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return cfg, params, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+@pytest.fixture(scope="module")
+def transformers_answers(tmp_path_factory):
+    """The folder of what transformers computes for every change: one process imports it once."""
+    folder, cases = tmp_path_factory.mktemp("transformers"), []
+    for i, change in enumerate(CHANGES):
+        cfg, params, tokens, targets = changed(change)
+        given = {**tree.by_path(params), "tokens": tokens, "targets": targets}
+        np.savez(folder / f"in_{i}.npz", **{name: value.numpy() for name, value in given.items()})
+        cases.append([f"in_{i}.npz", f"out_{i}.npz", asdict(cfg)])
+    (folder / "oracle.py").write_text(Path(__file__).with_name("hf_oracle.py").read_text())
+    subprocess.run([sys.executable, "oracle.py", json.dumps(cases)], cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_logits_loss_and_gradients_equal_transformers(change, transformers_answers):
+    cfg, params, tokens, targets = changed(change)
 
     def gathered(params):
         return weights.gather(params, llama.abstract_params(cfg))
@@ -65,14 +86,8 @@ def test_logits_loss_and_gradients_equal_transformers(change, tmp_path, tiny_con
     logits = llama.logits(gathered(params), tokens, cfg=cfg)
     loss, pull = torch.func.vjp(loss_fn, *leaves)
     grads = dict(zip(tree.paths(params), pull(torch.ones(())), strict=True))
-
-    given = {**tree.by_path(params), "tokens": tokens, "targets": targets}
-    np.savez(tmp_path / "in.npz", **{name: value.numpy() for name, value in given.items()})
-    script = Path(__file__).with_name("hf_oracle.py").read_text()
-    (tmp_path / "oracle.py").write_text(script)
-    command = [sys.executable, "oracle.py", "in.npz", "out.npz", json.dumps(asdict(cfg))]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    want = {name: torch.from_numpy(a) for name, a in np.load(tmp_path / "out.npz").items()}
+    answers = np.load(transformers_answers / f"out_{CHANGES.index(change)}.npz")
+    want = {name: torch.from_numpy(a) for name, a in answers.items()}
 
     def error(a, b):
         return ((a - b).norm() / b.norm()).item()
