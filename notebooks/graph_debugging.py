@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Find a bug in a step's graph
 #
-# A variant of the model sends more than it should. The ladder, a dump, a difference in words, and the line that asked.
+# A variant of the model sends more than it should. The stages, a dump, a difference in words, and the line that asked.
 
 # %%
 from pathlib import Path

@@ -32,7 +32,7 @@ runtime.setup(cfg.run)
 train_data = open_parts(cfg, Path(cfg.run.workdir)).train_samples(cfg, consumed=0, left=STEPS)
 
 # %% [markdown]
-# The ladder. Each stage prints itself and answers `cost_analysis()` and `memory_analysis()`.
+# The stages. Each prints itself and answers `cost_analysis()` and `memory_analysis()`.
 
 # %%
 traced = config_stages.train(cfg)

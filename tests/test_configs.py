@@ -30,7 +30,7 @@ PAPER = {
 
 def load(*args: str) -> config.Config:
     script = (
-        "import json, sys\nfrom llama_fn import config, config_checks\nfrom llama_fn.tools import config_flags\n"
+        "import json, sys\nfrom llama_fn import config_checks, config_fields\nfrom llama_fn.tools import config_flags\n"
         "config_flags.define_flags()\nconfig_flags.parse(sys.argv)\n"
         "print(json.dumps(config_fields.flat(config_checks.resolved(config_flags.build_config()))))"
     )

@@ -13,7 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+SLOW = ("plan_65b",)
+
+
+@pytest.mark.parametrize(
+    "notebook", [pytest.param(p, marks=[pytest.mark.slow] if p.stem in SLOW else [], id=p.stem) for p in NOTEBOOKS]
+)
 def test_notebook_runs(notebook, tmp_path):
     (tmp_path / "work/notebook").mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}

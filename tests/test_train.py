@@ -111,7 +111,7 @@ def test_a_run_leaves_metrics_logs_flags_and_checkpoints(uninterrupted):
     assert list((uninterrupted / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("kill_at", [3, 11, 21])
+@pytest.mark.parametrize("kill_at", [11, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 21))])
 def test_killed_and_resumed_equals_uninterrupted_bitwise(kill_at, uninterrupted, corpus, tmp_path):
     flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}"]
     process = start(*flags)
@@ -124,7 +124,9 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(kill_at, uninterrupted,
     assert logged(tmp_path) == logged(uninterrupted)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_signals_save_say_where_and_exit(number, status, uninterrupted, corpus, tmp_path):
     flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}"]
     process = start(*flags)

@@ -38,7 +38,7 @@ class FakeTensors:
     """A world of tensors with shape, dtype and device but no storage."""
 
     def __init__(self) -> None:
-        # Captured real tensors become graph constants, which the ladder then refuses by name.
+        # Captured real tensors become graph constants, which tracing.py then refuses by name.
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def make(self, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:

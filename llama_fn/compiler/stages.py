@@ -1,4 +1,4 @@
-"""The ladder: jit -> trace -> lower -> compile, after JAX's stages.
+"""The stages of a step: jit -> trace -> lower -> compile, after JAX's.
 
     jit(step, donate=0)             Wrapped   nothing has happened yet
       .trace(state, batch)          Traced    global shapes, our own small op set, no mesh
@@ -50,7 +50,7 @@ def rules_named(rules: str | Rules) -> Rules:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A function that can be traced. Calling it climbs the whole ladder once and keeps the result."""
+    """A function that can be traced. Calling it goes through all stages once and keeps the result."""
 
     fn: Callable[..., Any]
     donate: tuple[int, ...] = ()

@@ -85,7 +85,9 @@ def test_a_device_of_four_has_its_collectives_in_the_cuda_graph(work):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "microbatches", "steps", "tolerance"), [("fp16", 2, 2, 5e-3), ("fp32", 1, 1, 2e-6)], ids=["fp16", "fp32"]
+    ("dtype", "microbatches", "steps", "tolerance"),
+    [pytest.param("fp16", 2, 2, 5e-3, marks=pytest.mark.slow), ("fp32", 1, 1, 2e-6)],
+    ids=["fp16", "fp32"],
 )
 def test_the_code_computes_what_the_eager_step_does_and_names_its_scopes(dtype, microbatches, steps, tolerance, work):
     found = work("run_worker.py", {"dtype": dtype, "microbatches": microbatches, "steps": steps})

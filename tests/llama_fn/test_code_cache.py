@@ -37,7 +37,13 @@ def filled(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("suffix, harm", [(".so", "truncate"), (".py", "empty"), ("graph", "flip")])
+@pytest.mark.parametrize(
+    "suffix, harm",
+    [
+        (".so", "truncate"),
+        *(pytest.param(*harm, marks=pytest.mark.slow) for harm in ((".py", "empty"), ("graph", "flip"))),
+    ],
+)
 def test_damaged_code_is_removed_and_compiled_again(suffix, harm, filled):
     files = [path for folder in filled.iterdir() for path in next(folder.iterdir()).rglob("*") if path.is_file()]
     (victim, *_) = [p for p in files if p.suffix == suffix or (suffix == "graph" and "fxgraph" in str(p))]

@@ -80,7 +80,7 @@ def test_a_record_is_json_whatever_its_numbers():
     assert json.loads(metrics.as_json({"lm_loss": 1.0})) == {"lm_loss": 1.0, "nonfinite": {}}
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_step_sees_parameters_that_its_update_ruins(backend, tiny_config, random_batch, fresh_state):
     from dataclasses import replace
 

@@ -66,7 +66,10 @@ def test_times_follow_from_the_hardware():
     assert sum(p.flops for p in a.scopes) == a.hardware_flops
 
 
-@pytest.mark.parametrize(("name", "microbatches"), [("llama_tiny", 1), ("llama_tiny", 2), ("llama_60m", 2)])
+@pytest.mark.parametrize(
+    ("name", "microbatches"),
+    [("llama_tiny", 1), ("llama_tiny", 2), pytest.param("llama_60m", 2, marks=pytest.mark.slow)],
+)
 def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_batch, fresh_state):
     from llama_fn.compiler import stages
     from llama_fn.model import train_step

@@ -74,7 +74,7 @@ def products(text):
         ("eager", False),
         ("interpret", False),
         ("inductor", True),
-        ("inductor", False),
+        pytest.param("inductor", False, marks=pytest.mark.slow),
     ],
 )
 def test_ops_are_recomputed_in_the_final_graph(backend, outlined, traced, compile_cache):

@@ -1,4 +1,4 @@
-"""The ladder: what is traced is what runs, on every backend; labels, donation, guards and errors."""
+"""The stages: what is traced is what runs, on every backend; labels, donation, guards and errors."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import standin
 import torch
-from ge_ops import OPS
+from ge_fused_ops import OPS
 
 from llama_fn.inspect import dump
 
@@ -153,7 +153,7 @@ class GeInterpreter:
         if kind in COLLECTIVES:
             return self._together(kind, attrs, args)
         if kind not in OPS:
-            raise NotImplementedError(f"GE op {kind} is not written in ge_ops.py")
+            raise NotImplementedError(f"GE op {kind} is written in neither ge_ops.py nor ge_fused_ops.py")
         return [OPS[kind](a, *x) for a, x in zip(attrs, args, strict=True)]
 
     def _together(self, kind: str, attrs: list[Attrs], args: list[list[Any]]) -> list[Any]:

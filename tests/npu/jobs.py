@@ -23,7 +23,7 @@ def config_of(given: dict) -> config.Config:
 
 
 JOBS = {
-    **{f"tiny_{d}": job(model__compute_dtype=d) for d in DTYPES},
+    **{f"tiny_{d}": job(model__compute_dtype=d, data__seq_len=64) for d in DTYPES},
     **{f"tiny_{d}_data2_model4": job("data:2,model:4", model__compute_dtype=d) for d in DTYPES},
     "tiny_2_ranks": job("model:2", 2, data__seq_len=64),
     "tiny_4_ranks": job("data:2,model:2", 4, data__seq_len=64),

@@ -53,7 +53,15 @@ def apart(a, b):
     return float(torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double()).clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("name", ["tiny_fp32", "tiny_2_ranks", "tiny_4_ranks", "tiny_ulysses", "tiny_remat"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny_fp32",
+        "tiny_2_ranks",
+        "tiny_4_ranks",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_ulysses", "tiny_remat")),
+    ],
+)
 def test_ge_graph_computes_the_step_in_float32(name, lowered, random_batch):
     cfg, traced, parts, ranks = prepared(name)
     want, want_state = steps_of_eager(traced, cfg, random_batch)

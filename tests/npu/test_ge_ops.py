@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ge_fused_ops import OPS
 from ge_interpreter import COLLECTIVES
-from ge_ops import OPS
 
 from kernels.registry import KERNELS
 from sharding import Mesh, simulate

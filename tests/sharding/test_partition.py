@@ -46,7 +46,9 @@ def train(traced, cfg, random_batch, mesh, rules, steps=5):
 
 
 # test_every_mesh.py has every mesh with every pair of these, nightly.
-@pytest.mark.parametrize(("dtype", "tolerance", "kv_heads"), [("fp64", 1e-10, 4), ("fp32", 1e-5, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "kv_heads"), [("fp64", 1e-10, 4), pytest.param("fp32", 1e-5, 4, marks=pytest.mark.slow)]
+)
 def test_steps_on_every_mesh_equal_the_single_device(dtype, tolerance, kv_heads, tiny_config, with_data, random_batch):
     cfg = step_config(tiny_config, with_data, dtype, kv_heads)
     traced = traced_step(cfg)

@@ -1,12 +1,8 @@
-"""What mistakes, damaged work folders and odd environments end in: a status, one paragraph, nothing moved."""
+"""What damaged work folders, and folders of other runs, end in: a status, one paragraph, nothing moved."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,108 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from guard_runs import ROOT, attempt, flags, iterations, picture, train
 
-from llama_fn.config import Config
-from llama_fn.config_fields import with_values
 from llama_fn.data import writer
-from llama_fn.run import loop, workdir_lock
-from llama_fn.tools import command
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
-    "model.num_layers": 1, "model.embed_dim": 32, "model.num_heads": 2, "model.num_kv_heads": 2, "model.mlp_dim": 48,
-    "model.vocab_size": 64, "data.seq_len": 16, "data.global_batch_size": 4, "run.steps": 4, "run.checkpoint_every": 2,
-    "run.eval_every": 0, "run.backend": "eager", "run.tensorboard": False,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "x"
-    random = np.random.default_rng(0)
-    writer.write(path, [random.integers(0, 64, n) for n in random.integers(5, 60, 200)], np.uint16)
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(prefix, tmp_path_factory):
-    """A work folder with four iterations, checkpoints 2 and 4; to be copied."""
-    workdir = tmp_path_factory.mktemp("trained")
-    assert attempt(prefix, workdir)[0] == 0
-    return workdir
-
-
-@pytest.fixture
-def workdir(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    return tmp_path / "run"
-
-
-def attempt(prefix, workdir, **flags):
-    """(status, what is said) of a run in this process."""
-    values = {**SMALL, "data.path": str(prefix), "run.workdir": str(workdir)}
-    values |= {name.replace("__", "."): value for name, value in flags.items()}
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        status = command.status_of(lambda: loop.run(with_values(Config(), values), "--x=1\n"))
-    return status, said.getvalue()
-
-
-def flags(prefix, workdir, *more):
-    values = {**SMALL, "data.path": str(prefix), "run.workdir": str(workdir)}
-    return [f"--{name}={value}" for name, value in values.items()] + list(more)
-
-
-def train(*arguments, **environ):
-    env = {**os.environ, **environ}
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def picture(folder):
-    """Every file below and what it holds, but for locks and the list of what was verified."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path)
-        if path.is_symlink()
-        else hashlib.md5(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if (path.is_file() or path.is_symlink()) and path.name not in (workdir_lock.FILE, "verified.json")
-    }
-
-
-def iterations(workdir):
-    return [json.loads(line)["iteration"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-WRONG = [
-    ("--optim.lr=-1", "--optim.lr=-1.0 must be at least 0"), ("--optim.lr=nan", "--optim.lr=nan must be"),
-    ("--optim.lr=inf", "--optim.lr=inf must be"), ("--optim.warmup_steps=-5", "must be at least 0"),
-    ("--model.rope_theta=0", "must be above 0"), ("--model.norm_eps=-1", "must be from 0 to 1"),
-    ("--optim.b2=1", "must be from 0 to"), ("--optim.eps=0", "must be above 0"),
-    ("--run.threads=-1", "must be from 0 to"), ("--data.split=²,1", "up to three non-negative numbers"),
-    ("--data.split=", "up to three"), ("--run.seed=-1", "must be from 0 to"), ("--run.seed=4294967296", "must be from"),
-    ("--run.steps=0", "must be at least 1"), ("--run.steps=1000000000000", "must be at least 1"),
-    ("--run.steps=1000000000", "GB are free. Lower --run.steps"), ("--run.timeout_s=0", "must be at least 1"),
-    ("--run.workdir=", "--run.workdir is empty"), ("--run.dump_ranks=7", "this run has ranks 0 to 0"),
-    ("--run.dump_ranks=²", "neither all nor ranks"), ("--run.profile_steps=3:9", "within 1..4"),
-    ("--mesh.axes=data:²", "is not NAME:SIZE"), ("--data.tokenizer=/nowhere/t.model", "no such file"),
-    ("--data.path=/nowhere", "no such file or folder"), ("--data.seq_len=0", "must be at least 1"),
-    ("--model.vocab_size=0", "must be at least 1"), ("--data.global_batch_size=3", "3 is not divisible"),
-    ("--model.num_layers=100000", "must be from 1 to 1000"), ("--optim.min_lr=1e39", "must be at least 0"),
-    ("--run.device=gpu", "expected auto, cpu, cuda or npu"), ("--run.stop_after_skipped=-1", "must be at least 0"),
-    ("--model.preset=llama", "Did you mean"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("flag, message", WRONG, ids=lambda x: x[:30])
-def test_wrong_flags_write_nothing(flag, message, prefix, tmp_path):
-    extra = ["--data.microbatches=2"] if "batch_size=3" in flag else []
-    extra += [f"--run.dump_dir={tmp_path / 'dump'}"] if "dump_ranks" in flag else []
-    extra += ["--data.path="] if "tokenizer" in flag else []
-    out = train(*flags(prefix, tmp_path / "run", flag, *extra))
-    assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr, out.stderr
-    assert out.stderr.splitlines()[-1].startswith("error: ") and len(out.stderr) < 900
-    if "steps=1000000000" not in flag:  # which is known once data is opened
-        assert not list(tmp_path.iterdir())
+from llama_fn.run import workdir_lock
 
 
 def damage_meta(w):
@@ -296,68 +194,3 @@ def test_a_run_outside_of_the_main_thread_says_that_signals_are_not_handled(pref
     thread.start()
     thread.join()
     assert results[0][0] == 0 and "not in the main thread" in results[0][1]
-
-
-def test_what_is_asked_for_and_not_given_is_said(workdir, prefix):
-    status, said = attempt(prefix, workdir, run__steps=6, run__profile_steps="2:3", run__accept_changes=True)
-    assert status == 0 and "--run.profile_steps=2:3 lies before iteration 4" in said
-    status, said = attempt(prefix, workdir, run__dump_ranks="0,1", run__dump_dir=str(workdir / "d"))
-    assert status == 2 and "this run has ranks 0 to 0" in said
-
-
-ENVIRONMENTS = {
-    "empty_world_size": ({"WORLD_SIZE": ""}, [], 0, "done: 4"),
-    "rank_alone": ({"RANK": "3"}, [], 2, "RANK=3 with WORLD_SIZE 1"),
-    "world_size_alone": ({"WORLD_SIZE": "2"}, [], 2, "without RANK, MASTER_ADDR, MASTER_PORT"),
-    "world_size_odd": ({"WORLD_SIZE": "two"}, [], 2, "WORLD_SIZE=two: a number"),
-    "empty_cache_home": ({"XDG_CACHE_HOME": ""}, ["--run.backend=inductor"], 0, "done: 4"),
-    "no_compiler": ({"CXX": "/nonexistent/g++"}, ["--run.backend=inductor"], 2, "/nonexistent/g++ (CXX) cannot be run"),
-    "no_compiler_needed": ({"CXX": "/nonexistent/g++"}, [], 0, "done: 4"),
-    "home_is_nowhere": ({"HOME": "/nonexistent", "XDG_CACHE_HOME": ""}, [], 0, "done: 4"),
-    "one_compile_thread": ({"TORCHINDUCTOR_COMPILE_THREADS": "1"}, ["--run.backend=inductor"], 0, "done: 4"),
-    "cache_is_a_file": ({"XDG_CACHE_HOME": "FILE"}, ["--run.backend=inductor"], 0, "compiled code is not kept in"),
-}
-
-
-@pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_environments(name, prefix, tmp_path):
-    environ, more, want, message = ENVIRONMENTS[name]
-    (tmp_path / "file").touch()
-    environ = {"XDG_CACHE_HOME": str(tmp_path / "cache")} | {
-        key: str(tmp_path / "file") if value == "FILE" else value for key, value in environ.items()
-    }
-    if environ.get("XDG_CACHE_HOME") == "":
-        environ |= {"HOME": environ.get("HOME", str(tmp_path / "home"))}
-    out = train(*flags(prefix, tmp_path / "run", *more), **environ)
-    assert out.returncode == want and message in out.stderr and "Traceback" not in out.stderr, out.stderr
-    if want == 2:
-        assert not (tmp_path / "run").exists()
-
-
-def test_a_user_without_a_name_or_a_home_trains(prefix, tmp_path):
-    if os.getuid() != 0:
-        pytest.skip("only root can become another user")
-    script = "import os, sys; os.setgid(54321); os.setuid(54321); os.execv(sys.argv[1], sys.argv[1:])"
-    tmp_path.chmod(0o777)
-    for folder in (*tmp_path.parents, prefix.parent):
-        folder.chmod(folder.stat().st_mode | 0o5) if folder.stat().st_uid == 0 and str(folder) != "/" else None
-    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME")}
-    arguments = [sys.executable, "train.py", *flags(prefix, tmp_path / "run", "--run.backend=inductor")]
-    probe = [sys.executable, "-c", script, sys.executable, "-c", "import torch"]
-    if subprocess.run(probe, cwd=ROOT, env=env, capture_output=True).returncode:
-        pytest.skip("the project's environment cannot be read by another user; it can where it does not lie in /root")
-    out = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert out.returncode == 0 and "this user has no home folder" in out.stderr, out.stderr
-
-
-def test_flagfiles_name_others_beside_them_from_every_folder(prefix, tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "outer.flags").write_text("# a comment\n--flagfile=b/inner.flags\n\n--run.steps=3\n")
-    (tmp_path / "a" / "b" / "inner.flags").write_text("\n".join(flags(prefix, tmp_path / "run")))
-    command_line = [sys.executable, str(ROOT / "train.py"), "--flagfile", "a/outer.flags"]
-    out = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True)
-    assert out.returncode == 0 and "done: 3 iterations" in out.stderr, out.stderr
-    (tmp_path / "a" / "b" / "inner.flags").write_text("--flagfile=../outer.flags")
-    for name, message in (("a/outer.flags", "names itself"), ("a", "Is a directory"), ("", "cannot be read")):
-        out = subprocess.run([*command_line[:-2], f"--flagfile={name}"], cwd=tmp_path, capture_output=True, text=True)
-        assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr, out.stderr
