@@ -216,10 +216,10 @@ def make_eval_step(cfg: Config) -> Callable[[llama.Params, Batch], torch.Tensor]
     infos = llama.abstract_params(cfg.model)
     loss_sum = repeated(lambda gathered, part: _loss_sum(gathered, part, cfg))
 
-    def step(params: llama.Params, batch: Batch) -> torch.Tensor:
+    def evaluation(params: llama.Params, batch: Batch) -> torch.Tensor:
         gathered = weights.gather(_cast(params, cfg), infos)
         total = [loss_sum(gathered, part) for part in _microbatches(batch)]
         with named_scope("loss"):
             return constrain(functools.reduce(torch.add, total), P()) / _tokens(batch)
 
-    return step
+    return evaluation

@@ -23,14 +23,11 @@ ENVIRONMENTS = {
 }
 
 
-COMPILING = (
-    "one_compile_thread",
-    "cache_is_a_file",
-)  # and what they come to is tested in test_arguments, test_code_cache
+SLOW = ("one_compile_thread", "cache_is_a_file")  # test_arguments and test_code_cache have the quick form
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in COMPILING else []) for name in ENVIRONMENTS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ENVIRONMENTS]
 )
 def test_environments(name, prefix, tmp_path):
     environ, more, want, message = ENVIRONMENTS[name]

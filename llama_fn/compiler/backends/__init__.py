@@ -74,8 +74,11 @@ class CodeOrigin:
         """ "code f3xmkmn, compiled 2 h ago, /home/me/.cache/llama_fn/x.py"."""
         if self.file is None:
             return f"code {self.key[:12]}, not kept on disk"
-        made = self.file.stat().st_mtime if self.file.exists() else None
-        when = f"compiled {_ago(time.time() - made)}" if made else "whose file is gone"
+        when = "compiled now"
+        if self.from_cache:
+            when = (
+                f"compiled {_ago(time.time() - self.file.stat().st_mtime)}" if self.file.exists() else "since deleted"
+            )
         return f"code {self.key[:12]}, {when}, {self.file}"
 
 
