@@ -1,4 +1,4 @@
-"""Every recipe under configs/ is a valid configuration; the slice logs what the source page logged."""
+"""Every recipe under configs/ is a valid configuration; the slice logs what AscendSpeed's LLaMA-65B recipe logged."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_one_npu_takes_either_set_of_hyper_parameters(hyper, b2):
     assert cfg.optim.b2 == b2 and cfg.data.global_batch_size == 32
 
 
-def test_the_slice_logs_the_numbers_of_the_source_page():
+def test_the_slice_logs_the_numbers_of_ascendspeeds_recipe():
     cfg = load("--flagfile=configs/llama_65b_8layers_8npu.flags")
     rate = optim.warmup_decay(cfg.optim, cfg.run.steps)(torch.tensor(3.0)).item()
     values = {

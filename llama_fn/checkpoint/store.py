@@ -12,7 +12,7 @@ from typing import Any
 from llama_fn import tree
 from llama_fn.checkpoint.orbax import Checkpointer, SavedStep
 from llama_fn.config import Config
-from llama_fn.distributed.processes import Processes, by_chief
+from llama_fn.distributed import Processes, by_chief
 from llama_fn.model import arrays, train_step
 from sharding import P
 

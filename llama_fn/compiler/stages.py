@@ -25,7 +25,7 @@ from llama_fn.compiler import backends, cost, ir, liveness, passes
 from llama_fn.compiler.arguments import name_of, spoil
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.compiler.passes.fuse import report as fusion_report
-from llama_fn.compiler.passes.partition import partition
+from llama_fn.compiler.passes.partition import partition, rules_named
 from llama_fn.compiler.passes.remat_regions import Remat
 from llama_fn.compiler.resize import resized, without_extent
 from llama_fn.compiler.signature import Signature, is_within
@@ -36,16 +36,7 @@ from llama_fn.model.arrays import abstract, describe
 from llama_fn.tree import Tree
 from sharding import P, collectives_table
 from sharding.mesh import Mesh
-from sharding.rules import PRESETS, Rules
-
-
-def rules_named(rules: str | Rules) -> Rules:
-    """The preset of a name, or the rules themselves; UserError for an unknown name."""
-    if isinstance(rules, Rules):
-        return rules
-    if rules not in PRESETS:
-        raise UserError(f"sharding rules {rules!r} are not a preset. {nearest(rules, PRESETS)}")
-    return PRESETS[rules]
+from sharding.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -232,12 +223,8 @@ class Lowered(_Graph):
     def as_text(self) -> str:
         """The graph of one device, the table of its collectives, and what fused or did not."""
         rows, notes = self.collectives(), fusion_report(self.graph_module.graph)
-        parts = [
-            super().as_text(),
-            collectives_table.as_text(rows) if rows else "",
-            *(["\n".join(notes)] if notes else []),
-        ]
-        return "\n\n".join(filter(None, parts))
+        table = collectives_table.as_text(rows) if rows else ""
+        return "\n\n".join(filter(None, (super().as_text(), table, "\n".join(notes))))
 
     def layouts_of(self, argument: str) -> list[P]:
         """The shardings of the leaves of one argument, by its name: "batch"."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llama_fn.compiler import passes, stages
+from llama_fn.compiler.passes.partition import rules_named
 from llama_fn.compiler.passes.remat_regions import Remat
 from llama_fn.config import Config
 from llama_fn.errors import UserError
@@ -44,5 +45,5 @@ def lower(
         if name not in dict(mesh.axes):
             raise UserError(f"--mesh.replicated={m.replicated}: {mesh} has no axis {name}")
     without = [name.strip() for name in m.without.split(",") if name.strip()]
-    rules = replace(stages.rules_named(m.rules), replicated=copies)
+    rules = replace(rules_named(m.rules), replicated=copies)
     return traced.lower(mesh, rules, without, m.fuse, remat, observe)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from llama_fn import tree
 from llama_fn.compiler import stages
 from llama_fn.config import Config
-from llama_fn.data.iterator import BatchIterator
-from llama_fn.data.samples import Samples
-from llama_fn.distributed.processes import Processes
+from llama_fn.data import BatchIterator, Samples
+from llama_fn.distributed import Processes
 from llama_fn.model import train_step
 from sharding import P
 

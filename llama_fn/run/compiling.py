@@ -12,7 +12,7 @@ from llama_fn.compiler import backends, passes, stages
 from llama_fn.compiler.backends import code_cache
 from llama_fn.config import Config
 from llama_fn.config_checks import dumps, profiled
-from llama_fn.distributed.processes import Processes
+from llama_fn.distributed import Processes
 from llama_fn.hardware import Hardware, named
 from llama_fn.inspect import dump
 from llama_fn.model import arrays, train_step

@@ -16,10 +16,9 @@ from llama_fn.compiler import stages
 from llama_fn.compiler.finite import NonFinite
 from llama_fn.config import Config
 from llama_fn.config_checks import profiled, resolved
-from llama_fn.data.iterator import BatchIterator
-from llama_fn.data.prepare import Parts, open_parts
-from llama_fn.distributed import processes
-from llama_fn.distributed.processes import Processes, by_chief
+from llama_fn.data import BatchIterator, Parts, open_parts
+from llama_fn.distributed import Processes, by_chief
+from llama_fn.distributed import start as start_processes
 from llama_fn.hardware import Hardware
 from llama_fn.inspect.profiling import Profiler
 from llama_fn.launch import launched
@@ -83,7 +82,7 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         return 0
     machine_checks.check_processes(cfg, mesh, launch.world)
     with ExitStack() as held:
-        members = processes.start(mesh, cfg.run.device, cfg.run.timeout_s)
+        members = start_processes(mesh, cfg.run.device, cfg.run.timeout_s)
         if members is not None:
             held.callback(members.close)
         stop = held.enter_context(_stoppable())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llama_fn.compiler.stages import rules_named
+from llama_fn.compiler.passes.partition import rules_named
 from sharding import Mesh
 from sharding.rules import Rules
 

@@ -14,7 +14,7 @@ import torch
 from kernels.registry import of_node
 from llama_fn import compat
 from llama_fn.compiler import liveness
-from llama_fn.distributed.processes import Processes
+from llama_fn.distributed import Processes
 from llama_fn.errors import UserError, nearest
 from sharding import Mesh, P
 from sharding.simulate import COLLECTIVES, FUSED

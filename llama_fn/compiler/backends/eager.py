@@ -12,7 +12,7 @@ from llama_fn.compiler.backends import Executable, Program, communication, forms
 from llama_fn.compiler.passes import copy_graph
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.ranges import RANGES, name_of
-from llama_fn.distributed.processes import Processes
+from llama_fn.distributed import Processes
 
 
 class _NodeByNode(torch.fx.Interpreter):

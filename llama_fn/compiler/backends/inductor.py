@@ -22,7 +22,7 @@ from llama_fn.compiler.backends import CodeOrigin, Executable, Program, code_cac
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.outline import outline
 from llama_fn.compiler.passes.place import place
-from llama_fn.distributed.processes import Processes
+from llama_fn.distributed import Processes
 from llama_fn.errors import UserError
 from sharding.mesh import Mesh
 

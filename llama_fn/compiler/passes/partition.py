@@ -6,12 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
-from llama_fn.errors import UserError
+from llama_fn.errors import UserError, nearest
 from llama_fn.model.arrays import ArrayInfo
 from sharding import partition as sharding_partition
 from sharding.errors import ShardingError
 from sharding.mesh import Mesh
-from sharding.rules import Rules
+from sharding.rules import PRESETS, Rules
+
+
+def rules_named(rules: str | Rules) -> Rules:
+    """The preset of a name, or the rules themselves; UserError for an unknown name."""
+    if isinstance(rules, Rules):
+        return rules
+    if rules not in PRESETS:
+        raise UserError(f"sharding rules {rules!r} are not a preset. {nearest(rules, PRESETS)}")
+    return PRESETS[rules]
 
 
 def partition(
