@@ -65,14 +65,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: int) -> tupl
 
 
 def _backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    blocks: int,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv = k.shape[2]
     qg, dog, ks, vs = _grouped(q, kv), _grouped(do, kv), k.transpose(1, 2), v.transpose(1, 2)
@@ -112,13 +105,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
 
 
 def attention_bwd_reference(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v; probabilities are computed again from lse."""
     return _backward(do, q, k, v, o, lse, scale, 1)
@@ -130,13 +117,7 @@ def attention_blocked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
 
 
 def attention_bwd_blocked(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As attention_bwd_reference, block by block."""
     return _backward(do, q, k, v, o, lse, scale, _blocks(q.shape[1]))
@@ -160,13 +141,7 @@ def attention_npu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 
 
 def attention_bwd_npu(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient computes exp(score - top) / total: with top = lse and total = 1 these are the probabilities."""
     query, key, value, dy, out = (x.transpose(1, 2).contiguous() for x in (q, k, v, do, o))

@@ -68,7 +68,7 @@ class Watchdog:
             try:
                 self._sign_of_life()
                 words = {r: self.store.get(str(r)) for r in range(self.world) if self.store.check([str(r)])}
-            except Exception as error:
+            except RuntimeError as error:  # DistError and its kinds
                 if not self.closed.is_set():
                     self._leave(f"the store on rank 0 ({os.environ['MASTER_ADDR']}) does not answer: {error}")
                 return

@@ -30,15 +30,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
     return o.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-def flash_bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, ...]:
+def flash_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, ...]:
     """The gradient of `flash`, from its o and lse."""
     n, kv = q.shape[2], k.shape[2]
     operands = (do.transpose(1, 2), q.transpose(1, 2), _heads(k, n), _heads(v, n), o.transpose(1, 2), lse)
