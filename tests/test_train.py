@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import outcomes
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "--flagfile=configs/tiny_cpu.flags", "--model.num_layers=2", "--model.embed_dim=32", "--model.num_heads=2",
@@ -146,34 +148,42 @@ def test_a_resume_with_other_numbers_is_refused_with_the_difference(uninterrupte
     assert code == 2 and "--optim.lr: was 0.002, now 0.5" in out and "Traceback" not in out
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--run.step=3"], "Did you mean run.steps?"),
-        (["--model.preset=llama_7"], "Did you mean llama_7b?"),
-        (["--data.global_batch_size=6", "--data.microbatches=4"], "not divisible by --data.microbatches=4"),
-        (["--model.num_heads=3"], "--model.embed_dim=256 is not divisible by --model.num_heads=3"),
-        (["--model.compute_dtype=int8"], "compute_dtype"),
-        (["--run.steps=many"], "run.steps"),
-        (["--data.path=/nowhere/at/all"], "no such file or folder"),
-        (["--mesh.axes=data:2"], "torchrun --nproc_per_node=2"),
-        (["--mesh.axes=data:3"], "data:3"),
-        (["--mesh.rules=fsdq"], "Did you mean fsdp"),
-        (["--mesh.axes=data=2"], "is not NAME:SIZE"),
-        (["--run.device=cuda"], "finds no CUDA device"),
-        (["--run.workdir=/proc/none"], "cannot be written"),
-        (["stray"], "unexpected argument"),
-        (["--flagfile=missing.flags"], "missing.flags"),
-    ],
-    ids=lambda x: str(x)[:40],
-)
-def test_wrong_flags_get_one_paragraph_and_a_status(flags, message, tmp_path):
+WRONG = [
+    (["--run.step=3"], "Did you mean run.steps?"),
+    (["--model.preset=llama_7"], "Did you mean llama_7b?"),
+    (["--data.global_batch_size=6", "--data.microbatches=4"], "not divisible by --data.microbatches=4"),
+    (["--model.num_heads=3"], "--model.embed_dim=256 is not divisible by --model.num_heads=3"),
+    (["--model.compute_dtype=int8"], "compute_dtype"),
+    (["--run.steps=many"], "run.steps"),
+    (["--data.path=/nowhere/at/all"], "no such file or folder"),
+    (["--mesh.axes=data:2"], "torchrun --nproc_per_node=2"),
+    (["--mesh.axes=data:3"], "data:3"),
+    (["--mesh.rules=fsdq"], "Did you mean fsdp"),
+    (["--mesh.axes=data=2"], "is not NAME:SIZE"),
+    (["--run.device=cuda"], "finds no CUDA device"),
+    (["--run.workdir=/proc/none"], "cannot be written"),
+    (["stray"], "unexpected argument"),
+    (["--flagfile=missing.flags"], "missing.flags"),
+]
+
+
+@pytest.fixture(scope="module")
+def outcome_of(tmp_path_factory):
+    """What becomes of each of WRONG, in a work folder of its own."""
+    folders = [str(tmp_path_factory.mktemp("wrong")) for _ in WRONG]
+    commands = [(str(ROOT), ["train.py", f"--run.workdir={f}", *w[0]]) for f, w in zip(folders, WRONG, strict=True)]
+    return {str(flags): out for (flags, _), out in zip(WRONG, outcomes(commands), strict=True)}
+
+
+@pytest.mark.parametrize("flags, message", WRONG, ids=lambda x: str(x)[:40])
+def test_wrong_flags_get_one_paragraph_and_a_status(flags, message, outcome_of):
     import torch
 
     if flags == ["--run.device=cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device; the message is for machines without one")
-    code, out = run(f"--run.workdir={tmp_path}", *flags)
-    assert code == 2 and message in out and "Traceback" not in out, out
+    out = outcome_of[str(flags)]
+    said = out.stdout + out.stderr
+    assert out.returncode == 2 and message in said and "Traceback" not in said, said
 
 
 def test_help_lists_every_flag():

@@ -11,6 +11,7 @@ from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.model import train_step
 from sharding import Mesh
+from sharding.rules import Rules
 
 
 def mesh(cfg: Config) -> Mesh:
@@ -19,6 +20,19 @@ def mesh(cfg: Config) -> Mesh:
         return Mesh.parse(cfg.mesh.axes)
     except ValueError as error:
         raise UserError(f"--mesh.axes={cfg.mesh.axes}: {error}") from None
+
+
+def rules(cfg: Config, mesh: Mesh) -> Rules:
+    """The rules of cfg's mesh section; UserError for an unknown preset, or for copies along no axis of the mesh."""
+    copies = tuple(_listed(cfg.mesh.replicated))
+    for name in copies:
+        if name not in dict(mesh.axes):
+            raise UserError(f"--mesh.replicated={cfg.mesh.replicated}: {mesh} has no axis {name}")
+    return replace(rules_named(cfg.mesh.rules), replicated=copies)
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def train(cfg: Config) -> stages.Traced:
@@ -38,12 +52,5 @@ def lower(
 ) -> stages.Lowered:
     """`traced` for one device of `mesh`, as cfg's mesh section says; UserError where it cannot be partitioned."""
     m = cfg.mesh
-    names = tuple(name.strip() for name in m.remat_names.split(",") if name.strip())
-    remat = Remat(m.remat, names, int(m.remat_gb * 1e9), m.regather)
-    copies = tuple(name.strip() for name in m.replicated.split(",") if name.strip())
-    for name in copies:
-        if name not in dict(mesh.axes):
-            raise UserError(f"--mesh.replicated={m.replicated}: {mesh} has no axis {name}")
-    without = [name.strip() for name in m.without.split(",") if name.strip()]
-    rules = replace(rules_named(m.rules), replicated=copies)
-    return traced.lower(mesh, rules, without, m.fuse, remat, observe)
+    remat = Remat(m.remat, tuple(_listed(m.remat_names)), int(m.remat_gb * 1e9), m.regather)
+    return traced.lower(mesh, rules(cfg, mesh), _listed(m.without), m.fuse, remat, observe)

@@ -74,6 +74,7 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
     """
     cfg, launch = resolved(cfg), launched()
     mesh = config_stages.mesh(cfg)
+    config_stages.rules(cfg, mesh)  # wrong names are said before data is touched
     runtime.log_to_terminal(None, quiet=launch.rank != 0)
     machine_checks.check_machine(cfg, launch.world)
     hardware = runtime.setup(cfg.run)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from guard_runs import ROOT, attempt, flags
+
+from tests.forks import outcomes
 
 WRONG = [
     ("--optim.lr=-1", "--optim.lr=-1.0 must be at least 0"), ("--optim.lr=nan", "--optim.lr=nan must be"),
@@ -39,20 +39,17 @@ def arguments(flag, prefix, folder):
 
 @pytest.fixture(scope="module")
 def starts(prefix, tmp_path_factory):
-    """(folder, status, what was said) by flag: one process imports everything and forks for every start."""
+    """(folder, outcome) by flag."""
     folders = {flag: tmp_path_factory.mktemp("start") for flag, _ in WRONG}
-    cases = [[str(folders[flag]), arguments(flag, prefix, folders[flag])] for flag, _ in WRONG]
-    script = Path(__file__).with_name("many_starts.py")
-    out = subprocess.run([sys.executable, script], cwd=ROOT, input=json.dumps(cases), capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    answers = [json.loads(line) for line in out.stdout.splitlines()]
-    return {flag: (folders[flag], *answer) for (flag, _), answer in zip(WRONG, answers, strict=True)}
+    commands = [(str(ROOT), ["train.py", *arguments(flag, prefix, folders[flag])]) for flag, _ in WRONG]
+    return {flag: (folders[flag], out) for (flag, _), out in zip(WRONG, outcomes(commands), strict=True)}
 
 
 @pytest.mark.parametrize("flag, message", WRONG, ids=lambda x: x[:30])
 def test_wrong_flags_write_nothing(flag, message, starts):
-    folder, status, said = starts[flag]
-    assert status == 2 and message in said and "Traceback" not in said, said
+    folder, out = starts[flag]
+    said = out.stderr
+    assert out.returncode == 2 and message in said and "Traceback" not in said, said
     assert said.splitlines()[-1].startswith("error: ") and len(said) < 900
     if "steps=1000000000" not in flag:  # which is known once data is opened
         assert not list(folder.iterdir())
