@@ -11,9 +11,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import scope
 from kernels.repeat import called_by
 from llama_fn.compat.repeat import Repeats, with_repeats
 from llama_fn.compat.sources import sourced
@@ -74,20 +72,6 @@ class FakeTensors:
             called_by(Repeats().call),
         ):
             return with_repeats(make_fx(sourced(fn), decompositions, tracing_mode="real")(*inputs))
-
-    def first_line(self, fn: Callable[..., Any], inputs: Sequence[torch.Tensor], wanted: Callable[[Any], bool]) -> str:
-        """ "file.py:12" of the first op of `fn` that is `wanted`, outside of torch and of the project; "" for none."""
-        lines: list[str] = []
-
-        class Look(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if not lines and wanted(func):
-                    lines.append(scope.caller())
-                return func(*args, **(kwargs or {}))
-
-        with self.mode, torch.autograd.set_multithreading_enabled(False), Look():
-            fn(*inputs)
-        return "".join(lines)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
         """fn(*args) on tensors of this world."""

@@ -39,7 +39,7 @@ def trace(
 
     inputs = [world.make(info.shape, info.dtype) for info in infos]
     gm = world.trace(flat_fn, inputs)
-    _refuse_random(gm, name_of(fn), lambda: world.first_line(flat_fn, inputs, _is_random))
+    _refuse_random(gm, name_of(fn))
     paths = tuple(leaves.paths)
     signature = Signature(
         leaves.spec, paths, infos, out["spec"], out["paths"], _donated(bound.names, donate), bound.names
@@ -73,12 +73,13 @@ def _is_random(op: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
-def _refuse_random(gm: torch.fx.GraphModule, name: str, line: Callable[[], str]) -> None:
-    drawn = [node.target for node in ir.calls(gm.graph) if _is_random(node.target)]
+def _refuse_random(gm: torch.fx.GraphModule, name: str) -> None:
+    drawn = [node for node in ir.calls(gm.graph) if _is_random(node.target)]
     if drawn:
+        line = compat.labels(drawn[0]).get("source", "")
         raise ValueError(
-            f"{name} draws random numbers ({drawn[0]}, {line()}). A step takes none, so that the same state and batch "
-            "give the same numbers on every backend. Draw them outside and pass them as an argument"
+            f"{name} draws random numbers ({drawn[0].target}, {line}). A step takes none, so that the same state and "
+            "batch give the same numbers on every backend. Draw them outside and pass them as an argument"
         )
 
 

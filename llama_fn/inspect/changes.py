@@ -64,19 +64,13 @@ def changes(a: Summary, b: Summary) -> list[Change]:
         *_donation(a["donated"], b["donated"]), *_collectives(moved, b), *_ops(moved, b), *_renames(renamed),
         *_flops(a["flops"], b["flops"]), *_memory(a["memory"], b["memory"]),
     ]  # fmt: skip
-    kinds: dict[str, list[Change]] = {}
-    for change in unordered:
-        kinds.setdefault(change.kind, []).append(change)
-    ordered = sorted(kinds.values(), key=lambda group: -sum(change.cost for change in group))
+    ordered = sorted(_by_kind(unordered).values(), key=lambda group: -sum(change.cost for change in group))
     return [change for group in ordered for change in sorted(group, key=lambda change: -change.cost)]
 
 
 def overview(several: list[Change]) -> Iterator[str]:
     """A line per kind: how many changes, what they cost together, and the largest of them."""
-    kinds: dict[str, list[Change]] = {}
-    for change in several:
-        kinds.setdefault(change.kind, []).append(change)
-    for kind, group in kinds.items():
+    for kind, group in _by_kind(several).items():
         if len(group) == 1 or kind in TOTALS:
             yield f"{kind}: {'; '.join(map(str, group))}"
             continue
@@ -87,7 +81,14 @@ def overview(several: list[Change]) -> Iterator[str]:
         yield f"{kind}: {len(group)} changes{costs}; the largest: {group[0]}"
 
 
-_Key = tuple[str, str]  # its words, and what else tells it from others
+def _by_kind(several: list[Change]) -> dict[str, list[Change]]:
+    kinds: dict[str, list[Change]] = {}
+    for change in several:
+        kinds.setdefault(change.kind, []).append(change)
+    return kinds
+
+
+_Key = tuple[str, str, str]  # its kind, its words, and what else tells it from others
 
 
 @dataclass
@@ -104,12 +105,12 @@ class _Row:
 
 def _ops(a: Summary, b: Summary) -> Iterator[Change]:
     before, after = (_grouped(summary["ops"], _op_name) for summary in (a, b))
-    for (name, recomputed), old, new in _pairs(before, after):
+    for (kind, name, _), old, new in _pairs(before, after):
         if old.count != new.count:
-            yield _counted("recomputed ops" if recomputed == "True" else "ops", name, old, new)
+            yield _counted(kind, name, old, new)
         elif old.attributes != new.attributes:
-            for i, kind in enumerate(_ATTRIBUTES):
-                yield from _attribute(f"{kind} of ops".replace("constants", "constant arguments"), i, name, old, new)
+            for i, what in enumerate(("constant arguments", "dtype", "sharding")):
+                yield from _attribute(f"{what} of ops", i, name, old, new)
 
 
 def _attribute(kind: str, i: int, name: str, old: _Row, new: _Row) -> Iterator[Change]:
@@ -129,20 +130,20 @@ def _attribute(kind: str, i: int, name: str, old: _Row, new: _Row) -> Iterator[C
 
 def _collectives(a: Summary, b: Summary) -> Iterator[Change]:
     before, after = (_grouped(summary["collectives"], _collective_name) for summary in (a, b))
-    for (name, _), old, new in _pairs(before, after):
+    for (kind, name, _), old, new in _pairs(before, after):
         if old.count != new.count:
-            yield _counted("collectives", name, old, new)
+            yield _counted(kind, name, old, new)
 
 
 def _op_name(row: Mapping[str, Any]) -> _Key:
-    note = " recomputed" if row["recomputed"] else ""
-    return f"{row['op']}{note} in {row['scope'] or 'no scope'}, {row['phase']}", str(row["recomputed"])
+    note = "recomputed " if row["recomputed"] else ""
+    return f"{note}ops", f"{row['op']} {note}in {row['scope'] or 'no scope'}, {row['phase']}", ""
 
 
 def _collective_name(row: Mapping[str, Any]) -> _Key:
     """Alike are those that the same annotations ask for; without lines of the source, which move."""
     what = f"{row['kind']} over {row['axis']} of {row['bytes']:,} bytes {row['dtype']}"
-    return f"{what} in {row['scope']}, {row['phase']}", re.sub(r":\d+", "", row["source"])
+    return "collectives", f"{what} in {row['scope']}, {row['phase']}", re.sub(r":\d+", "", row["source"])
 
 
 def _grouped(rows: list[dict[str, Any]], key: Callable[[Mapping[str, Any]], _Key]) -> dict[_Key, _Row]:

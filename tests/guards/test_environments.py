@@ -45,7 +45,7 @@ def test_environments(name, prefix, tmp_path):
 
 def test_a_user_without_a_name_or_a_home_trains(prefix, tmp_path):
     if os.getuid() != 0:
-        pytest.skip("only root can become another user")
+        pytest.skip("the right to become another user is missing; runs as root on Linux")
     script = "import os, sys; os.setgid(54321); os.setuid(54321); os.execv(sys.argv[1], sys.argv[1:])"
     tmp_path.chmod(0o777)
     for folder in (*tmp_path.parents, prefix.parent):

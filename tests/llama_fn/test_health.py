@@ -33,6 +33,14 @@ def test_a_streak_is_counted_warned_of_once_and_ended_by_a_good_iteration(caplog
     assert len(caplog.records) == 1 and "iteration 12: loss nan, grad norm nan; skipped" in caplog.text
 
 
+def test_a_step_that_was_broken_off_is_not_saved_and_says_why():
+    """Its state holds old and new values (--run.check_finite)."""
+    health = Health(20, scaled=False, good=3)
+    assert health.may_save and not health.verdict
+    health.stopped_by = "in iteration 4 an op gave nan"
+    assert not health.may_save and health.verdict == "in iteration 4 an op gave nan"
+
+
 def test_iterations_that_nobody_looked_at_are_counted_by_the_steps_own_count():
     health = Health(20, scaled=False, good=0)
     health.observe(10, values(skipped=0))

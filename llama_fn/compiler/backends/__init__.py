@@ -74,11 +74,12 @@ class CodeOrigin:
         """ "code f3xmkmn, compiled 2 h ago, /home/me/.cache/llama_fn/x.py"."""
         if self.file is None:
             return f"code {self.key[:12]}, not kept on disk"
-        when = "compiled now"
-        if self.from_cache:
-            when = (
-                f"compiled {_ago(time.time() - self.file.stat().st_mtime)}" if self.file.exists() else "since deleted"
-            )
+        if not self.from_cache:
+            when = "compiled now"
+        elif self.file.exists():
+            when = f"compiled {_ago(time.time() - self.file.stat().st_mtime)}"
+        else:
+            when = "since deleted"
         return f"code {self.key[:12]}, {when}, {self.file}"
 
 

@@ -19,15 +19,14 @@ class _NodeByNode(torch.fx.Interpreter):
     """Runs a graph so that a profiler is told the scopes, and `check` sees each op's result."""
 
     def __init__(self, gm: torch.fx.GraphModule, check: bool) -> None:
-        super().__init__(gm, garbage_collect_values=not check)
+        super().__init__(gm)
         self.check, self.extra_traceback = check, False  # an error is the op's, and says where it stands
 
     def run_node(self, n: torch.fx.Node) -> Any:
         RANGES.to(name_of(n) if n.op == "call_function" else "")
-        operands = ir.operands(n)
         result = super().run_node(n)
         if self.check and n.op == "call_function":
-            finite.check_result(n, result, [self.env.get(operand) for operand in operands])
+            finite.check_result(n, result, [self.env[operand] for operand in ir.operands(n)])
         return result
 
 
