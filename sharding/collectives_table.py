@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,9 +32,14 @@ class Collective:
     count: int = 1
 
 
-def collectives(graph: torch.fx.Graph) -> list[Collective]:
-    """Rows in the order of their first appearance in a per-device graph."""
-    rows = Counter(row for node in graph.nodes if (row := row_of(node)) is not None)
+def collectives(counted: Iterable[tuple[torch.fx.Node, int]]) -> list[Collective]:
+    """Rows in the order of their first appearance among the ops of a per-device graph, of which each comes with how
+    often it runs."""
+    rows: dict[Collective, int] = defaultdict(int)
+    for node, times in counted:
+        row = row_of(node)
+        if row is not None:
+            rows[row] += times
     return [replace(row, count=count) for row, count in rows.items()]
 
 

@@ -26,6 +26,7 @@ from llama_fn.compat.npu import (
     load_torchair,
     without_converter,
 )
+from llama_fn.compat.repeat import add_body
 from llama_fn.compat.tracing import (
     INVOKE_SUBGRAPH,
     FakeTensors,
@@ -43,6 +44,7 @@ __all__ = [
     "FakeTensors",
     "GeGraph",
     "Group",
+    "add_body",
     "check_torch_version",
     "collective_forms",
     "cpu_model",

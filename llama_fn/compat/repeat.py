@@ -1,17 +1,17 @@
-"""Tracing once what a step repeats: the graph of a function's first call is copied in for every further one.
+"""Tracing once what a step repeats: every call of a function is one node, which names the graph of its first call.
 
-A trace takes most of a millisecond for each op, a copy some hundredth of that, and microbatches are alike but for the
-scope they are called in:
+    %a = call(%microbatch, %x0, %w)  # microbatch/0
+    %b = call(%microbatch, %x1, %w)  # microbatch/1
 
-    %a = einsum(%x0, %w)  # microbatch/0/mlp        traced
-    %b = einsum(%x1, %w)  # microbatch/1/mlp        copied
+A body's scopes are relative to those of its calls. kernels/repeat.py says what functions may be repeated, and what the
+nodes mean; llama_fn/compiler/calls.py reads them.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,10 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 
-from kernels.scope import Location, at, current
+from kernels.repeat import call, group
+from kernels.scope import Location, at, current, named_scope
 from llama_fn import tree
 from llama_fn.compat.sources import sourced
-
-_Nodes = dict[torch.fx.Node, Any]
 
 
 class Repeats:
@@ -37,15 +36,43 @@ class Repeats:
         self.bodies: dict[Any, _Body] = {}
 
     def call(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Traced the first time, copied later; run as it is inside a gradient, a remat region or a real computation."""
+        """Traced the first time, a node each time; run as it is inside a gradient, a remat region or a real
+        computation."""
         leaves, spec = tree.flatten((args, kwargs))
-        here = current()
-        if get_proxy_mode() is None or here.region or not all(map(_plain, leaves)):
+        if not _is_traced(leaves):
             return fn(*args, **kwargs)
+        body = self._body(fn, spec, leaves)
+        return body.results(body([_proxy(x) for x in leaves]))
+
+    def fold(self, fn: Callable[..., Any], total: Any, parts: Sequence[Any], args: Any, scopes: Sequence[str]) -> Any:
+        """A node for each part; only the results of the last are taken apart."""
+        leaves, spec = tree.flatten(((total, parts[0], *args), {}))
+        if not _is_traced(leaves):
+            for part, scope in zip(parts, scopes, strict=True):
+                with named_scope(scope):
+                    total = fn(total, part, *args)
+            return total
+        body = self._body(fn, spec, leaves)
+        if body.out_spec != tree.flatten(total)[1]:
+            raise ValueError(f"{_name(fn)} is folded over parts and returns another structure than it takes")
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        state: Any = [_proxy(x) for x in tree.flatten(total)[0]]
+        shared = tracer.create_proxy("call_function", group, tuple(_proxy(x) for x in tree.flatten(args)[0]), {})
+        for part, scope in zip(parts, scopes, strict=True):
+            with named_scope(scope):
+                state = body([state, *(_proxy(x) for x in tree.flatten(part)[0]), shared])
+        return body.results(state)
+
+    def _body(self, fn: Callable[..., Any], spec: tree.TreeSpec, leaves: Sequence[torch.Tensor]) -> _Body:
+        here = current()
         key = (fn, spec, here.phase, here.source, tuple((x.shape, x.stride(), x.dtype, x.device) for x in leaves))
         if key not in self.bodies:
             self.bodies[key] = _Body(fn, spec, leaves, here)
-        return self.bodies[key](leaves)
+        return self.bodies[key]
+
+
+def _is_traced(leaves: Sequence[Any]) -> bool:
+    return get_proxy_mode() is not None and not current().region and all(map(_plain, leaves))
 
 
 def _plain(x: Any) -> bool:
@@ -54,10 +81,16 @@ def _plain(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and not inside and not x.requires_grad
 
 
-class _Body:
-    """The graph of one call. As the target of a node of the graph being traced, it stands for a copy of itself."""
+def _proxy(x: torch.Tensor) -> Any:
+    return get_proxy_mode().tracer.unwrap_proxy(x)  # type: ignore[union-attr]
 
-    __name__ = "repeated"
+
+def _name(fn: Callable[..., Any]) -> str:
+    return str(getattr(fn, "__qualname__", fn))
+
+
+class _Body:
+    """The graph of one function. While a graph is traced, it is the target of the nodes that stand for its calls."""
 
     def __init__(
         self, fn: Callable[..., Any], spec: tree.TreeSpec, leaves: Sequence[torch.Tensor], here: Location
@@ -67,65 +100,71 @@ class _Body:
             out, self.out_spec = tree.flatten(fn(*args, **kwargs))
             return out
 
+        self.__name__ = re.sub(r"\W+", "_", _name(fn).rpartition(".")[2]).strip("_")
         decompositions = get_proxy_mode().decomposition_table  # type: ignore[union-attr]
         with disable_proxy_modes_tracing(), at(Location(phase=here.phase, source=here.source)):
-            gm = with_repeats(make_fx(sourced(flat_fn), decompositions, tracing_mode="real")(*map(_like, leaves)))
-        self.nodes = list(gm.graph.nodes)
-        if any(node.op == "get_attr" for node in self.nodes):
-            name = getattr(fn, "__qualname__", fn)
+            gm = make_fx(sourced(flat_fn), decompositions, tracing_mode="real")(*map(_like, leaves))
+        self.gm = with_bodies(gm)
+        if any(node.op == "get_attr" for node in gm.graph.nodes):
             raise ValueError(
-                f"{name} is traced once for several calls and uses tensors that are not among its arguments. Pass them "
-                "as arguments."
+                f"{_name(fn)} is traced once for several calls and uses tensors that are not among its arguments. Pass "
+                "them as arguments."
             )
 
-    def __call__(self, leaves: Sequence[torch.Tensor]) -> Any:
-        """Results of a call that is traced as one node."""
+    def __call__(self, operands: Sequence[Any]) -> Any:
+        """The proxy of one call."""
         tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
-        proxies = tuple(tracer.unwrap_proxy(x) for x in leaves)
-        proxy = tracer.create_proxy("call_function", self, proxies, {})
+        proxy = tracer.create_proxy("call_function", self, tuple(operands), {})
+        proxy.node.meta["val"] = tuple(_output(self.gm).meta["vals"])
+        return proxy
+
+    def results(self, proxy: Any) -> Any:
+        """What a call returns, as tensors that are traced on."""
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
         with disable_proxy_modes_tracing():
-            results = [_like(node.meta["val"]) for node in self.nodes[-1].args[0]]
+            results = [_like(value) for value in _output(self.gm).meta["vals"]]
         track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+        proxy.node.meta["val"] = tuple(results)
         return tree.unflatten(self.out_spec, results)
 
-    def copied(self, call: torch.fx.Node, graph: torch.fx.Graph, operands: Sequence[Any]) -> list[Any]:
-        """Its results, written into `graph` for `call`."""
-        values: _Nodes = {}
-        inputs: Iterator[Any] = iter(operands)
-        scope = call.meta.get("custom", {}).get("scope", "")
-        for node in self.nodes[:-1]:
-            values[node] = next(inputs) if node.op == "placeholder" else _copy(node, graph, values)
-            if node.op != "placeholder":
-                values[node].meta["custom"] = _joined(scope, node.meta.get("custom", {}))
-        return [values[node] for node in self.nodes[-1].args[0]]
 
-
-def with_repeats(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """`gm` with what its calls of repeated functions stand for."""
-    if not any(isinstance(node.target, _Body) for node in gm.graph.nodes):
-        return gm
-    graph, values = torch.fx.Graph(), _Nodes()
+def with_bodies(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """`gm` with calls of bodies that are its submodules."""
+    graph, root = torch.fx.Graph(), torch.nn.Module()
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    bodies: dict[_Body, torch.fx.Node] = {}
     for node in gm.graph.nodes:
-        source = node.args[0] if node.target is operator.getitem else None
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if isinstance(node.target, _Body):
-            values[node] = node.target.copied(node, graph, [values[x] for x in node.args])
-        elif isinstance(source, torch.fx.Node) and isinstance(source.target, _Body):
-            values[node] = values[source][node.args[1]]
+            if node.target not in bodies:
+                bodies[node.target] = graph.get_attr(add_body(root, node.target.__name__, node.target.gm))
+            new = graph.call_function(call, (bodies[node.target], *args))
         else:
-            values[node] = _copy(node, graph, values)
-    return _LazyGraphModule(gm, graph)
+            new = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+            if node.op == "get_attr":
+                setattr(root, str(node.target), getattr(gm, str(node.target)))
+        new.meta = copy.copy(node.meta)
+        if node.target is group:
+            new.meta["val"] = tuple(each.meta["val"] for each in args)
+        values[node] = new
+    made = _LazyGraphModule(root, graph)
+    out = _output(made)
+    out.meta["vals"] = [x.meta["val"] if isinstance(x, torch.fx.Node) else None for x in out.args[0]]  # type: ignore
+    return made
 
 
-def _copy(node: torch.fx.Node, graph: torch.fx.Graph, values: _Nodes) -> torch.fx.Node:
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    new = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
-    new.meta = copy.copy(node.meta)
-    return new
+def add_body(root: torch.nn.Module, name: str, body: torch.fx.GraphModule) -> str:
+    """Make `body` a submodule of that name, or of the name and a number; returns which."""
+    free, number = name, 0
+    while hasattr(root, free):  # a module has names of its own, such as double
+        number += 1
+        free = f"{name}_{number}"
+    root.add_module(free, body)
+    return free
 
 
-def _joined(scope: str, inner: dict[str, str]) -> dict[str, str]:
-    paths = {key: "/".join(filter(None, (scope, inner.get(key)))) for key in ("scope", "region")}
-    return inner | {"scope": paths["scope"], "region": paths["region"] if inner.get("region") else ""}
+def _output(gm: torch.fx.GraphModule) -> torch.fx.Node:
+    return next(iter(reversed(gm.graph.nodes)))
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels.repeat import called_by
-from llama_fn.compat.repeat import Repeats, with_repeats
+from llama_fn.compat.repeat import Repeats, with_bodies
 from llama_fn.compat.sources import sourced
 
 TORCH = "2.13.0"
@@ -61,6 +61,7 @@ class FakeTensors:
         self, fn: Callable[..., Any], inputs: Sequence[torch.Tensor], decompositions: Mapping[Any, Any] | None = None
     ) -> torch.fx.GraphModule:
         """The FX graph of `fn(*inputs) -> list of tensors`, with node.meta["val"] and annotations in meta["custom"].
+        Repeated functions are bodies, each a submodule that nodes call.
 
         Runs autograd in the calling thread, so that scopes opened in a backward are seen whatever the device.
         """
@@ -69,9 +70,9 @@ class FakeTensors:
             torch.autograd.set_multithreading_enabled(False),
             fx_traceback.preserve_node_meta(),
             _use_lazy_graph_module(True),
-            called_by(Repeats().call),
+            called_by(Repeats()),
         ):
-            return with_repeats(make_fx(sourced(fn), decompositions, tracing_mode="real")(*inputs))
+            return with_bodies(make_fx(sourced(fn), decompositions, tracing_mode="real")(*inputs))
 
     def run(self, fn: Callable[..., Any], *args: Any) -> Any:
         """fn(*args) on tensors of this world."""

@@ -12,7 +12,7 @@ import torch
 from kernels.barrier import barrier
 from kernels.registry import of_node, tensor_bytes
 from llama_fn.compat import node_value
-from llama_fn.compiler import ir
+from llama_fn.compiler import calls, ir
 from sharding import collectives_table
 from sharding.collectives import wait
 
@@ -63,12 +63,12 @@ def cost_analysis(gm: torch.fx.GraphModule) -> Cost:
     flops: dict[str, int] = dict.fromkeys(ir.PHASES, 0)
     ops: dict[str, int] = defaultdict(int)
     moved = 0
-    for node in ir.calls(gm.graph):
-        ops[str(node.target)] += 1
+    for node, times in calls.counted(gm):
+        ops[str(node.target)] += times
         if is_view(node):
             continue
-        moved += tensor_bytes(_values(node.args)) + tensor_bytes(node_value(node))
-        flops[ir.phase_of(node)] += flops_of(node)
+        moved += times * (tensor_bytes(_values(node.args)) + tensor_bytes(node_value(node)))
+        flops[ir.phase_of(node)] += times * flops_of(node)
     return Cost(flops, moved, dict(sorted(ops.items())))
 
 

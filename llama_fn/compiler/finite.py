@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llama_fn import compat
-from llama_fn.compiler import ir
+from llama_fn.compiler import calls, ir
 from llama_fn.model.arrays import describe
 
 
@@ -23,11 +23,13 @@ def check_inputs(graph: torch.fx.Graph, inputs: Iterable[Any], device: str = "")
             raise NonFinite(f"the step was given {node.meta.get('path', node.name)}{device} with {bad}")
 
 
-def check_result(node: torch.fx.Node, result: Any, operands: Iterable[Any], device: str = "") -> None:
-    """NonFinite where an op, whose operands were finite, gave something that is not."""
+def check_result(node: torch.fx.Node, result: Any, operands: Iterable[Any], device: str = "", within: str = "") -> None:
+    """NonFinite where an op, whose operands were finite, gave something that is not; `within`: the scope in which its
+    graph is called."""
     if bad := _bad(result):
         labels = compat.labels(node)
-        where = ", ".join(filter(None, (ir.scope_of(node), ir.phase_of(node), str(labels.get("source", "")))))
+        scope = calls.joined(within, ir.scope_of(node))
+        where = ", ".join(filter(None, (scope, ir.phase_of(node), str(labels.get("source", "")))))
         given = "; ".join(_range(t) for t in _tensors(operands))
         raise NonFinite(f"{ir.target_text(node)} in {where}{device} gave {bad}. Its operands are finite: {given}")
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from kernels import repeat
 from kernels.scope_names import Scope, layer, parse
 from llama_fn import compat
 from llama_fn.model.arrays import describe
 
 log = logging.getLogger("llama_fn.ir")
 LARGE = 300  # ops of a graph that ought to have layers: one layer with its backward and its part of AdamW has as many
+_PACKING = (repeat.call, repeat.group)  # of which a step's gradients may be results
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -100,12 +102,23 @@ def _result(value: Any) -> str:
 
 
 def as_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node], str] = lambda _: "") -> str:
-    """The graph, readable and diffable; subgraphs first. `note(node)` is added to a node's line."""
-    lines = []
+    """The graph, readable and diffable; the graphs that it calls stand first, once each. `note(node)` is added to a
+    node's line."""
+    texts = [_graph_text(child, name, note) for child, name in subgraphs(gm).items()]
+    return "\n".join([*texts, _graph_text(gm, title, note)])
+
+
+def subgraphs(gm: torch.fx.GraphModule) -> dict[torch.fx.GraphModule, str]:
+    """The graphs that `gm` calls, and those that they call, with their names; callees first."""
+    names: dict[torch.fx.GraphModule, str] = {}
     for name, child in gm.named_children():
         if isinstance(child, torch.fx.GraphModule):
-            lines.append(as_text(child, name, note))
-    lines.append(f"graph {title} {{")
+            names = names | subgraphs(child) | {child: name}
+    return names
+
+
+def _graph_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node], str]) -> str:
+    lines = [f"graph {title} {{"]
     for node in gm.graph.nodes:
         arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
         if node.op == "placeholder":
@@ -115,11 +128,13 @@ def as_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node]
             names = node.meta.get("paths") or [""] * len(node.args[0])
             for name, value in zip(names, node.args[0], strict=True):
                 lines.append(f"  return {_argument(value)} {name}".rstrip())
-        else:
+        elif node.op != "get_attr" or not isinstance(getattr(gm, str(node.target)), torch.fx.GraphModule):
             where = compat.labels(node)
             trail = " ".join(str(where[key]) for key in ("phase", "scope", "source", "note") if where.get(key))
             call = f"{target_text(node)}({', '.join(arguments)})"
-            lines.append(f"  %{node.name}: {_result(node.meta.get('val'))} = {call}  # {trail}{_aside(note(node))}")
+            result = node.meta.get("val")
+            what = f"{len(result)} values" if node.target in _PACKING else _result(result)
+            lines.append(f"  %{node.name}: {what} = {call}  # {trail}{_aside(note(node))}")
     return "\n".join([*lines, "}"])
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kernels.scope_names import without_numbers
-from llama_fn.compiler import cost, ir
+from llama_fn.compiler import calls, cost, ir
 
 Key = tuple[str, str]  # scope and phase, layers and microbatches taken together
 _NAME = re.compile(rf"({'|'.join(ir.PHASES)}) ([^ ,]+)(?: (\d+)%)?")
@@ -104,9 +104,9 @@ def range_event(name: str, begin: float, us: float) -> dict[str, Any]:
     return {"ph": "X", "cat": "user_annotation", "name": name, "ts": begin, "dur": us, "pid": os.getpid(), "tid": 0}
 
 
-def name_of(node: torch.fx.Node) -> str:
-    """The range of an op that runs by itself."""
-    return f"{ir.phase_of(node)} {without_numbers(ir.scope_of(node))}"
+def name_of(node: torch.fx.Node, within: str = "") -> str:
+    """The range of an op that runs by itself, in a body that is called in the scope `within`."""
+    return f"{ir.phase_of(node)} {without_numbers(calls.joined(within, ir.scope_of(node)))}"
 
 
 def shared_name(nodes: Iterable[torch.fx.Node]) -> str:

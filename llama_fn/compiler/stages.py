@@ -11,6 +11,7 @@ it cannot. A stage keeps what is above it: `compiled.lowered.traced`.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -21,12 +22,13 @@ from typing import Any
 import torch
 
 from llama_fn import compat, tree
-from llama_fn.compiler import backends, cost, ir, liveness, passes
+from llama_fn.compiler import backends, calls, cost, ir, liveness, passes
 from llama_fn.compiler.arguments import name_of, spoil
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.compiler.passes.fuse import report as fusion_report
 from llama_fn.compiler.passes.partition import partition, rules_named
 from llama_fn.compiler.passes.remat_regions import Remat
+from llama_fn.compiler.passes.roll import NotAlike
 from llama_fn.compiler.resize import resized, without_extent
 from llama_fn.compiler.signature import Signature, is_within
 from llama_fn.compiler.tracing import trace
@@ -37,6 +39,8 @@ from llama_fn.tree import Tree
 from sharding import P, collectives_table
 from sharding.mesh import Mesh
 from sharding.rules import Rules
+
+log = logging.getLogger("llama_fn.stages")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,10 @@ class Traced(_Graph):
         """(input, result) of every donated input: the result takes its buffer."""
         return self.signature.aliases
 
+    def flat(self) -> torch.fx.GraphModule:
+        """The graph with every call written out."""
+        return passes.run(passes.TRACING, calls.inlined(self.graph_module), passes.Context(Mesh(), []))
+
     @uncollected()
     def resized(self, *args: Tree) -> Traced:
         """The trace for another batch size, for a tenth of the time that tracing takes.
@@ -151,7 +159,7 @@ class Traced(_Graph):
                     f"{describe(info)}. Trace for it instead"
                 )
         signature = replace(self.signature, in_infos=infos)
-        gm = resized(self.graph_module, infos)
+        gm = resized(self.flat(), infos)
         signature.check_donation(ir.results(gm.graph))
         return Traced(self.name, gm, signature, time.perf_counter() - start)
 
@@ -174,16 +182,29 @@ class Traced(_Graph):
                 raise UserError(f"pass {name!r} cannot be left out. {nearest(name, passes.OPTIONAL)}")
         mesh, rules = mesh or Mesh(), rules_named(rules)
         start, signature = time.perf_counter(), self.signature
-        parts = partition(self.graph_module, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
         left_out = {*without, *([] if fuse else ["fuse"])}
         chosen = [*first, *(each for each in passes.LOWERING if each.__name__ not in left_out)]
         remat = Remat(remat) if isinstance(remat, str) else remat
-        gm = compat.graph_module(self.graph_module, parts.graph)
-        observe("partitioned", gm)
-        gm = passes.run(chosen, gm, passes.Context(mesh, signature.aliases, remat), observe)
-        taken = {o for _, o in signature.aliases}
-        outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
-        return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
+
+        def lowered(gm: torch.fx.GraphModule, missing: calls.Missing | None) -> Lowered:
+            gm = passes.run(passes.TRACING, calls.inlined(gm), passes.Context(mesh, []))
+            parts = partition(gm, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
+            gm = compat.graph_module(gm, parts.graph)
+            observe("partitioned", gm)
+            gm = passes.run(chosen, gm, passes.Context(mesh, signature.aliases, remat, missing), observe)
+            taken = {o for _, o in signature.aliases}
+            outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
+            return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
+
+        # Where gradients are reduced in each microbatch, the second waits for the first one's reductions, which no sum
+        # has asked for; so it is not like the others.
+        for before in (calls.ALIKE, calls.ALIKE + 1):
+            try:
+                return lowered(*calls.shortened(self.graph_module, before))
+            except NotAlike as difference:
+                why = difference
+        log.warning("every microbatch is lowered by itself, as those between the first and the last differ: %s", why)
+        return lowered(self.graph_module, None)
 
 
 @dataclass(frozen=True)
@@ -218,11 +239,11 @@ class Lowered(_Graph):
 
     def collectives(self) -> list[collectives_table.Collective]:
         """What goes over the mesh in one step, and which annotation asked for it."""
-        return collectives_table.collectives(self.graph_module.graph)
+        return collectives_table.collectives(calls.counted(self.graph_module))
 
     def as_text(self) -> str:
         """The graph of one device, the table of its collectives, and what fused or did not."""
-        rows, notes = self.collectives(), fusion_report(self.graph_module.graph)
+        rows, notes = self.collectives(), fusion_report(calls.counted(self.graph_module))
         table = collectives_table.as_text(rows) if rows else ""
         return "\n\n".join(filter(None, (super().as_text(), table, "\n".join(notes))))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llama_fn import compat, tree
-from llama_fn.compiler import ir, passes
+from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.arguments import Leaves, bind, name_of
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.compiler.signature import Signature
@@ -40,6 +40,7 @@ def trace(
     inputs = [world.make(info.shape, info.dtype) for info in infos]
     gm = world.trace(flat_fn, inputs)
     _refuse_random(gm, name_of(fn))
+    gm = calls.inlined(gm, calls.called_once(gm).__contains__)
     paths = tuple(leaves.paths)
     signature = Signature(
         leaves.spec, paths, infos, out["spec"], out["paths"], _donated(bound.names, donate), bound.names
@@ -74,7 +75,7 @@ def _is_random(op: Any) -> bool:
 
 
 def _refuse_random(gm: torch.fx.GraphModule, name: str) -> None:
-    drawn = [node for node in ir.calls(gm.graph) if _is_random(node.target)]
+    drawn = [node for node, _ in calls.counted(gm) if _is_random(node.target)]
     if drawn:
         line = compat.labels(drawn[0]).get("source", "")
         raise ValueError(
@@ -84,7 +85,8 @@ def _refuse_random(gm: torch.fx.GraphModule, name: str) -> None:
 
 
 def _refuse_constants(gm: torch.fx.GraphModule, name: str) -> None:
-    baked = [node.target for node in gm.graph.nodes if node.op == "get_attr"]
+    bodies = dict(gm.named_children())
+    baked = [node.target for node in gm.graph.nodes if node.op == "get_attr" and node.target not in bodies]
     if baked:
         raise ValueError(
             f"{name} uses tensors that are not among its arguments ({len(baked)} of them: {baked[:3]}); tracing would "

@@ -11,7 +11,7 @@ import torch
 
 from kernels.registry import tensor_bytes
 from llama_fn import compat
-from llama_fn.compiler import cost, ir
+from llama_fn.compiler import calls, cost, ir
 from llama_fn.hardware import Hardware
 from llama_fn.model.arrays import describe
 from llama_fn.planner import survey
@@ -20,19 +20,30 @@ from llama_fn.planner import survey
 def files(gm: torch.fx.GraphModule, name: str, hardware: Hardware | None) -> dict[str, Any]:
     """File ending -> content: the graph, and what to lay over it: bytes, FLOPs, and µs at the peaks of `hardware` where
     it is known."""
-    calls = ir.calls(gm.graph)
-    nodes = [_node(node) for node in gm.graph.nodes]
+    graphs = {name: gm} | {called: body for body, called in ir.subgraphs(gm).items()}
+    nodes = [{"id": each, "nodes": [_node(node) for node in one.graph.nodes]} for each, one in graphs.items()]
+    laid_over = {each: _overlays(one.graph, hardware) for each, one in graphs.items()}
+    return {"": {"label": name, "graphs": nodes}} | {
+        ending: {
+            each: {"results": {node: {"value": value} for node, value in values.items()}, "gradient": _COLOURS}
+            for each in graphs
+            if (values := laid_over[each][ending]) or each == name
+        }
+        for ending in laid_over[name]
+    }
+
+
+def _overlays(graph: torch.fx.Graph, hardware: Hardware | None) -> dict[str, dict[str, float]]:
+    """Numbers of a graph's ops by file ending; a call has none, its body's ops have theirs for one call."""
+    ops = [node for node in ir.calls(graph) if not calls.is_packing(node)]
     overlays: dict[str, dict[str, float]] = {
-        ".bytes": {n.name: size for n in calls if not cost.is_view(n) and (size := tensor_bytes(compat.node_value(n)))},
-        ".flops": {n.name: flops for n in calls if (flops := cost.flops_of(n))},
+        ".bytes": {n.name: size for n in ops if not cost.is_view(n) and (size := tensor_bytes(compat.node_value(n)))},
+        ".flops": {n.name: flops for n in ops if (flops := cost.flops_of(n))},
     }
     if hardware is not None:
-        times = {n.name: survey.seconds(cost.flops_of(n), cost.moved(n), hardware) * 1e6 for n in calls}
+        times = {n.name: survey.seconds(cost.flops_of(n), cost.moved(n), hardware) * 1e6 for n in ops}
         overlays[".time"] = {name: us for name, us in times.items() if us}
-    return {"": {"label": name, "graphs": [{"id": name, "nodes": nodes}]}} | {
-        ending: {name: {"results": {node: {"value": value} for node, value in values.items()}, "gradient": _COLOURS}}
-        for ending, values in overlays.items()
-    }
+    return overlays
 
 
 _COLOURS = [{"stop": 0, "bgColor": "#f4f7fb"}, {"stop": 1, "bgColor": "#d9480f"}]

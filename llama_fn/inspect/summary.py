@@ -10,7 +10,7 @@ import torch
 
 from kernels.scope_names import without_numbers
 from llama_fn import compat
-from llama_fn.compiler import cost, ir, stages
+from llama_fn.compiler import calls, cost, ir, stages
 from llama_fn.compiler.passes.fuse import report as fusion_report
 from llama_fn.compiler.passes.remat import RECOMPUTED
 from llama_fn.model.arrays import SHORT
@@ -46,13 +46,13 @@ def summary(lowered: stages.Lowered) -> dict[str, Any]:
     inputs that the step overwrites. `flops`: by phase. `memory`: bytes (compiler/liveness.py).
     """
     rows: dict[_Op, _Totals] = {}
-    for node in ir.calls(lowered.graph_module.graph):
+    for node, times in calls.counted(lowered.graph_module):
         if node.target is operator.getitem:
             continue
         totals = rows.setdefault(_op(node), _Totals())
-        totals.count += 1
-        totals.flops += cost.flops_of(node)
-        totals.bytes += cost.moved(node)
+        totals.count += times
+        totals.flops += times * cost.flops_of(node)
+        totals.bytes += times * cost.moved(node)
         totals.sources[str(compat.labels(node).get("source", ""))] = None
     return {
         "title": lowered.title,
@@ -61,7 +61,7 @@ def summary(lowered: stages.Lowered) -> dict[str, Any]:
         "ops": [asdict(op) | asdict(n) | {"sources": list(filter(None, n.sources))} for op, n in rows.items()],
         "collectives": [asdict(row) for row in lowered.collectives()],
         "donated": [lowered.signature.in_paths[i] for i in ir.written(lowered.graph_module.graph)],
-        "fusion": fusion_report(lowered.graph_module.graph),
+        "fusion": fusion_report(calls.counted(lowered.graph_module)),
         "flops": lowered.cost_analysis().flops,
         "memory": asdict(lowered.memory_analysis()),
     }

@@ -5,19 +5,19 @@ batch: tokens, targets int64 [M, B, T] and loss_mask float32 [M, B, T] (M microb
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 
 import kernels as k
 from kernels.rms_norm import upcast
+from kernels.scope_names import microbatch
 from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.config_checks import check
 from llama_fn.model import llama, optim, weights
 from llama_fn.model.arrays import DTYPES, ArrayInfo, Init
-from llama_fn.model.transforms import accumulate, named_scope, phase, repeated, value_and_grad
+from llama_fn.model.transforms import accumulate, fold, named_scope, phase, repeated, value_and_grad
 from llama_fn.tree import Leaf, Tree
 from sharding import P, constrain
 
@@ -214,12 +214,23 @@ def make_eval_step(cfg: Config) -> Callable[[llama.Params, Batch], torch.Tensor]
     """(params, batch) -> mean nats per unmasked token, a float32 scalar."""
     check(cfg)
     infos = llama.abstract_params(cfg.model)
-    loss_sum = repeated(lambda gathered, part: _loss_sum(gathered, part, cfg))
+
+    @repeated
+    def microbatch_loss(gathered: llama.Params, part: Batch) -> torch.Tensor:
+        return _loss_sum(gathered, part, cfg)
+
+    def added(total: torch.Tensor, part: Batch, gathered: llama.Params) -> torch.Tensor:
+        return total + microbatch_loss(gathered, part)
 
     def evaluation(params: llama.Params, batch: Batch) -> torch.Tensor:
         gathered = weights.gather(_cast(params, cfg), infos)
-        total = [loss_sum(gathered, part) for part in _microbatches(batch)]
+        parts = _microbatches(batch)
+        scopes = [microbatch(i) for i in range(len(parts))]
+        with named_scope(scopes[0]):
+            total = microbatch_loss(gathered, parts[0])
+        if len(parts) > 1:
+            total = fold(added, total, parts[1:], (gathered,), scopes[1:])
         with named_scope("loss"):
-            return constrain(functools.reduce(torch.add, total), P()) / _tokens(batch)
+            return constrain(total, P()) / _tokens(batch)
 
     return evaluation

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from kernels.repeat import repeated
+from kernels.repeat import fold, repeated
 from kernels.rms_norm import upcast
 from kernels.scope import named_scope, phase, remat_region, source_line
 from kernels.scope_names import ACCUMULATE, microbatch, of_path
 from llama_fn import tree
 from llama_fn.tree import Leaf, Tree
 
-__all__ = ["accumulate", "by_leaf", "named_scope", "phase", "remat", "repeated", "value_and_grad"]
+__all__ = ["accumulate", "by_leaf", "fold", "named_scope", "phase", "remat", "repeated", "value_and_grad"]
 
 
 def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, Tree]]:
@@ -43,17 +43,26 @@ def accumulate(
 
     `fn` must close over no tensor: it is traced once for all parts.
     """
-    once = repeated(fn)
-    total: tuple[torch.Tensor, Tree] | None = None
-    for i, part in enumerate(parts):
-        with named_scope(microbatch(i)):
-            value, grads = once(params, part, **kwargs)
-        with phase("backward"), named_scope(microbatch(i, ACCUMULATE)), source_line():
-            if len(parts) > 1:
-                grads = by_leaf(upcast, grads)
-            total = (value, grads) if total is None else (total[0] + value, by_leaf(torch.add, total[1], grads))
-    assert total is not None
-    return total
+
+    @repeated
+    def microbatch_gradients(params: Tree, part: Tree, kwargs: Any) -> tuple[torch.Tensor, Tree]:
+        return fn(params, part, **kwargs)
+
+    with named_scope(microbatch(0)):
+        first: tuple[torch.Tensor, Tree] = microbatch_gradients(params, parts[0], kwargs)
+    if len(parts) == 1:
+        return first
+    with phase("backward"), named_scope(microbatch(0, ACCUMULATE)), source_line():
+        total = (first[0], by_leaf(upcast, first[1]))
+
+    def accumulated(total: tuple[torch.Tensor, Tree], part: Tree, params: Tree, kwargs: Any) -> Any:
+        value, grads = microbatch_gradients(params, part, kwargs)
+        with phase("backward"), named_scope(ACCUMULATE), source_line():
+            return total[0] + value, by_leaf(torch.add, total[1], by_leaf(upcast, grads))
+
+    scopes = [microbatch(i) for i in range(1, len(parts))]
+    summed: tuple[torch.Tensor, Tree] = fold(accumulated, total, parts[1:], (params, kwargs), scopes)
+    return summed
 
 
 def by_leaf(fn: Callable[..., Leaf], *trees: Tree) -> Tree:

@@ -13,7 +13,7 @@ import torch
 
 from kernels.registry import of_node
 from llama_fn import compat
-from llama_fn.compiler import liveness
+from llama_fn.compiler import calls, liveness
 from llama_fn.distributed import Processes
 from llama_fn.errors import UserError, nearest
 from sharding import Mesh, P
@@ -41,8 +41,8 @@ def communication(program: Program, backend: str, processes: Processes | None) -
     """How this process runs the graph's collectives, by op name; UserError for a mesh whose other devices have none."""
     n = program.mesh.size
     if processes is not None:
-        graph = program.graph_module.graph
-        sending = [n for n in graph.nodes if (r := of_node(n.target)) and (r.name in COLLECTIVES or r.name in FUSED)]
+        ops = [node for node, _ in calls.counted(program.graph_module)]
+        sending = [n for n in ops if (r := of_node(n.target)) and (r.name in COLLECTIVES or r.name in FUSED)]
         used = [a for n in sending for a in n.args[1:3] if isinstance(a, str)]  # a wait names none
         return compat.collective_forms(processes.groups(used))
     if n > 1:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from llama_fn.compiler import finite, ir
+from kernels.repeat import flat
+from llama_fn.compiler import calls, finite, ir
 from llama_fn.compiler.backends import Executable, Program, communication, forms
 from llama_fn.compiler.passes import copy_graph
 from llama_fn.compiler.passes.expand import expand
@@ -16,17 +17,23 @@ from llama_fn.distributed import Processes
 
 
 class _NodeByNode(torch.fx.Interpreter):
-    """Runs a graph so that a profiler is told the scopes, and `check` sees each op's result."""
+    """Runs a graph so that a profiler is told the scopes, and `check` sees each op's result; `within`: the scope in
+    which the graph is called."""
 
-    def __init__(self, gm: torch.fx.GraphModule, check: bool) -> None:
+    def __init__(self, gm: torch.fx.GraphModule, check: bool, within: str = "") -> None:
         super().__init__(gm)
-        self.check, self.extra_traceback = check, False  # an error is the op's, and says where it stands
+        self.check, self.within = check, within
+        self.extra_traceback = False  # an error is the op's, and says where it stands
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        RANGES.to(name_of(n) if n.op == "call_function" else "")
+        if calls.is_call(n):
+            body, *operands = self.fetch_args_kwargs_from_env(n)[0]
+            return _NodeByNode(body, self.check, calls.joined(self.within, ir.scope_of(n))).run(*flat(operands))
+        RANGES.to(name_of(n, self.within) if n.op == "call_function" else "")
         result = super().run_node(n)
         if self.check and n.op == "call_function":
-            finite.check_result(n, result, [self.env[operand] for operand in ir.operands(n)])
+            operands = [self.env[operand] for operand in ir.operands(n)]
+            finite.check_result(n, result, operands, within=self.within)
         return result
 
 

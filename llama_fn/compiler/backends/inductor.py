@@ -17,7 +17,7 @@ import torch
 
 from kernels.registry import of_node
 from llama_fn import compat
-from llama_fn.compiler import ir, passes, ranges
+from llama_fn.compiler import calls, ir, passes, ranges
 from llama_fn.compiler.backends import CodeOrigin, Executable, Program, code_cache, communication, forms
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.outline import outline
@@ -57,7 +57,7 @@ def compile(
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(program.graph_module), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
-    gm = place(passes.copy_graph(program.graph_module), device)
+    gm = place(calls.inlined(program.graph_module), device)
     if outlined:
         gm = outline(gm, passes.Context(Mesh(), []))
     chosen |= dict.fromkeys(collectives, "functional") | {"barrier": "reference"}

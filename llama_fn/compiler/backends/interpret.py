@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from kernels.registry import of_node, tensor_bytes
-from llama_fn.compiler import finite, ir, liveness
+from kernels.repeat import flat
+from llama_fn.compiler import calls, finite, ir, liveness
 from llama_fn.compiler.backends import Executable, Program
 from llama_fn.compiler.ranges import RANGES, name_of
 from sharding.simulate import COLLECTIVES, FUSED, join, part
@@ -27,17 +28,17 @@ def compile(program: Program, check_finite: bool = False) -> Executable:
     return Executable(run, ir.as_text(program.graph_module, "interpret"), measured=lambda: interpreter.memory)
 
 
+_Env = dict[torch.fx.Node, Any]  # values of one device
+
+
 class Interpreter:
     """Runs one graph on every device; `memory` holds device 0's live bytes of the last run, from real storages."""
 
     def __init__(self, program: Program, check_finite: bool = False) -> None:
-        self.program, self.graph, self.check_finite = program, program.graph_module.graph, check_finite
+        self.program, self.gm, self.check_finite = program, program.graph_module, check_finite
+        self.graph = self.gm.graph
         self.memory: liveness.Memory | None = None
-        last: dict[torch.fx.Node, torch.fx.Node] = {used: n for n in self.graph.nodes for used in n.all_input_nodes}
-        self.dying: dict[torch.fx.Node, list[torch.fx.Node]] = defaultdict(list)
-        for value, user in last.items():
-            if user.op != "output":
-                self.dying[user].append(value)
+        self.dying: dict[torch.fx.Graph, dict[torch.fx.Node, list[torch.fx.Node]]] = {}
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Results of a mesh of one device."""
@@ -59,66 +60,111 @@ class Interpreter:
     @torch.no_grad()
     def lockstep(self, inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
         """Results per device from the inputs per device."""
-        ranks = range(len(inputs))
-        values: list[dict[torch.fx.Node, Any]] = [
-            dict(zip(ir.placeholders(self.graph), each, strict=True)) for each in inputs
-        ]
         if self.check_finite:
-            for r, each in zip(ranks, inputs, strict=True):
+            for r, each in enumerate(inputs):
                 finite.check_inputs(self.graph, each, f" on device {r}")
         storages = _Storages(inputs[0])
-        peak, peak_at = 0, ""
-        for node in ir.calls(self.graph):
+        values = [dict[torch.fx.Node, Any](zip(ir.placeholders(self.graph), each, strict=True)) for each in inputs]
+        results = self._run(self.gm, values, storages, "")
+        RANGES.to("")
+        base = tensor_bytes(list(inputs[0]))
+        self.memory = liveness.Memory(
+            base, tensor_bytes(results[0]), storages.peak, base + storages.peak, storages.peak_at
+        )
+        return results
+
+    def _run(
+        self, gm: torch.fx.GraphModule, values: list[_Env], storages: _Storages, within: str
+    ) -> list[list[torch.Tensor]]:
+        """Results of a graph, called in the scope `within`, from its inputs in `values`, one dict for each device."""
+        dying = self._dying(gm.graph)
+        for node in ir.calls(gm.graph):
+            if calls.is_call(node):
+                self._call(gm, node, values, storages, dying[node], within)
+                continue
             if RANGES.on:
-                RANGES.to(name_of(node))
-            for r, result in zip(ranks, self._evaluate(node, values), strict=True):
+                RANGES.to(name_of(node, within))
+            for r, result in enumerate(self._evaluate(node, values)):
                 values[r][node] = result
                 if self.check_finite:
                     given = [values[r][operand] for operand in ir.operands(node)]
-                    finite.check_result(node, result, given, f" on device {r}")
-            storages.add(values[0][node])
-            if storages.live > peak:
-                peak, peak_at = storages.live, f"{node.target} in {ir.scope_of(node)}"
-            for dead in [*self.dying[node], *([] if node.users else [node])]:
-                storages.drop(values[0][dead])
-                for mine in values:
-                    del mine[dead]
-        RANGES.to("")
-        results = [[mine[r] for r in ir.results(self.graph)] for mine in values]
-        base = tensor_bytes(list(inputs[0]))
-        self.memory = liveness.Memory(base, tensor_bytes(results[0]), peak, base + peak, peak_at)
-        return results
+                    finite.check_result(node, result, given, f" on device {r}", within)
+            storages.add(values[0][node], f"{node.target} in {calls.joined(within, ir.scope_of(node))}")
+            _drop([*dying[node], *([] if node.users else [node])], values, storages)
+        return [[mine[r] for r in ir.results(gm.graph)] for mine in values]
+
+    def _call(
+        self, gm: torch.fx.GraphModule, node: torch.fx.Node, values: list[_Env], storages: _Storages,
+        dying: list[torch.fx.Node], within: str,
+    ) -> None:  # fmt: skip
+        """Run a body. What it reads for the last time is its own, and freed inside."""
+        body, scope = calls.body_of(gm, node), calls.joined(within, ir.scope_of(node))
+        inputs = ir.placeholders(body.graph)
+        inner: list[_Env] = []
+        for mine in values:
+            operands = torch.fx.node.map_arg(node.args[1:], mine.__getitem__)
+            inner.append(dict(zip(inputs, flat(operands), strict=True)))
+            del operands
+        for operand in inner[0].values():
+            storages.add(operand)
+        _drop(dying, values, storages)
+        results = self._run(body, inner, storages, scope)
+        for mine, each in zip(values, results, strict=True):
+            mine[node] = tuple(each)
+        storages.add(values[0][node])
+        for left in inner[0].values():
+            storages.drop(left)
+
+    def _dying(self, graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+        """By op the values that it reads for the last time; results, and graphs that are called, die nowhere."""
+        if graph not in self.dying:
+            last = {used: n for n in graph.nodes for used in n.all_input_nodes if used.op != "get_attr"}
+            self.dying[graph] = defaultdict(list)
+            for value, user in last.items():
+                if user.op != "output":
+                    self.dying[graph][user].append(value)
+        return self.dying[graph]
 
     def _evaluate(self, node: torch.fx.Node, values: list[dict[torch.fx.Node, Any]]) -> list[Any]:
-        calls = [torch.fx.node.map_arg((node.args, node.kwargs), mine.__getitem__) for mine in values]
+        given = [torch.fx.node.map_arg((node.args, node.kwargs), mine.__getitem__) for mine in values]
         kernel = of_node(node.target)
         if kernel is not None and kernel.name in FUSED:
-            _, _, *rest = calls[0][0]
-            operands = ([args[i] for args, _ in calls] for i in range(2))
+            _, _, *rest = given[0][0]
+            operands = ([args[i] for args, _ in given] for i in range(2))
             return list(FUSED[kernel.name](self.program.mesh, *operands, *rest))
         if kernel is not None and kernel.name in COLLECTIVES:
-            _, *rest = calls[0][0]
-            return COLLECTIVES[kernel.name](self.program.mesh, [args[0] for args, _ in calls], *rest)
-        return [node.target(*args, **kwargs) for args, kwargs in calls]  # type: ignore[operator]
+            _, *rest = given[0][0]
+            return COLLECTIVES[kernel.name](self.program.mesh, [args[0] for args, _ in given], *rest)
+        return [node.target(*args, **kwargs) for args, kwargs in given]  # type: ignore[operator]
+
+
+def _drop(dead: Sequence[torch.fx.Node], values: list[_Env], storages: _Storages) -> None:
+    for node in dead:
+        storages.drop(values[0][node])
+        for mine in values:
+            del mine[node]
 
 
 class _Storages:
-    """Bytes of the storages that live values hold, inputs apart."""
+    """Bytes of the storages that live values hold, inputs apart, and the most so far."""
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         self.inputs = {t.untyped_storage().data_ptr() for t in inputs}
         self.holders: dict[int, int] = defaultdict(int)
-        self.live = 0
+        self.live, self.peak, self.peak_at = 0, 0, ""
 
     def _each(self, value: Any) -> list[tuple[int, int]]:
         tensors = value if isinstance(value, (tuple, list)) else (value,)
         storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
         return [(s.data_ptr(), s.nbytes()) for s in storages if s.nbytes() and s.data_ptr() not in self.inputs]
 
-    def add(self, value: Any) -> None:
+    def add(self, value: Any, by: str = "") -> None:
+        """Count what `value` holds, made by the op and in the scope that `by` names."""
         for pointer, size in self._each(value):
             self.live += size * (self.holders[pointer] == 0)
             self.holders[pointer] += 1
+        if self.live > self.peak:
+            self.peak, self.peak_at = self.live, by
 
     def drop(self, value: Any) -> None:
         for pointer, size in self._each(value):

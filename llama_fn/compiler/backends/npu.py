@@ -17,7 +17,7 @@ import torch
 from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.ascend.ge_text import ge_scopes, ge_text
-from llama_fn.compiler import ir, passes
+from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends import CodeOrigin, Executable, Program, communication, forms
 from llama_fn.compiler.passes.constants import constants
 from llama_fn.compiler.passes.expand import expand
@@ -52,7 +52,7 @@ def convert(program: Program, device: str, processes: Processes | None) -> compa
     """The GE graph; UserError listing every operator that Ascend has none for."""
     collectives = {**communication(program, "npu", processes), **_named_groups(processes)}
     compat.load_torchair()
-    gm = place(passes.copy_graph(program.graph_module), device)
+    gm = place(calls.inlined(program.graph_module), device)
     _refuse_float64(gm)
     chosen = dict.fromkeys(KERNELS, "npu") | dict.fromkeys(collectives, "functional")
     chosen = {name: form for name, form in chosen.items() if name not in compat.CONVERTED}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from llama_fn import compat
+from llama_fn.compiler import calls
+from llama_fn.compiler.calls import Missing
 from llama_fn.compiler.passes.bucket import bucket
 from llama_fn.compiler.passes.dead_code import dead_code
 from llama_fn.compiler.passes.donation import donation
@@ -18,6 +18,7 @@ from llama_fn.compiler.passes.overlap import overlap
 from llama_fn.compiler.passes.regather import regather
 from llama_fn.compiler.passes.remat import remat
 from llama_fn.compiler.passes.remat_regions import Remat
+from llama_fn.compiler.passes.roll import roll
 from llama_fn.compiler.passes.schedule import schedule
 from llama_fn.compiler.passes.scopes import scopes
 from llama_fn.compiler.passes.sink_casts import sink_casts
@@ -28,17 +29,19 @@ log = logging.getLogger("llama_fn.passes")
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may know: the mesh, which (input, output) leaves share a buffer, and what to compute again."""
+    """What a pass may know: the mesh, which (input, output) leaves share a buffer, what to compute again, and the
+    microbatches that the graph stands for and lacks."""
 
     mesh: Mesh
     aliases: Sequence[tuple[int, int]]
     remat: Remat = field(default_factory=Remat)
+    missing: Missing | None = None
 
 
 Pass = Callable[[torch.fx.GraphModule, Context], torch.fx.GraphModule]
 
 TRACING: list[Pass] = [scopes, dead_code]
-LOWERING: list[Pass] = [sink_casts, remat, regather, dead_code, fuse, bucket, overlap, schedule, donation]
+LOWERING: list[Pass] = [sink_casts, remat, regather, dead_code, fuse, bucket, overlap, schedule, roll, donation]
 OPTIONAL = ("sink_casts", "bucket", "overlap", "schedule")  # what a user may leave out: the numbers do not depend on it
 
 
@@ -64,10 +67,5 @@ def run(
 
 
 def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A graph module with its own nodes; metadata values (fake tensors) are shared."""
-    graph = torch.fx.Graph()
-    values: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in gm.graph.nodes:
-        values[node] = graph.node_copy(node, values.__getitem__)
-        values[node].meta = copy.copy(node.meta)
-    return compat.graph_module(gm, graph)
+    """A graph module with its own nodes, the bodies that it calls too; metadata values (fake tensors) are shared."""
+    return calls.inlined(gm, lambda _: False)

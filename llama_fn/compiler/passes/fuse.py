@@ -13,7 +13,8 @@ What was fused, and for every other collective why not, is noted on its node and
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterable
 from math import prod
 from typing import Any, cast
 
@@ -52,14 +53,14 @@ def fuse(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     return gm
 
 
-def report(graph: torch.fx.Graph) -> list[str]:
-    """A line per kind of place and note, with how often it stands; layers are one place."""
-    sending = [n for n in ir.calls(graph) if (r := of_node(n.target)) and (communicates(r) or r.name in UNFUSED)]
-    places = Counter(
-        (without_numbers(ir.scope_of(n)), ir.phase_of(n), str(note))
-        for n in sending
-        if (note := compat.labels(n).get(NOTE))
-    )
+def report(counted: Iterable[tuple[torch.fx.Node, int]]) -> list[str]:
+    """A line per kind of place and note, with how often it stands; layers are one place. `counted`: the ops of a graph,
+    each with how often it runs."""
+    places: dict[tuple[str, str, str], int] = defaultdict(int)
+    for node, times in counted:
+        kernel, note = of_node(node.target), compat.labels(node).get(NOTE)
+        if note and kernel and (communicates(kernel) or kernel.name in UNFUSED):
+            places[without_numbers(ir.scope_of(node)), ir.phase_of(node), str(note)] += times
     return [f"{count} in {scope}, {phase}: {note}" for (scope, phase, note), count in places.items()]
 
 

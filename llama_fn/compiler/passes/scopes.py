@@ -17,14 +17,20 @@ from llama_fn.compiler import ir
 
 
 def scopes(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
-    """`gm` with scope, phase and source on every op."""
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for node in ir.calls(gm.graph):
+    """`gm` with scope, phase and source on every op; in a body, whose scopes are relative to its calls', "" is one."""
+    for body in ir.subgraphs(gm):
+        _label(body.graph, "")
+    _label(gm.graph, "step")
+    return gm
+
+
+def _label(graph: torch.fx.Graph, default: str) -> None:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in ir.calls(graph):
         here = {"scope": "", "phase": "forward", "source": "", **labels(node)}
         engine_made = here["phase"] == "backward" and not here["source"]
         producers = [n for n in node.all_input_nodes if ir.phase_of(n) == here["phase"] and ir.scope_of(n)]
         if (engine_made or not here["scope"]) and producers:
             latest = labels(max(producers, key=order.__getitem__))
             here |= {key: latest.get(key, "") for key in ("scope", "region", "source")}
-        node.meta["custom"] = {**here, "scope": here["scope"] or "step"}
-    return gm
+        node.meta["custom"] = {**here, "scope": here["scope"] or default}

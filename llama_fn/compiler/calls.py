@@ -1,0 +1,238 @@
+"""Graphs that call graphs: what a step repeats is a body of its own, and each call of it one node (kernels/repeat.py).
+
+    graph step {
+      %c0 = call(%microbatch, %params, %tokens0)        # microbatch/0
+      %c1 = call(%microbatch, %c0, %tokens1, %params)   # microbatch/1
+    }
+
+A body is a submodule. Its ops carry scopes relative to those of its calls. What looks at every op of a graph, however
+often it runs, goes through :func:`counted`; what must see the ops of each call in their order writes the calls out
+with :func:`inlined`, of like calls in a row a few alone with :func:`shortened`.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.repeat import call, flat, group
+from kernels.scope_names import microbatch, parse
+from llama_fn import compat
+from llama_fn.compiler import ir
+
+ALIKE = 2  # microbatches that stand for those between the first and the last
+_Values = dict[torch.fx.Node, Any]  # a node, or several for what a call or a group gives
+
+
+def is_call(node: torch.fx.Node) -> bool:
+    """Whether a node calls a body."""
+    return node.op == "call_function" and node.target is call
+
+
+def body_of(gm: torch.fx.GraphModule, node: torch.fx.Node) -> torch.fx.GraphModule:
+    """The graph that a call of `gm` runs."""
+    body = getattr(gm, node.args[0].target)  # type: ignore[union-attr, arg-type]
+    assert isinstance(body, torch.fx.GraphModule)
+    return body
+
+
+def counted(gm: torch.fx.GraphModule, times: int = 1) -> Iterator[tuple[torch.fx.Node, int]]:
+    """Every op of `gm` and of the bodies that it calls, in order, with how often it runs; a body's ops stand at its
+    first call, in that call's scope."""
+    sites = Counter(node.args[0] for node in ir.calls(gm.graph) if is_call(node))
+    for node in ir.calls(gm.graph):
+        if is_call(node):
+            count = sites.pop(node.args[0], 0)
+            if count:
+                yield from counted(_in_scope(body_of(gm, node), ir.scope_of(node)), times * count)
+        elif not is_packing(node):
+            yield node, times
+
+
+def is_packing(node: torch.fx.Node) -> bool:
+    """Whether a node is a call, puts values together for calls, or takes their results apart: no op of its own."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, torch.fx.Node) and source.target in (call, group)
+
+
+def called_once(gm: torch.fx.GraphModule) -> set[torch.fx.GraphModule]:
+    """The bodies that a single node of `gm`, or of another of its bodies, calls."""
+    sites: Counter[torch.fx.GraphModule] = Counter()
+    for each in {gm: None, **dict.fromkeys(_bodies(gm))}:
+        sites.update(body_of(each, node) for node in ir.calls(each.graph) if is_call(node))
+    return {body for body, count in sites.items() if count == 1}
+
+
+def _bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
+    for child in gm.children():
+        if isinstance(child, torch.fx.GraphModule):
+            yield child
+            yield from _bodies(child)
+
+
+def inlined(
+    gm: torch.fx.GraphModule, which: Callable[[torch.fx.GraphModule], bool] = lambda body: True
+) -> torch.fx.GraphModule:
+    """`gm` with the calls of bodies that `which` chooses, by default all, written out."""
+    return _Writer(which).module(gm)
+
+
+def _in_scope(body: torch.fx.GraphModule, scope: str) -> torch.fx.GraphModule:
+    """A copy of a body as a call in this scope runs it."""
+    return _Writer(lambda _: False).module(body, scope)
+
+
+class _Writer:
+    """Copies graphs, some of their calls written out."""
+
+    def __init__(
+        self,
+        which: Callable[[torch.fx.GraphModule], bool],
+        kept: dict[torch.fx.GraphModule, torch.fx.GraphModule] | None = None,
+    ) -> None:
+        self.which = which
+        self.kept = {} if kept is None else kept  # bodies that stay, and their copies
+        self.root, self.graph = torch.nn.Module(), torch.fx.Graph()
+        self.attributes: dict[torch.fx.GraphModule, torch.fx.Node] = {}
+
+    def module(self, gm: torch.fx.GraphModule, scope: str = "") -> torch.fx.GraphModule:
+        inputs = [self._copy(node, {}, "") for node in ir.placeholders(gm.graph)]
+        out = ir.output_node(gm.graph)
+        new = self.graph.output(self._written(gm, inputs, scope))
+        new.meta = copy.copy(out.meta)
+        return compat.graph_module(self.root, self.graph)
+
+    def _written(self, gm: torch.fx.GraphModule, operands: Sequence[Any], scope: str) -> list[Any]:
+        """The results of `gm`, its ops copied."""
+        values: _Values = dict(zip(ir.placeholders(gm.graph), operands, strict=True))
+        for node in gm.graph.nodes:
+            source = node.args[0] if node.target is operator.getitem else None
+            if node.op in ("placeholder", "output"):
+                continue
+            elif node.op == "get_attr":
+                values[node] = self._attribute(gm, node)
+            elif node.target is group:
+                values[node] = _Group(_mapped(node.args, values), node)
+            elif is_call(node):
+                values[node] = self._call(gm, node, values, scope)
+            elif isinstance(source, torch.fx.Node) and isinstance(values[source], (list, tuple)):
+                values[node] = values[source][node.args[1]]
+            else:
+                values[node] = self._copy(node, values, scope)
+        return [values[result] for result in ir.results(gm.graph)]
+
+    def _call(self, gm: torch.fx.GraphModule, node: torch.fx.Node, values: _Values, scope: str) -> Any:
+        body, operands = body_of(gm, node), _mapped(node.args[1:], values)
+        if self.which(body):
+            return self._written(body, flat(operands), joined(scope, ir.scope_of(node)))
+        for several in operands:
+            if isinstance(several, _Group) and several.new is None:
+                several.new = self._copy(several.node, values, scope)
+        values = values | {x.node: x.new for x in operands if isinstance(x, _Group)}
+        return self._copy(node, values, scope)
+
+    def _attribute(self, gm: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
+        value = getattr(gm, str(node.target))
+        if not isinstance(value, torch.fx.GraphModule):
+            setattr(self.root, str(node.target), value)
+            return self._copy(node, {}, "")
+        if self.which(value):
+            return None
+        if value not in self.kept:
+            self.kept[value] = _Writer(self.which, self.kept).module(value)
+        if value not in self.attributes:
+            name = compat.add_body(self.root, str(node.target), self.kept[value])
+            self.attributes[value] = self.graph.get_attr(name)
+        return self.attributes[value]
+
+    def _copy(self, node: torch.fx.Node, values: _Values, scope: str) -> torch.fx.Node:
+        args, kwargs = _mapped(node.args, values), _mapped(node.kwargs, values)
+        new = self.graph.create_node(node.op, node.target, tuple(args), kwargs, node.name, node.type)
+        new.meta = copy.copy(node.meta)
+        if scope:
+            where = compat.labels(node)
+            region = joined(scope, where["region"]) if where.get("region") else ""
+            new.meta["custom"] = where | {"scope": joined(scope, where.get("scope", "")), "region": region}
+        return new
+
+
+class _Group(list[Any]):
+    """Values that stand together in the graph that is copied, and, once a call needs it, their node in the copy."""
+
+    def __init__(self, values: Sequence[Any], node: torch.fx.Node) -> None:
+        super().__init__(values)
+        self.node = node
+        self.new: torch.fx.Node | None = None
+
+
+def _mapped(args: Any, values: _Values) -> Any:
+    """Arguments with nodes replaced by what stands for them, which may be several."""
+    if isinstance(args, torch.fx.Node):
+        return values[args]
+    if isinstance(args, (tuple, list)):
+        return [_mapped(each, values) for each in args]
+    return {key: _mapped(each, values) for key, each in args.items()} if isinstance(args, dict) else args
+
+
+def joined(scope: str, inner: str) -> str:
+    """The scope of an op whose body is called in `scope`."""
+    return "/".join(filter(None, (scope, inner)))
+
+
+@dataclass(frozen=True)
+class Missing:
+    """`calls` microbatches that a graph stands for and lacks, all like `first` and the one after it, which it has."""
+
+    first: int
+    calls: int
+
+
+def shortened(gm: torch.fx.GraphModule, first: int = ALIKE) -> tuple[torch.fx.GraphModule, Missing | None]:
+    """`gm`, and what it lacks: of microbatches that call one body in a row, each with the results of the one before,
+    the `first` and the last stay, numbered one after the other."""
+    row = _row(gm.graph)
+    missing = len(row) - first - 1
+    if missing <= 0:
+        return gm, None
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph, dropped = torch.fx.Graph(), set(row[first:-1])
+    for node in gm.graph.nodes:
+        if node in dropped:
+            values[node] = values[row[first - 1]]
+            continue
+        values[node] = graph.node_copy(node, values.__getitem__)
+        values[node].meta = copy.copy(node.meta)
+    last = values[row[-1]]
+    number = parse(ir.scope_of(row[-1])).microbatch
+    assert number is not None
+    last.meta["custom"] = {**compat.labels(last), "scope": microbatch(number - missing)}
+    return compat.graph_module(gm, graph), Missing(_number(row[first - ALIKE]), missing)
+
+
+def _row(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """The longest row of calls of one body, each of which is read by the next alone, in scopes that number them."""
+    rows: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in ir.calls(graph):
+        if not is_call(node):
+            continue
+        before: Any = node.args[1]
+        before = before if isinstance(before, torch.fx.Node) and before in rows else None
+        follows = before is not None and before.args[0] is node.args[0] and list(before.users) == [node]
+        if follows and _number(node) == _number(before) + 1:
+            rows[node] = [*rows.pop(before), node]
+        elif _number(node) >= 0:
+            rows[node] = [node]
+    return max(rows.values(), key=len, default=[])
+
+
+def _number(call: torch.fx.Node) -> int:
+    """Of its microbatch, if that is all that its scope says; else -2."""
+    scope = ir.place_of(call)
+    alone = scope.microbatch is not None and ir.scope_of(call) == microbatch(scope.microbatch)
+    return scope.microbatch if alone and scope.microbatch is not None else -2

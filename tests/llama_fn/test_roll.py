@@ -1,0 +1,171 @@
+"""A step of many microbatches is a graph of constant size, and computes what it would with every one written out."""
+
+import operator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.scope_names import microbatch, without_numbers
+from llama_fn import config, tree
+from llama_fn.compiler import calls, ir, stages
+from llama_fn.model import arrays, presets, random, train_step, transforms
+from llama_fn.model.arrays import ArrayInfo
+from llama_fn.planner import config_stages
+from sharding import Mesh
+
+MESHES = {
+    "one": dict(axes="data:1", rules="dp"),
+    "zero1": dict(axes="data:2", rules="zero1"),
+    "fsdp": dict(axes="data:2", rules="fsdp"),
+    "fsdp_tp": dict(axes="data:2,model:2", rules="fsdp_tp"),
+    "ulysses": dict(axes="data:2,context:2", rules="fsdp_tp_ulysses"),
+    "remat": dict(axes="data:2,model:2", rules="fsdp_tp", remat="full", regather=True),
+}
+
+
+def tiny(microbatches=6, per_microbatch=False, mesh="one", layers=2, **model):
+    model = {"num_layers": layers, "embed_dim": 64, "mlp_dim": 96, "vocab_size": 128, **model}
+    cfg = config.Config(model=replace(presets.preset("llama_tiny"), **model))
+    return replace(
+        cfg, data=replace(cfg.data, microbatches=microbatches, global_batch_size=2 * microbatches, seq_len=32),
+        optim=replace(cfg.optim, reduce_per_microbatch=per_microbatch), mesh=replace(cfg.mesh, **MESHES[mesh]),
+    )  # fmt: skip
+
+
+def both(monkeypatch, cfg, trace=config_stages.train):
+    """The step lowered with calls, and with every microbatch written out."""
+    traced, mesh = trace(cfg), config_stages.mesh(cfg)
+    rolled = config_stages.lower(traced, cfg, mesh)
+    monkeypatch.setattr(calls, "shortened", lambda gm, first=0: (gm, None))
+    flat = config_stages.lower(traced, cfg, mesh)
+    monkeypatch.undo()
+    return rolled, flat
+
+
+def called(lowered):
+    return [node for node in ir.calls(lowered.graph_module.graph) if calls.is_call(node)]
+
+
+def arguments(cfg, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    state = arrays.materialize(train_step.abstract_state(cfg), random.key(1))
+    batch = train_step.abstract_batch(cfg)
+    ids = [torch.randint(cfg.model.vocab_size, batch.tokens.shape, generator=rng) for _ in range(2)]
+    return state, train_step.Batch(*ids, torch.ones(batch.loss_mask.shape))
+
+
+def run(lowered, cfg, backend, steps=2):
+    compiled = lowered.compile(backend)
+    state, batch = arguments(cfg)
+    for _ in range(steps):
+        state, metrics = compiled(state, batch)
+    return compiled, tree.leaves((state, metrics))
+
+
+@pytest.mark.parametrize("per_microbatch", [False, True])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_interpreter_computes_and_holds_what_it_does_flat(monkeypatch, mesh, per_microbatch):
+    cfg = tiny(mesh=mesh, per_microbatch=per_microbatch)
+    rolled, flat = both(monkeypatch, cfg)
+    assert called(rolled) and not called(flat)
+    (one, got), (other, expected) = run(rolled, cfg, "interpret"), run(flat, cfg, "interpret")
+    assert all(map(torch.equal, got, expected))
+    measured, before = one.memory_analysis(), other.memory_analysis()
+    assert measured.peak_bytes <= 1.01 * before.peak_bytes
+    assert rolled.memory_analysis().peak_bytes <= 1.01 * flat.memory_analysis().peak_bytes
+
+
+@pytest.mark.parametrize("per_microbatch", [False, True])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_a_step_costs_and_sends_is_that_of_every_microbatch(monkeypatch, mesh, per_microbatch):
+    rolled, flat = both(monkeypatch, tiny(mesh=mesh, per_microbatch=per_microbatch))
+    assert rolled.cost_analysis() == flat.cost_analysis()
+    assert sorted(rolled.collectives()) == sorted(flat.collectives())
+    # A gather that is begun for the next microbatch carries the number of the one in which it is begun.
+    one, other = (
+        ops(each, numbered=not per_microbatch) for each in (calls.inlined(rolled.graph_module), flat.graph_module)
+    )
+    assert one == other
+
+
+def ops(gm, numbered):
+    """Every op with its phase and scope, in order; the cutting of tokens, which has no fixed place, apart."""
+    nodes = [node for node in ir.calls(gm.graph) if node.target is not operator.getitem]
+    scopes = [ir.scope_of(node) if numbered else without_numbers(ir.scope_of(node)) for node in nodes]
+    return [(node.target, ir.phase_of(node), scope) for node, scope in zip(nodes, scopes, strict=True)]
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 5, 16])
+def test_eager_and_interpret_agree_bitwise_for_any_number(monkeypatch, microbatches):
+    cfg = tiny(microbatches)
+    rolled, flat = both(monkeypatch, cfg)
+    assert len(called(rolled)) == (microbatches - 2 if microbatches > 4 else 0)
+    expected = run(flat, cfg, "eager")[1]
+    for backend in ("eager", "interpret"):
+        assert all(map(torch.equal, run(rolled, cfg, backend)[1], expected)), backend
+
+
+def test_validation_too(monkeypatch):
+    cfg = tiny(8, mesh="fsdp_tp")
+    rolled, flat = both(monkeypatch, cfg, config_stages.evaluation)
+    assert called(rolled)
+    state, batch = arguments(cfg)
+    results = [each.compile("interpret")(state.params, batch) for each in (rolled, flat)]
+    assert torch.equal(*results)
+
+
+def test_graphs_grow_by_at_most_twenty_nodes_for_a_microbatch():
+    sizes = {}
+    for m in (16, 64):
+        cfg = tiny(m, mesh="fsdp_tp")
+        traced = config_stages.train(cfg)
+        lowered = config_stages.lower(traced, cfg, config_stages.mesh(cfg))
+        sizes[m] = [len(stage.graph_module.graph.nodes) for stage in (traced, lowered)]
+    traced, lowered = ((many - few) / 48 for few, many in zip(sizes[16], sizes[64], strict=True))
+    assert traced <= 20 and lowered <= 20
+
+
+def test_a_body_is_printed_once_and_a_call_says_which():
+    cfg = tiny(9)
+    traced = config_stages.train(cfg)
+    text = traced.as_text()
+    assert text.count("graph microbatch_gradients {") == text.count("graph accumulated {") == 1
+    assert text.count("= call(%accumulated, ") == 8 and text.count("= group(") == 1
+    lowered = config_stages.lower(traced, cfg, Mesh()).as_text()
+    assert lowered.count("graph microbatch {") == 1 and lowered.count("= call(%microbatch, ") == 7
+
+
+def test_microbatches_that_are_not_alike_are_written_out_and_said(caplog):
+    """A pass of the user's own that does something to one of them."""
+
+    def double_the_third(gm, ctx):
+        node = next(
+            n for n in ir.calls(gm.graph) if ir.place_of(n).microbatch == 2 and n.target is torch.ops.aten.add.Tensor
+        )
+        with gm.graph.inserting_after(node):
+            twice = gm.graph.call_function(torch.ops.aten.mul.Tensor, (node, 1.0))
+        twice.meta = dict(node.meta)
+        node.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+        return gm
+
+    cfg = tiny(7)
+    lowered = config_stages.train(cfg).lower(first=[double_the_third])
+    assert not called(lowered)
+    assert "every microbatch is lowered by itself, as those between the first and the last differ: " in caplog.text
+
+
+def test_any_fold_in_numbered_scopes_is_rolled():
+    def total(x, parts):
+        def step(total, part, x):
+            return {"sum": total["sum"] + x * part, "last": part}
+
+        rows = list(parts.unbind(0))
+        first = {"sum": x * 0, "last": rows[0]}
+        return transforms.fold(step, first, rows, (x,), [microbatch(i) for i in range(len(rows))])["sum"]
+
+    traced = stages.jit(total).trace(ArrayInfo((4,), torch.float64), ArrayInfo((9, 4), torch.float64))
+    lowered = traced.lower()
+    assert len(called(lowered)) == 7
+    x, parts = torch.rand(4, dtype=torch.float64), torch.rand(9, 4, dtype=torch.float64)
+    assert torch.equal(lowered.compile("eager")(x, parts), total(x, parts))
