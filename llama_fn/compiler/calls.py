@@ -7,7 +7,7 @@
 
 A body is a submodule. Its ops carry scopes relative to those of its calls. What looks at every op of a graph, however
 often it runs, goes through :func:`counted`; what must see the ops of each call in their order writes the calls out
-with :func:`inlined`, of like calls in a row a few alone with :func:`shortened`.
+with :func:`inlined`, of like calls in a row a few alone with shorten.py.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kernels.repeat import call, flat, group
-from kernels.scope_names import microbatch, parse
 from llama_fn import compat
 from llama_fn.compiler import ir
 
-ALIKE = 2  # microbatches that stand for those between the first and the last
 _Values = dict[torch.fx.Node, Any]  # a node, or several for what a call or a group gives
 
 
@@ -183,56 +180,3 @@ def _mapped(args: Any, values: _Values) -> Any:
 def joined(scope: str, inner: str) -> str:
     """The scope of an op whose body is called in `scope`."""
     return "/".join(filter(None, (scope, inner)))
-
-
-@dataclass(frozen=True)
-class Missing:
-    """`calls` microbatches that a graph stands for and lacks, all like `first` and the one after it, which it has."""
-
-    first: int
-    calls: int
-
-
-def shortened(gm: torch.fx.GraphModule, first: int = ALIKE) -> tuple[torch.fx.GraphModule, Missing | None]:
-    """`gm`, and what it lacks: of microbatches that call one body in a row, each with the results of the one before,
-    the `first` and the last stay, numbered one after the other."""
-    row = _row(gm.graph)
-    missing = len(row) - first - 1
-    if missing <= 0:
-        return gm, None
-    values: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph, dropped = torch.fx.Graph(), set(row[first:-1])
-    for node in gm.graph.nodes:
-        if node in dropped:
-            values[node] = values[row[first - 1]]
-            continue
-        values[node] = graph.node_copy(node, values.__getitem__)
-        values[node].meta = copy.copy(node.meta)
-    last = values[row[-1]]
-    number = parse(ir.scope_of(row[-1])).microbatch
-    assert number is not None
-    last.meta["custom"] = {**compat.labels(last), "scope": microbatch(number - missing)}
-    return compat.graph_module(gm, graph), Missing(_number(row[first - ALIKE]), missing)
-
-
-def _row(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """The longest row of calls of one body, each of which is read by the next alone, in scopes that number them."""
-    rows: dict[torch.fx.Node, list[torch.fx.Node]] = {}
-    for node in ir.calls(graph):
-        if not is_call(node):
-            continue
-        before: Any = node.args[1]
-        before = before if isinstance(before, torch.fx.Node) and before in rows else None
-        follows = before is not None and before.args[0] is node.args[0] and list(before.users) == [node]
-        if follows and _number(node) == _number(before) + 1:
-            rows[node] = [*rows.pop(before), node]
-        elif _number(node) >= 0:
-            rows[node] = [node]
-    return max(rows.values(), key=len, default=[])
-
-
-def _number(call: torch.fx.Node) -> int:
-    """Of its microbatch, if that is all that its scope says; else -2."""
-    scope = ir.place_of(call)
-    alone = scope.microbatch is not None and ir.scope_of(call) == microbatch(scope.microbatch)
-    return scope.microbatch if alone and scope.microbatch is not None else -2

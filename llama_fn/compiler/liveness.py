@@ -13,6 +13,7 @@ from kernels.registry import tensor_bytes
 from llama_fn.compat import node_value
 from llama_fn.compiler import calls, ir
 from llama_fn.compiler.cost import is_view
+from llama_fn.compiler.shorten import shortened
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Memory:
 
 def memory_analysis(gm: torch.fx.GraphModule, aliases: Sequence[tuple[int, int]]) -> Memory:
     """Liveness over the graph in its order: a value is born at its op and dies after its last use."""
-    gm = calls.inlined(calls.shortened(gm)[0])  # calls between take what those left in take
+    gm = calls.inlined(shortened(gm)[0])  # calls between take what those left in take
     base = tensor_bytes([node_value(node) for node in ir.placeholders(gm.graph)])
     live = live_bytes(gm)
     peak = max(live, default=0)

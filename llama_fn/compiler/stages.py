@@ -11,7 +11,6 @@ it cannot. A stage keeps what is above it: `compiled.lowered.traced`.
 
 from __future__ import annotations
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -25,10 +24,10 @@ from llama_fn import compat, tree
 from llama_fn.compiler import backends, calls, cost, ir, liveness, passes
 from llama_fn.compiler.arguments import name_of, spoil
 from llama_fn.compiler.garbage import uncollected
+from llama_fn.compiler.lowering import lowered_graph, written_out
 from llama_fn.compiler.passes.fuse import report as fusion_report
-from llama_fn.compiler.passes.partition import partition, rules_named
+from llama_fn.compiler.passes.partition import rules_named
 from llama_fn.compiler.passes.remat_regions import Remat
-from llama_fn.compiler.passes.roll import NotAlike
 from llama_fn.compiler.resize import resized, without_extent
 from llama_fn.compiler.signature import Signature, is_within
 from llama_fn.compiler.tracing import trace
@@ -39,8 +38,6 @@ from llama_fn.tree import Tree
 from sharding import P, collectives_table
 from sharding.mesh import Mesh
 from sharding.rules import Rules
-
-log = logging.getLogger("llama_fn.stages")
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class Traced(_Graph):
 
     def flat(self) -> torch.fx.GraphModule:
         """The graph with every call written out."""
-        return passes.run(passes.TRACING, calls.inlined(self.graph_module), passes.Context(Mesh(), []))
+        return written_out(self.graph_module)
 
     @uncollected()
     def resized(self, *args: Tree) -> Traced:
@@ -159,7 +156,7 @@ class Traced(_Graph):
                     f"{describe(info)}. Trace for it instead"
                 )
         signature = replace(self.signature, in_infos=infos)
-        gm = resized(self.flat(), infos)
+        gm = resized(self.graph_module, infos)
         signature.check_donation(ir.results(gm.graph))
         return Traced(self.name, gm, signature, time.perf_counter() - start)
 
@@ -185,26 +182,10 @@ class Traced(_Graph):
         left_out = {*without, *([] if fuse else ["fuse"])}
         chosen = [*first, *(each for each in passes.LOWERING if each.__name__ not in left_out)]
         remat = Remat(remat) if isinstance(remat, str) else remat
-
-        def lowered(gm: torch.fx.GraphModule, missing: calls.Missing | None) -> Lowered:
-            gm = passes.run(passes.TRACING, calls.inlined(gm), passes.Context(mesh, []))
-            parts = partition(gm, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
-            gm = compat.graph_module(gm, parts.graph)
-            observe("partitioned", gm)
-            gm = passes.run(chosen, gm, passes.Context(mesh, signature.aliases, remat, missing), observe)
-            taken = {o for _, o in signature.aliases}
-            outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
-            return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
-
-        # Where gradients are reduced in each microbatch, the second waits for the first one's reductions, which no sum
-        # has asked for; so it is not like the others.
-        for before in (calls.ALIKE, calls.ALIKE + 1):
-            try:
-                return lowered(*calls.shortened(self.graph_module, before))
-            except NotAlike as difference:
-                why = difference
-        log.warning("every microbatch is lowered by itself, as those between the first and the last differ: %s", why)
-        return lowered(self.graph_module, None)
+        gm, parts = lowered_graph(self.graph_module, signature, mesh, rules, chosen, remat, observe)
+        taken = {o for _, o in signature.aliases}
+        outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
+        return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)

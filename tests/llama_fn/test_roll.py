@@ -8,7 +8,7 @@ import torch
 
 from kernels.scope_names import microbatch, without_numbers
 from llama_fn import config, tree
-from llama_fn.compiler import calls, ir, stages
+from llama_fn.compiler import calls, ir, lowering, stages
 from llama_fn.model import arrays, presets, random, train_step, transforms
 from llama_fn.model.arrays import ArrayInfo
 from llama_fn.planner import config_stages
@@ -37,7 +37,7 @@ def both(monkeypatch, cfg, trace=config_stages.train):
     """The step lowered with calls, and with every microbatch written out."""
     traced, mesh = trace(cfg), config_stages.mesh(cfg)
     rolled = config_stages.lower(traced, cfg, mesh)
-    monkeypatch.setattr(calls, "shortened", lambda gm, first=0: (gm, None))
+    monkeypatch.setattr(lowering, "shortened", lambda gm, first: (gm, None))
     flat = config_stages.lower(traced, cfg, mesh)
     monkeypatch.undo()
     return rolled, flat
@@ -136,36 +136,38 @@ def test_a_body_is_printed_once_and_a_call_says_which():
     assert lowered.count("graph microbatch {") == 1 and lowered.count("= call(%microbatch, ") == 7
 
 
-def test_microbatches_that_are_not_alike_are_written_out_and_said(caplog):
-    """A pass of the user's own that does something to one of them."""
+@pytest.mark.parametrize(("factors", "alike"), [({1: 2.0, 2: 2.0}, True), ({2: 2.0}, False), ({1: 2.0, 2: 3.0}, False)])
+def test_microbatches_that_are_not_alike_are_written_out_and_said(caplog, factors, alike):
+    """A pass of the user's own that does something to some of them."""
 
-    def double_the_third(gm, ctx):
-        node = next(
-            n for n in ir.calls(gm.graph) if ir.place_of(n).microbatch == 2 and n.target is torch.ops.aten.add.Tensor
-        )
-        with gm.graph.inserting_after(node):
-            twice = gm.graph.call_function(torch.ops.aten.mul.Tensor, (node, 1.0))
-        twice.meta = dict(node.meta)
-        node.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+    def multiplied(gm, ctx):
+        for number, factor in factors.items():
+            ops = [node for node in ir.calls(gm.graph) if ir.place_of(node).microbatch == number]
+            node = next(node for node in ops if node.target is torch.ops.aten.add.Tensor)
+            with gm.graph.inserting_after(node):
+                product = gm.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+            product.meta = dict(node.meta)
+            node.replace_all_uses_with(product, delete_user_cb=lambda user, product=product: user is not product)
         return gm
 
-    cfg = tiny(7)
-    lowered = config_stages.train(cfg).lower(first=[double_the_third])
-    assert not called(lowered)
-    assert "every microbatch is lowered by itself, as those between the first and the last differ: " in caplog.text
+    lowered = config_stages.train(tiny(7)).lower(first=[multiplied])
+    assert bool(called(lowered)) == alike
+    warning = "every microbatch is lowered by itself, as those between the first and the last differ: "
+    assert (warning in caplog.text) != alike
 
 
-def test_any_fold_in_numbered_scopes_is_rolled():
+@pytest.mark.parametrize("order", [1, -1])
+def test_any_fold_in_numbered_scopes_is_rolled_if_it_takes_parts_in_their_order(order):
     def total(x, parts):
         def step(total, part, x):
             return {"sum": total["sum"] + x * part, "last": part}
 
-        rows = list(parts.unbind(0))
+        rows = list(parts.unbind(0))[::order]
         first = {"sum": x * 0, "last": rows[0]}
         return transforms.fold(step, first, rows, (x,), [microbatch(i) for i in range(len(rows))])["sum"]
 
     traced = stages.jit(total).trace(ArrayInfo((4,), torch.float64), ArrayInfo((9, 4), torch.float64))
     lowered = traced.lower()
-    assert len(called(lowered)) == 7
+    assert len(called(lowered)) == (7 if order == 1 else 0)
     x, parts = torch.rand(4, dtype=torch.float64), torch.rand(9, 4, dtype=torch.float64)
     assert torch.equal(lowered.compile("eager")(x, parts), total(x, parts))

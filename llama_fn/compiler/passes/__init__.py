@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 
 from llama_fn.compiler import calls
-from llama_fn.compiler.calls import Missing
 from llama_fn.compiler.passes.bucket import bucket
 from llama_fn.compiler.passes.dead_code import dead_code
 from llama_fn.compiler.passes.donation import donation
@@ -22,6 +21,7 @@ from llama_fn.compiler.passes.roll import roll
 from llama_fn.compiler.passes.schedule import schedule
 from llama_fn.compiler.passes.scopes import scopes
 from llama_fn.compiler.passes.sink_casts import sink_casts
+from llama_fn.compiler.shorten import Missing
 from sharding.mesh import Mesh
 
 log = logging.getLogger("llama_fn.passes")

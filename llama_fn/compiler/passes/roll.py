@@ -6,11 +6,11 @@
     microbatch/3 ...   the last                         ... as many as the step has ...
                                                         microbatch/9 ...   the last
 
-A step is lowered with four of its microbatches (calls.shortened), whatever their number: the first overlaps the gathers
-of its weights, the last the reductions of its gradients, and the two between must come out alike. That is checked, op
-by op. What one of them hands to the next (sums of gradients, a gather begun ahead) are the body's first inputs and its
-results. Where they are not alike, :class:`NotAlike` says which op differs, and the step is lowered with every
-microbatch written out.
+A step is lowered with four of its microbatches (compiler/shorten.py), whatever their number: the first overlaps with
+the gathers of its weights, the last with the reductions of its gradients, and the two between must come out alike. That
+is checked, op by op. What one of them hands to the next (sums of gradients, a gather begun ahead) are the body's first
+inputs and its results. Where they are not alike, :class:`NotAlike` says which op differs, and every microbatch is
+written out (compiler/lowering.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kernels.repeat import call, group
 from kernels.scope_names import microbatch
 from llama_fn import compat
 from llama_fn.compiler import ir
-from llama_fn.compiler.calls import Missing
+from llama_fn.compiler.shorten import Missing
 
 Nodes = dict[torch.fx.Node, torch.fx.Node]
 Pair = tuple[torch.fx.Node, torch.fx.Node]  # what one microbatch reads, and what the next reads in its place

@@ -1,0 +1,53 @@
+"""From the traced graph, which calls a body for each microbatch, to the graph of one device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from llama_fn import compat
+from llama_fn.compiler import calls, passes
+from llama_fn.compiler.passes.partition import partition
+from llama_fn.compiler.passes.remat_regions import Remat
+from llama_fn.compiler.passes.roll import NotAlike
+from llama_fn.compiler.shorten import ALIKE, Missing, shortened
+from llama_fn.compiler.signature import Signature
+from sharding.mesh import Mesh
+from sharding.partition import Partitioned
+from sharding.rules import Rules
+
+log = logging.getLogger("llama_fn.lowering")
+
+
+def written_out(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A traced graph with its calls written out."""
+    return passes.run(passes.TRACING, calls.inlined(gm), passes.Context(Mesh(), []))
+
+
+def lowered_graph(
+    gm: torch.fx.GraphModule, signature: Signature, mesh: Mesh, rules: Rules, chosen: Sequence[passes.Pass],
+    remat: Remat, observe: passes.Observer,
+) -> tuple[torch.fx.GraphModule, Partitioned]:  # fmt: skip
+    """The graph of one device after the passes `chosen`, and how its inputs and outputs are sharded.
+
+    It is made from a few of the microbatches, for which passes/roll.py then puts calls; where that fails, from all.
+    """
+
+    def lowered(gm: torch.fx.GraphModule, missing: Missing | None) -> tuple[torch.fx.GraphModule, Partitioned]:
+        flat = written_out(gm)
+        parts = partition(flat, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
+        flat = compat.graph_module(flat, parts.graph)
+        observe("partitioned", flat)
+        return passes.run(chosen, flat, passes.Context(mesh, signature.aliases, remat, missing), observe), parts
+
+    # Where gradients are reduced in each microbatch, the second waits for the first one's reductions, which no sum has
+    # asked for; so it is not like the others.
+    for before in (ALIKE, ALIKE + 1):
+        try:
+            return lowered(*shortened(gm, before))
+        except NotAlike as difference:
+            why = difference
+    log.warning("every microbatch is lowered by itself, as those between the first and the last differ: %s", why)
+    return lowered(gm, None)
