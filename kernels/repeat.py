@@ -54,8 +54,11 @@ def fold(fn: Callable[..., Any], total: Any, parts: Sequence[Any], args: Any, sc
     whatever the size of `total`. `fn` is to be as for :func:`repeated`.
     """
     tracer = _TRACER.get()
-    if tracer is not None:
-        return tracer.fold(fn, total, parts, args, scopes)
+    return (folded if tracer is None else tracer.fold)(fn, total, parts, args, scopes)
+
+
+def folded(fn: Callable[..., Any], total: Any, parts: Sequence[Any], args: Any, scopes: Sequence[str]) -> Any:
+    """What :func:`fold` returns, every call made as it is."""
     for part, scope in zip(parts, scopes, strict=True):
         with named_scope(scope):
             total = fn(total, part, *args)

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 
-from kernels.repeat import call, group
+from kernels.repeat import call, folded, group
 from kernels.scope import Location, at, current, named_scope
 from llama_fn import tree
 from llama_fn.compat.sources import sourced
@@ -48,15 +48,17 @@ class Repeats:
         """A node for each part; only the results of the last are taken apart."""
         leaves, spec = tree.flatten(((total, parts[0], *args), {}))
         if not _is_traced(leaves):
-            for part, scope in zip(parts, scopes, strict=True):
-                with named_scope(scope):
-                    total = fn(total, part, *args)
-            return total
+            return folded(fn, total, parts, args, scopes)
         body = self._body(fn, spec, leaves)
-        if body.out_spec != tree.flatten(total)[1]:
-            raise ValueError(f"{_name(fn)} is folded over parts and returns another structure than it takes")
+        taken, structure = tree.flatten(total)
+        returned = _output(body.gm).meta["vals"]
+        if body.out_spec != structure or any(_kind(x) != _kind(y) for x, y in zip(taken, returned, strict=True)):
+            raise ValueError(
+                f"{_name(fn)} is folded over parts and takes a total of {[*map(_kind, taken)]}, but returns "
+                f"{[*map(_kind, returned)]}. Return the structure, shapes and dtypes that it takes"
+            )
         tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
-        state: Any = [_proxy(x) for x in tree.flatten(total)[0]]
+        state: Any = [_proxy(x) for x in taken]
         shared = tracer.create_proxy("call_function", group, tuple(_proxy(x) for x in tree.flatten(args)[0]), {})
         for part, scope in zip(parts, scopes, strict=True):
             with named_scope(scope):
@@ -83,6 +85,10 @@ def _plain(x: Any) -> bool:
 
 def _proxy(x: torch.Tensor) -> Any:
     return get_proxy_mode().tracer.unwrap_proxy(x)  # type: ignore[union-attr]
+
+
+def _kind(x: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(x.shape), x.dtype
 
 
 def _name(fn: Callable[..., Any]) -> str:

@@ -131,8 +131,8 @@ class _Writer:
         for several in operands:
             if isinstance(several, _Group) and several.new is None:
                 several.new = self._copy(several.node, values, scope)
-        values = values | {x.node: x.new for x in operands if isinstance(x, _Group)}
-        return self._copy(node, values, scope)
+        groups = {x.node: x.new for x in operands if isinstance(x, _Group)}
+        return self._copy(node, {x: values[x] for x in ir.operands(node)} | groups, scope)
 
     def _attribute(self, gm: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
         value = getattr(gm, str(node.target))

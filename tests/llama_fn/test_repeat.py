@@ -104,3 +104,12 @@ def test_a_tensor_that_is_no_argument_is_refused():
 
     with pytest.raises(ValueError, match=r"fn.<locals>.<lambda> is traced once .* Pass them as arguments"):
         stages.jit(fn).trace(VECTOR)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.double(), lambda x: x[:2], lambda x: (x, x)])
+def test_a_fold_that_returns_another_total_than_it_takes_is_refused(change):
+    def fn(x):
+        return transforms.fold(lambda total, part: change(total + part), x, [x, x], (), ["a", "b"])
+
+    with pytest.raises(ValueError, match="Return the structure, shapes and dtypes that it takes"):
+        stages.jit(fn).trace(VECTOR)

@@ -125,7 +125,7 @@ class Interpreter:
                     self.dying[graph][user].append(value)
         return self.dying[graph]
 
-    def _evaluate(self, node: torch.fx.Node, values: list[dict[torch.fx.Node, Any]]) -> list[Any]:
+    def _evaluate(self, node: torch.fx.Node, values: list[_Env]) -> list[Any]:
         given = [torch.fx.node.map_arg((node.args, node.kwargs), mine.__getitem__) for mine in values]
         kernel = of_node(node.target)
         if kernel is not None and kernel.name in FUSED:

@@ -44,7 +44,7 @@ def roll(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
 
 class _Roll:
     def __init__(self, gm: torch.fx.GraphModule, missing: Missing) -> None:
-        self.gm, self.missing = gm, missing
+        self.missing = missing
         nodes = list(gm.graph.nodes)
         begin, middle, end = _ends(nodes, missing.first - 1)
         self.before, self.one, self.two, self.after = (
