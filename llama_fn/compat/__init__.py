@@ -6,7 +6,14 @@ it this year.
 
 from llama_fn.compat.distributed import Group, collective_forms, group_name
 from llama_fn.compat.gloo import register_gloo_collectives
-from llama_fn.compat.inductor import inductor_compile, inductor_decompositions, keep_compiled_code, missing_tool
+from llama_fn.compat.inductor import (
+    CompiledGraph,
+    GraphSource,
+    inductor_compile,
+    inductor_decompositions,
+    keep_compiled_code,
+    missing_tool,
+)
 from llama_fn.compat.inductor_ranges import ranges_in_code
 from llama_fn.compat.native import (
     cpu_model,
@@ -41,8 +48,10 @@ __all__ = [
     "CONVERTED_IN_GROUP",
     "INVOKE_SUBGRAPH",
     "TORCH_NPU",
+    "CompiledGraph",
     "FakeTensors",
     "GeGraph",
+    "GraphSource",
     "Group",
     "add_body",
     "check_torch_version",

@@ -34,11 +34,27 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
 
 
 @dataclass(frozen=True)
-class CompiledGraph:
-    """`run` takes the flat inputs; `code` is what it runs, in `file`, and `key` what inductor's cache knows it by, ""
-    where it keeps nothing."""
+class GraphSource:
+    """A graph to compile. It must already be what inductor lowers: functional aten without what
+    inductor_decompositions() lists, but for copies into inputs at its end.
 
-    run: Callable[..., Any]
+    `static` are the inputs that keep their memory from call to call, as CUDA graphs want of any that are written; the
+    others are copied into memory of the CUDA graph's own. `ranges` is ranges_in_code(...) for code that is to be
+    profiled.
+    """
+
+    gm: torch.fx.GraphModule
+    inputs: Sequence[torch.Tensor]
+    static: Sequence[int] = ()
+    ranges: AbstractContextManager[None] | None = None
+
+
+@dataclass(frozen=True)
+class CompiledGraph:
+    """`run` takes the flat inputs in a list, which it empties; `code` is what it runs, in `file`, and `key` what
+    inductor's cache knows it by, "" where it keeps nothing."""
+
+    run: Callable[[list[torch.Tensor]], Any]
     from_cache: bool
     code: str
     key: str
@@ -46,53 +62,46 @@ class CompiledGraph:
 
 
 def inductor_compile(
-    gm: torch.fx.GraphModule,
-    inputs: Sequence[torch.Tensor],
-    patches: dict[str, Any],
-    static: Sequence[int],
-    units: int,
-    cached: bool,
-    ranges: AbstractContextManager[None] | None = None,
-) -> CompiledGraph:
-    """What inductor makes of a graph, or loads from its cache on disk.
+    sources: Sequence[GraphSource], patches: dict[str, Any], units: int, cached: bool
+) -> list[CompiledGraph]:
+    """What inductor makes of graphs, or loads from its cache on disk.
 
-    `gm` must already be what inductor lowers: functional aten without what inductor_decompositions() lists, but for
-    copies into inputs at its end. So the graph goes to inductor's inner compiler as it is. AOTAutograd and the passes
-    after it, which find nothing to do in such a graph and take time that grows with the number of layers, are left
-    out. `static` are the inputs that keep their memory from call to call, as CUDA graphs want of any that are written;
-    the others are copied into memory of the CUDA graph's own.
-    C++ kernels are built as `units` files at once. `ranges` is ranges_in_code(...) for code that is to be profiled.
+    They go to inductor's inner compiler as they are. AOTAutograd and the passes after it, which find nothing to do in
+    such graphs and take time that grows with the number of layers, are left out. C++ kernels of all the graphs are
+    built together as `units` files, a kernel that several have once.
     """
+    from torch._inductor import config
+
+    # Of any node: a function need not have inputs.
+    nodes = (node for source in sources for node in source.gm.graph.nodes)
+    mode = next(v.fake_mode for node in nodes if isinstance(v := node.meta.get("val"), FakeTensor))
+    settings = config.patch({"fx_graph_cache": cached, **patches})
+    with torch.no_grad(), settings, _no_detours(mode), _CppKernels.together(units):
+        return [_compiled(source, cached) for source in sources]
+
+
+def _compiled(source: GraphSource, cached: bool) -> CompiledGraph:
     from torch._dynamo.utils import counters
-    from torch._inductor import compile_fx, config
+    from torch._inductor import compile_fx
     from torch._inductor.codecache import get_path
     from torch._inductor.output_code import CompiledFxGraph
 
-    # Of any node: a function need not have inputs.
-    mode = next(v.fake_mode for node in gm.graph.nodes if isinstance(v := node.meta.get("val"), FakeTensor))
     counts = counters["inductor"]
     hits, skipped = counts["fxgraph_cache_hit"], counts["fxgraph_cache_bypass"]
-    settings = config.patch({"fx_graph_cache": cached, **patches})
-    with (
-        torch.no_grad(),
-        settings,
-        _no_detours(mode),
-        _CppKernels.together(units),
-        ranges or nullcontext(),
-    ):
-        compiled = compile_fx.compile_fx_inner(gm, list(inputs), static_input_idxs=tuple(static), is_inference=True)
+    # Another graph reads the results as they were traced, so their strides are not inductor's to choose.
+    results = next(iter(reversed(source.gm.graph.nodes)))
+    results.meta["user_visible_output_idxs"] = list(range(len(results.args[0])))
+    with source.ranges or nullcontext():
+        compiled = compile_fx.compile_fx_inner(
+            source.gm, list(source.inputs), static_input_idxs=tuple(source.static), is_inference=True
+        )
     if counts["fxgraph_cache_bypass"] > skipped:
         log.warning("inductor does not keep this graph on disk; every start compiles it again")
-
-    def run(*args: torch.Tensor) -> Any:
-        return compiled(list(args))
-
     if not isinstance(compiled, CompiledFxGraph):  # a graph without ops needs no code
-        return CompiledGraph(run, False, "", "", None)
+        return CompiledGraph(compiled, False, "", "", None)
     key, file = compiled._fx_graph_cache_key or "", Path(get_path(compiled.cache_key, "py")[2])
-    return CompiledGraph(
-        run, counts["fxgraph_cache_hit"] > hits, compiled.source_code, key, file if cached and key else None
-    )  # fmt: skip
+    hit = counts["fxgraph_cache_hit"] > hits
+    return CompiledGraph(compiled, hit, compiled.source_code, key, file if cached and key else None)
 
 
 @contextlib.contextmanager
@@ -139,17 +148,17 @@ class _Asked:
 
 
 class _CppKernels:
-    """Stands in for inductor's compilation of single C++ kernels: collects all of a graph, then builds them at once.
+    """Stands in for inductor's compilation of single C++ kernels: collects those of all graphs, then builds them at
+    once.
 
     Inductor's generated module first asks for every kernel, which gives it a number here, and then waits for all of
-    them: the wait builds. Inductor's own wait looks for results that are outstanding only where it may compile with
-    several threads, so it is not left to it: one CPU, or TORCHINDUCTOR_COMPILE_THREADS=1, must do.
+    them. Inductor's own wait looks for results that are outstanding only where it may compile with several threads, so
+    it is not left to it: one CPU, or TORCHINDUCTOR_COMPILE_THREADS=1, must do. Modules get their kernels at the end.
     """
 
-    def __init__(self, units: int) -> None:
-        self.units = units
-        self.asked: list[tuple[Sequence[str], str]] = []
-        self.built: list[Callable[..., Any]] = []
+    def __init__(self) -> None:
+        self.asked: dict[tuple[tuple[str, ...], str], _Asked] = {}
+        self.modules: list[dict[str, Any]] = []
 
     @classmethod
     @contextlib.contextmanager
@@ -157,40 +166,41 @@ class _CppKernels:
         from torch._inductor import config
         from torch._inductor.async_compile import AsyncCompile
 
-        kernels, wait = cls(units), AsyncCompile.wait
+        kernels, wait = cls(), AsyncCompile.wait
 
-        def wait_for_all(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
-            kernels.put_into(scope)
+        def wait_for_others(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
+            kernels.modules.append(scope)
             wait(compiler, scope)
 
         with (
             config.patch({"cpp_cache_precompile_headers": False}),
             mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: kernels.ask(types, source)),
-            mock.patch.object(AsyncCompile, "wait", wait_for_all),
+            mock.patch.object(AsyncCompile, "wait", wait_for_others),
         ):
             yield
+            if kernels.asked:
+                kernels.put_into_modules(kernels.built(units))
 
     def ask(self, types: Sequence[str], source: str) -> _Asked:
-        self.asked.append((types, source))
-        return _Asked(len(self.asked) - 1)
+        return self.asked.setdefault((tuple(types), source), _Asked(len(self.asked)))
 
-    def put_into(self, scope: dict[str, Any]) -> None:
-        """Replace what was asked for in the variables of the generated module by the kernels."""
-        outstanding = {name: value.index for name, value in scope.items() if isinstance(value, _Asked)}
-        if outstanding and len(self.built) < len(self.asked):
-            self.build()
-        scope.update({name: self.built[index] for name, index in outstanding.items()})
+    def put_into_modules(self, built: Sequence[Callable[..., Any]]) -> None:
+        """Replace what was asked for in the variables of the generated modules by the kernels."""
+        for scope in self.modules:
+            scope |= {name: built[value.index] for name, value in scope.items() if isinstance(value, _Asked)}
 
-    def build(self) -> None:
+    def built(self, units: int) -> list[Callable[..., Any]]:
+        """The kernels, in the order in which they were asked for."""
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-        groups = cpp.group([source for _, source in self.asked], self.units)
-        units = [cpp.translation_unit([self.asked[i] for i in group]) for group in groups]
-        with ThreadPoolExecutor(len(units)) as pool:
-            loads = [CppPythonBindingsCodeCache.load_async(unit, submit_fn=pool.submit) for unit in units]
+        asked = list(self.asked)
+        groups = cpp.group([source for _, source in asked], units)
+        texts = [cpp.translation_unit([asked[i] for i in group]) for group in groups]
+        with ThreadPoolExecutor(len(texts)) as pool:
+            loads = [CppPythonBindingsCodeCache.load_async(text, submit_fn=pool.submit) for text in texts]
             modules = [load() for load in loads]
         kernels = {i: getattr(m, f"f{k}") for g, m in zip(groups, modules, strict=True) for k, i in enumerate(g)}
-        self.built = [kernels[i] for i in range(len(self.asked))]
+        return [kernels[i] for i in range(len(asked))]
 
 
 def missing_tool(kind: str) -> str:

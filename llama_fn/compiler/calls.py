@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kernels.repeat import call, flat, group
+from kernels.scope_names import without_numbers
 from llama_fn import compat
 from llama_fn.compiler import ir
 
@@ -50,6 +51,15 @@ def counted(gm: torch.fx.GraphModule, times: int = 1) -> Iterator[tuple[torch.fx
                 yield from counted(_in_scope(body_of(gm, node), ir.scope_of(node)), times * count)
         elif not is_packing(node):
             yield node, times
+
+
+def bodies(gm: torch.fx.GraphModule) -> dict[torch.fx.GraphModule, str]:
+    """The bodies that `gm` calls, in the order of their first calls, and the scope of all calls of each: that of the
+    first, its numbers taken for any."""
+    scopes: dict[torch.fx.GraphModule, str] = {}
+    for node in filter(is_call, ir.calls(gm.graph)):
+        scopes.setdefault(body_of(gm, node), without_numbers(ir.scope_of(node)))
+    return scopes
 
 
 def is_packing(node: torch.fx.Node) -> bool:

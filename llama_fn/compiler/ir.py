@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,8 @@ def place_of(node: torch.fx.Node) -> Scope:
     return parse(scope_of(node))
 
 
-def warn_without_layers(graph: torch.fx.Graph, reader: str, cost: str) -> None:
-    """Say that `reader`, which looks for numbered layers, finds none in a graph that is large enough to have some."""
-    nodes = calls(graph)
+def warn_without_layers(nodes: Sequence[torch.fx.Node], reader: str, cost: str) -> None:
+    """Say that `reader`, which looks for numbered layers, finds none among ops that are enough to have some."""
     if len(nodes) >= LARGE and not any(place_of(node).is_layer for node in nodes):
         log.warning(
             "%s finds no layer in this graph of %d ops, so %s. It looks for scopes of a name and a number, such as "

@@ -9,9 +9,9 @@ import torch
 
 from llama_fn import compat
 from llama_fn.compiler import calls, passes
+from llama_fn.compiler.alike import NotAlike
 from llama_fn.compiler.passes.partition import partition
 from llama_fn.compiler.passes.remat_regions import Remat
-from llama_fn.compiler.passes.roll import NotAlike
 from llama_fn.compiler.shorten import ALIKE, Missing, shortened
 from llama_fn.compiler.signature import Signature
 from sharding.mesh import Mesh
@@ -42,8 +42,8 @@ def lowered_graph(
         observe("partitioned", flat)
         return passes.run(chosen, flat, passes.Context(mesh, signature.aliases, remat, missing), observe), parts
 
-    # Where gradients are reduced in each microbatch, the second waits for the first one's reductions, which no sum has
-    # asked for; so it is not like the others.
+    # What the second microbatch alone does, such as waiting for a reduction that the first began and did not add to a
+    # sum, the third does not.
     for before in (ALIKE, ALIKE + 1):
         try:
             return lowered(*shortened(gm, before))

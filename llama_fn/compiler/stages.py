@@ -265,7 +265,7 @@ class Compiled:
     @property
     def from_cache(self) -> bool:
         """Whether nothing was compiled and earlier code was loaded."""
-        return self.executable.origin is not None and self.executable.origin.from_cache
+        return bool(self.executable.origins) and all(origin.from_cache for origin in self.executable.origins)
 
     def __call__(self, *args: Tree, **kwargs: Tree) -> Tree:
         """The function's results. Donated arguments are overwritten; where the call is interrupted, by an error or by

@@ -95,8 +95,8 @@ class DumpWriter:
         _write(self.folder / SUMMARY, json.dumps(numbers, indent=1))
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
         sizes = {path.name: path.stat().st_size for path in files}
-        origin = compiled.executable.origin if compiled else None
-        _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware, str(origin or "")))
+        origins = "; ".join(map(str, compiled.executable.origins)) if compiled else ""
+        _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware, origins))
         log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
 
 

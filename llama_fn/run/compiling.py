@@ -78,8 +78,8 @@ def compile(
         if writer:
             writer.finish(lowered, compiled)
         how = "loaded" if compiled.from_cache else "compiled"
-        origin = f"; {compiled.executable.origin}" if compiled.executable.origin else ""
-        log.info("%s: %s in %.1f s%s", traced.name, how, compiled.seconds, origin)
+        origins = "".join(f"; {origin}" for origin in compiled.executable.origins)
+        log.info("%s: %s in %.1f s%s", traced.name, how, compiled.seconds, origins)
         return compiled
 
     folder = dump_folder(cfg, processes)

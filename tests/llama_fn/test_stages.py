@@ -57,7 +57,7 @@ def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_batch, fr
             assert got[name].item() == pytest.approx(want[name].item(), rel=tolerance), name
     again = lowered.compile("inductor", cache=tmp_path)
     assert not fast.from_cache and again.from_cache
-    first, second = fast.executable.origin, again.executable.origin
+    (first,), (second,) = fast.executable.origins, again.executable.origins
     assert first.key == second.key and first.file == second.file and first.file.read_text() == again.executable.code
     os.utime(first.file, (time.time() - 7200,) * 2)
     assert str(second) == f"code {first.key[:12]}, compiled 2 h ago, {first.file}"

@@ -101,7 +101,7 @@ class Executable:
 
     run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
     text: str
-    origin: CodeOrigin | None = None  # None: nothing was compiled here
+    origins: tuple[CodeOrigin, ...] = ()  # none where nothing was compiled here
     local: bool = False  # arguments and results are this process's parts
     measured: Callable[[], liveness.Memory | None] = lambda: None
     code: str = ""

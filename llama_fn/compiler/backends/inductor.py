@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from kernels.registry import of_node
 from llama_fn import compat
 from llama_fn.compiler import calls, ir, passes, ranges
 from llama_fn.compiler.backends import CodeOrigin, Executable, Program, code_cache, communication, forms
+from llama_fn.compiler.backends.in_turn import Run, in_turn
 from llama_fn.compiler.passes.expand import expand
+from llama_fn.compiler.passes.in_place import add_in_place
 from llama_fn.compiler.passes.outline import outline
 from llama_fn.compiler.passes.place import place
+from llama_fn.compiler.pieces import in_pieces
 from llama_fn.distributed import Processes
 from llama_fn.errors import UserError
 from sharding.mesh import Mesh
@@ -57,33 +60,65 @@ def compile(
     kind = torch.device(device).type
     chosen = forms.choose(kind, _compute_dtype(program.graph_module), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
-    gm = place(calls.inlined(program.graph_module), device)
+    chosen |= dict.fromkeys(collectives, "functional") | {"barrier": "reference"}
+    patches = _PATCHES[kind]
+    if profiled and patches:
+        log.warning("profiling: the step runs without CUDA graph, so that its kernels carry scopes")
+        patches = {}
+
+    gm = in_pieces(_in_bodies(program.graph_module, kind, device))
     if outlined:
         gm = outline(gm, passes.Context(Mesh(), []))
-    chosen |= dict.fromkeys(collectives, "functional") | {"barrier": "reference"}
-    gm = expand(gm, chosen, forms.finder(collectives), compat.inductor_decompositions())
-    text = ir.as_text(gm, "inductor")
-    inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
-    staying = sorted({*ir.written(gm.graph), *program.weights})
-    patches, naming = _PATCHES[kind], None
-    if profiled:
-        patches, naming = {}, compat.ranges_in_code(ranges.shared_name, text)
-        if _PATCHES[kind]:
-            log.warning("profiling: the step runs without CUDA graph, so that its kernels carry scopes")
+    gm = add_in_place(expand(gm, chosen, forms.finder(collectives), compat.inductor_decompositions()))
+    bodies = calls.bodies(gm)
+    for body, scope in bodies.items():
+        _put_in(scope, body)
+    staying = {*ir.written(program.graph_module.graph), *program.weights}
+    sources = [_source(gm, body, staying, profiled) for body in bodies]
     folder = compat.keep_compiled_code((code_cache.usable(cache) if cache else code_cache.private()) / _machine())
     with code_cache.opened(folder):
-        compiled = compat.inductor_compile(
-            gm, inputs, patches, staying, compat.physical_cores(), cache is not None, naming
-        )
+        compiled = compat.inductor_compile(sources, patches, compat.physical_cores(), cache is not None)
+    runs = {body: _run(each, bool(patches)) for body, each in zip(bodies, compiled, strict=True)}
+    origins = tuple(CodeOrigin(each.key, each.file, each.from_cache) for each in compiled if each.key)
+    text, code = ir.as_text(gm, "inductor"), "\n".join(each.code for each in compiled)
+    run_all = in_turn(gm, runs)
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        results = compiled.run(*flat)
-        # A CUDA graph writes its results to the same memory in every run, and is not replayed while one is still held.
-        return [result.clone() for result in results] if patches.get("triton.cudagraphs") else results
+        return run_all(list(flat))
 
-    origin = CodeOrigin(compiled.key, compiled.file, compiled.from_cache) if compiled.key else None
-    return Executable(run, text, origin, local=processes is not None, code=compiled.code, device=device)
+    return Executable(run, text, origins, local=processes is not None, code=code, device=device)
+
+
+def _in_bodies(gm: torch.fx.GraphModule, kind: str, device: str) -> torch.fx.GraphModule:
+    """A copy of the graph, its calls kept where a step may be several pieces of code: a CUDA graph holds all of it."""
+    return passes.copy_graph(gm) if kind == "cpu" else place(calls.inlined(gm), device)
+
+
+def _put_in(scope: str, body: torch.fx.GraphModule) -> None:
+    """Name the ops of a body by the scope of its calls, whichever of them runs."""
+    for node in body.graph.nodes:
+        node.meta["custom"] = {**compat.labels(node), "scope": calls.joined(scope, ir.scope_of(node))}
+    for child in ir.subgraphs(body):
+        _put_in(scope, child)
+
+
+def _source(
+    gm: torch.fx.GraphModule, body: torch.fx.GraphModule, staying: Collection[int], profiled: bool
+) -> compat.GraphSource:
+    """What is compiled of a body, told which of its inputs are inputs of `gm` that stay where they are."""
+    kept = {node for i, node in enumerate(ir.placeholders(gm.graph)) if i in staying}
+    call = next(node for node in ir.calls(gm.graph) if calls.is_call(node) and calls.body_of(gm, node) is body)
+    static = [i for i, operand in enumerate(call.args[1:]) if operand in kept]
+    ranges_of = compat.ranges_in_code(ranges.shared_name, ir.as_text(body, "inductor")) if profiled else None
+    return compat.GraphSource(body, [compat.node_value(x) for x in ir.placeholders(body.graph)], static, ranges_of)
+
+
+def _run(compiled: compat.CompiledGraph, in_cuda_graph: bool) -> Run:
+    if not in_cuda_graph:
+        return compiled.run
+    # A CUDA graph writes its results to the same memory in every run, and is not replayed while one is still held.
+    return lambda flat: [result.clone() for result in compiled.run(flat)]
 
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:

@@ -45,7 +45,7 @@ def compile(
 
     origin = CodeOrigin(hashlib.sha256(text.encode()).hexdigest(), None, from_cache=False)
     local, scopes = processes is not None, ge_scopes(converted.proto)
-    return Executable(run, text, origin, local=local, scopes=scopes, device=device)
+    return Executable(run, text, (origin,), local=local, scopes=scopes, device=device)
 
 
 def convert(program: Program, device: str, processes: Processes | None) -> compat.GeGraph:

@@ -31,10 +31,17 @@ def expand(
 ) -> torch.fx.GraphModule:
     """`gm` with each of our ops in the form that `forms` names and `find` has, and the aten ops of `decompositions`
     written in others."""
-    for child in gm.children():
-        if isinstance(child, torch.fx.GraphModule):
-            expand(child, forms, find, decompositions)
     traced: dict[str, torch.fx.GraphModule] = {}
+    for each in (*ir.subgraphs(gm), gm):
+        _expand(each, forms, find, decompositions, traced)
+    return gm
+
+
+def _expand(
+    gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find, decompositions: Decompositions,
+    traced: dict[str, torch.fx.GraphModule],
+) -> None:  # fmt: skip
+    """`traced`: what ops of these operands are written in."""
     for node in ir.calls(gm.graph):
         kernel = of_node(node.target)
         if kernel is None and node.target in decompositions:
@@ -49,7 +56,6 @@ def expand(
         _inline(gm.graph, node, traced[key])
     gm.graph.lint()
     gm.recompile()
-    return gm
 
 
 def _layout(node: torch.fx.Node) -> Any:

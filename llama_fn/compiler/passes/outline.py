@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llama_fn import compat
-from llama_fn.compiler import ir
+from llama_fn.compiler import calls, ir
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,15 @@ class Candidate:
 
 
 def outline(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
-    """`gm` with repeated layers as calls of one subgraph."""
-    ir.warn_without_layers(gm.graph, "outline", "compile time grows with depth")
+    """`gm` with repeated layers, in each of the bodies that it calls too, as calls of one subgraph."""
+    ops = [node for node, _ in calls.counted(gm)]
+    ir.warn_without_layers(ops, "outline", "compile time grows with depth")
+    for each in (*calls.bodies(gm), gm):
+        _outline(each)
+    return gm
+
+
+def _outline(gm: torch.fx.GraphModule) -> None:
     groups: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in _candidates(gm.graph):
         groups[_shape_of(candidate)].append(candidate)
@@ -52,7 +59,6 @@ def outline(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
             inputs = tuple(renamed.get(n, n) for n in candidate.inputs)
             renamed |= _call(gm, name, replace(candidate, inputs=inputs))
     gm.recompile()
-    return gm
 
 
 def _candidates(graph: torch.fx.Graph) -> list[Candidate]:
@@ -60,7 +66,7 @@ def _candidates(graph: torch.fx.Graph) -> list[Candidate]:
     members: dict[tuple[str, str], list[torch.fx.Node]] = defaultdict(list)
     for node in ir.calls(graph):
         scope = ir.place_of(node)
-        if scope.is_layer:
+        if scope.is_layer and not calls.is_packing(node):
             members[(scope.place, ir.phase_of(node))].append(node)
     candidates = []
     for (_, phase), nodes in members.items():

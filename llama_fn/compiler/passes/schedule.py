@@ -8,9 +8,10 @@
                                    ...
 
 As traced, every weight is gathered before the first layer and every gradient reduced after the last: the first layer
-would wait for all of them, and nothing could overlap. Here weights are gathered one layer ahead, the reductions of a
-layer's gradients run while the next layer's are computed, and inside a layer what a collective needs is computed before
-what only its neighbours need, which then fills the time until it is done. No value changes.
+would wait for all of them, and nothing could overlap. Here weights are gathered one layer ahead, a layer's gradients
+are added to those of earlier microbatches and reduced while the next layer's are computed, and inside a layer what a
+collective needs is computed before what only its neighbours need, which then fills the time until it is done. No value
+changes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from kernels.registry import of_node
-from kernels.scope_names import GATHER, REDUCE
+from kernels.scope_names import ACCUMULATE, GATHER, REDUCE
 from llama_fn.compiler import ir
 from sharding.collectives import communicates, wait
 
@@ -31,7 +32,7 @@ def schedule(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     """`gm` in an order that lets collectives run beside computing."""
     if ctx.mesh.size == 1:
         return gm
-    ir.warn_without_layers(gm.graph, "schedule", "every weight is gathered before the first product")
+    ir.warn_without_layers(ir.calls(gm.graph), "schedule", "every weight is gathered before the first product")
     first, *rest = list(_Order(gm.graph))
     assert first is next(iter(gm.graph.nodes))  # an input
     for node in rest:
@@ -51,7 +52,7 @@ def _is_start(node: torch.fx.Node) -> bool:
 
 
 def _is_reduction(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and ir.place_of(node).role == REDUCE
+    return node.op == "call_function" and ir.place_of(node).role in (REDUCE, ACCUMULATE)
 
 
 class _Order:
