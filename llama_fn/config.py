@@ -156,6 +156,11 @@ class RunConfig:
     attention: Literal["auto", "reference", "blocked", "flash"] = opt(
         "auto", "form of the attention kernel in compiled code; auto: flash on cuda in bf16 and fp16, else blocked"
     )
+    npu_form: Literal["auto", "whole", "calls"] = opt(
+        "auto",
+        "backend npu: whole makes one GE graph of the step, calls one of the microbatch that is run again and again, "
+        "auto takes calls where the step has over 20,000 ops",
+    )
     log_every: int = number(1, "iterations between log lines", 1, numbers=False)
     checkpoint_every: int = number(100, "iterations between checkpoints", 1, numbers=False)
     keep_latest: int = number(2, "how many of the newest checkpoints to keep", 1, numbers=False)

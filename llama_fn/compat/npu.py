@@ -86,17 +86,29 @@ class GeGraph:
         """Which GE input's buffer takes which GE result."""
         return dict(self.graph._graph_output_ref_input)
 
-    def options(self) -> str:
+    def options(self, kept: Mapping[int, int]) -> str:
         """JSON: what torchair passes to GE; the ranks of each group; which of our inputs the GE inputs are, which of
-        them each GE result overwrites, and which GE results are ours."""
+        them each GE result overwrites, and which GE results, views of inputs or, as `kept` says, inputs are ours."""
         local, glob = self.graph._normalize_ge_option()
+        results = [self._result(i) for i in range(len(self.graph._fx_outputs))]
+        for number, i in sorted(kept.items()):
+            results.insert(number, {"input": i})
         groups = {name: list(ranks) for name, (ranks, _) in self.graph.graph.used_process_group.items()}
-        results = [self.graph._fx_outputs_mapping[i] for i in range(len(self.graph._fx_outputs))]
         options = {
             "global": glob, "graph": local, "groups": groups, "inputs": self.used(), "written_inputs": self.written(),
             "results": results,
         }  # fmt: skip
         return json.dumps(options, indent=1, default=str)
+
+    def _result(self, i: int) -> int | dict[str, Any]:
+        """Which GE result our i-th is. A view of an input is none: torchair takes it when the graph has run."""
+        if i in self.graph._fx_outputs_mapping:
+            return int(self.graph._fx_outputs_mapping[i])
+        view = self.graph._fx_outputs[i]
+        return {
+            "view_of": view._fx_input_index, "shape": view._ori_meta_shape, "stride": view._ori_meta_stride,
+            "offset": view._ori_meta_offset,
+        }  # fmt: skip
 
 
 def ge_convert(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], scopes: Mapping[str, str]) -> GeGraph:

@@ -62,6 +62,13 @@ def bodies(gm: torch.fx.GraphModule) -> dict[torch.fx.GraphModule, str]:
     return scopes
 
 
+def put_in_scope(body: torch.fx.GraphModule, scope: str) -> None:
+    """Label the ops of a body, and of what it calls, by the scope of its calls."""
+    for each in (*ir.subgraphs(body), body):
+        for node in each.graph.nodes:
+            node.meta["custom"] = {**compat.labels(node), "scope": joined(scope, ir.scope_of(node))}
+
+
 def is_packing(node: torch.fx.Node) -> bool:
     """Whether a node is a call, puts values together for calls, or takes their results apart: no op of its own."""
     source = node.args[0] if node.target is operator.getitem else node

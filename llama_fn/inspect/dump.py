@@ -11,6 +11,7 @@ Of backend npu besides:
 rank_0/ge_graph.pbtxt      the GraphDef that GE compiles, as text; opens in netron as any protobuf text
 rank_0/ge_graph.txt        the same, a line per op
 rank_0/ge_options.json     torchair's options, the process groups, and which input each result overwrites
+                           --run.npu_form=calls: a set of the three for each graph, such as microbatch.ge_graph.pbtxt
 rank_0/ge/                 what CANN writes itself (DUMP_GE_GRAPH)
 """
 
@@ -37,7 +38,7 @@ log = logging.getLogger("llama_fn.dump")
 TRACED, LOWERED, BACKEND, CODE = "traced", "lowered", "backend", "code"
 GE_GRAPH, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.txt", "ge_options.json"
 GE_OWN, EVALUATION = "ge", "evaluation"
-_OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)")
+_OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)|(\w+\.)?ge_(graph|options)\.(pbtxt|txt|json)")
 
 
 def rank_folder(folder: Path, rank: int) -> Path:
@@ -45,11 +46,16 @@ def rank_folder(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}"
 
 
-def write_ge(folder: Path, pbtxt: str, options: str, text: str) -> None:
-    """Each file is complete or not there."""
+def write_ge(folder: Path, graph: str, pbtxt: str, options: str, text: str) -> None:
+    """The files of one GE graph, whose name is "" where there is no other. Each is complete or not there."""
     for name, content in ((GE_OPTIONS, options), (GE_TEXT, text), (GE_GRAPH, pbtxt)):
-        _write(folder / name, content)
+        _write(folder / ge_file(name, graph), content)
     log.info("GE graph written to %s", folder)
+
+
+def ge_file(name: str, graph: str) -> str:
+    """microbatch.ge_graph.pbtxt, or ge_graph.pbtxt where the step is one graph."""
+    return f"{graph}.{name}" if graph else name
 
 
 def _write(path: Path, content: str) -> None:

@@ -34,7 +34,7 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
     if cfg.run.check_finite:
         options |= {"check_finite": True}
     if cfg.run.backend == "npu":
-        options |= {"device": cfg.run.device}
+        options |= {"device": cfg.run.device, "form": cfg.run.npu_form}
     return options
 
 

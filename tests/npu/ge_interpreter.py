@@ -90,15 +90,16 @@ def _messages() -> Any:
 class GeRank:
     """One rank's graph, decoded once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, graph: str) -> None:
         from google.protobuf import text_format
 
-        self.proto = text_format.Parse((folder / dump.GE_GRAPH).read_text(), _messages().GraphDef())
-        options = json.loads((folder / dump.GE_OPTIONS).read_text())
+        proto = (folder / dump.ge_file(dump.GE_GRAPH, graph)).read_text()
+        self.proto = text_format.Parse(proto, _messages().GraphDef())
+        options = json.loads((folder / dump.ge_file(dump.GE_OPTIONS, graph)).read_text())
         self.groups: dict[str, list[int]] = options["groups"]
         self.written = {int(out): at for out, at in options["written_inputs"].items()}
         self.inputs: list[int] = options["inputs"]
-        self.results: list[int] = options["results"]
+        self.results: list[int | dict] = options["results"]
         self.ops = list(self.proto.op)
         self.sources = [[i for i in op.input if not i.endswith(":-1")] for op in self.ops]
         self.constants = {op.name: _constant(op) for op in self.ops if op.type == "Const"}
@@ -119,8 +120,8 @@ def _constant(op: Any) -> torch.Tensor:
 class GeInterpreter:
     """`run(inputs per rank) -> results per rank`; donated inputs hold their new values afterwards."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.ranks = [GeRank(folder) for folder in folders]
+    def __init__(self, folders: Sequence[Path], graph: str = "") -> None:
+        self.ranks = [GeRank(folder, graph) for folder in folders]
         for rank in self.ranks[1:]:
             assert [op.type for op in rank.ops] == [op.type for op in self.ranks[0].ops]
 
@@ -171,4 +172,12 @@ class GeInterpreter:
         outputs = [held[name] for name in rank.sources[n]]
         for out, at in rank.written.items():
             inputs[rank.inputs[at]].copy_(outputs[out])
-        return [outputs[out].clone() for out in rank.results]
+        return [outputs[out].clone() if isinstance(out, int) else _input(inputs, **out) for out in rank.results]
+
+
+def _input(
+    inputs: Sequence[torch.Tensor], input: int = 0, view_of: int | None = None, shape: Sequence[int] = (),
+    stride: Sequence[int] = (), offset: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """A result that GE does not return: an input, overwritten or not, or a view of one."""
+    return inputs[input] if view_of is None else inputs[view_of].as_strided(shape, stride, offset)

@@ -28,6 +28,15 @@ JOBS = {
     "tiny_2_ranks": job("model:2", 2, data__seq_len=64),
     "tiny_4_ranks": job("data:2,model:2", 4, data__seq_len=64),
     "tiny_ulysses": job("context:2", 2, "fsdp_tp_ulysses", data__seq_len=64, model__num_layers=2),
+    "tiny_calls": job(
+        "model:2",
+        2,
+        data__seq_len=32,
+        data__microbatches=6,
+        data__global_batch_size=6,
+        model__num_layers=2,
+        run__npu_form="calls",
+    ),
     "tiny_fp16_gqa": job(
         model__compute_dtype="fp16", model__num_kv_heads=2, model__num_layers=2, data__seq_len=16, data__microbatches=2
     ),

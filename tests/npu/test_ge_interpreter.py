@@ -8,6 +8,9 @@ from ge_interpreter import GeInterpreter
 from jobs import JOBS, config_of
 
 from llama_fn import tree
+from llama_fn.compiler import ir
+from llama_fn.compiler.backends.in_turn import in_turn
+from llama_fn.compiler.pieces import in_pieces
 from llama_fn.inspect import dump
 from llama_fn.model import arrays, random, train_step
 from llama_fn.planner import config_stages
@@ -22,16 +25,39 @@ def prepared(name):
     return cfg, traced, config_stages.lower(traced, cfg, config_stages.mesh(cfg)), len(JOBS[name]["ranks"])
 
 
+def in_form(folder, cfg, lowered, ranks):
+    """What runs the GE graphs of all ranks, from inputs per rank to results per rank."""
+    folders = [dump.rank_folder(folder, r) for r in range(ranks)]
+    if cfg.run.npu_form != "calls":
+        return GeInterpreter(folders).run
+    gm = in_pieces(lowered.graph_module)
+    graphs = {body: GeInterpreter(folders, name) for body, name in ir.subgraphs(gm).items()}
+
+    def run_of(graph):
+        def run(given):
+            results = graph.run([[values[r] for values in given] for r in range(ranks)])
+            return [dict(enumerate(each)) for each in zip(*results, strict=True)]
+
+        return run
+
+    run = in_turn(gm, {body: run_of(graph) for body, graph in graphs.items()})
+    return lambda inputs: _by_rank(run([dict(enumerate(each)) for each in zip(*inputs, strict=True)]), ranks)
+
+
+def _by_rank(results, ranks):
+    return [[values[r] for values in results] for r in range(ranks)]
+
+
 def steps_of_ge(folder, cfg, lowered, ranks, random_batch):
     """Metrics of every step, and the state after the last."""
-    ge = GeInterpreter([dump.rank_folder(folder, r) for r in range(ranks)])
+    ge = in_form(folder, cfg, lowered, ranks)
     leaves, spec = tree.flatten(arrays.materialize(train_step.abstract_state(cfg), random.key(0)))
     layouts, mesh = lowered.inputs[: len(leaves)], lowered.mesh
     held = [[part(x, p, mesh, r) for x, p in zip(leaves, layouts, strict=True)] for r in range(ranks)]
     rows = []
     for i in range(STEPS):
         batch = list(zip(tree.leaves(random_batch(cfg, i)), lowered.inputs[len(leaves) :], strict=True))
-        results = ge.run([mine + [part(x, p, mesh, r) for x, p in batch] for r, mine in enumerate(held)])
+        results = ge([mine + [part(x, p, mesh, r) for x, p in batch] for r, mine in enumerate(held)])
         assert all(torch.equal(a, b) for other in results for a, b in zip(other, results[0], strict=True))
         rows.append(torch.stack(results[0]))
     whole = [
@@ -59,6 +85,7 @@ def apart(a, b):
         "tiny_fp32",
         "tiny_2_ranks",
         "tiny_4_ranks",
+        "tiny_calls",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_ulysses", "tiny_remat")),
     ],
 )

@@ -37,12 +37,12 @@ EXPECTED = POINTWISE | SHAPE | COMPUTE | set(COLLECTIVE.values())
 OP = re.compile(r"^  %(\S+): .*? = (\w+)\(", re.M)
 
 
-def text(folder: Path, rank: int = 0) -> str:
-    return (dump.rank_folder(folder, rank) / dump.GE_TEXT).read_text()
+def text(folder: Path, rank: int = 0, graph: str = "") -> str:
+    return (dump.rank_folder(folder, rank) / dump.ge_file(dump.GE_TEXT, graph)).read_text()
 
 
-def counts(folder: Path) -> Counter:
-    return Counter(kind for _, kind in OP.findall(text(folder)))
+def counts(folder: Path, graph: str = "") -> Counter:
+    return Counter(kind for _, kind in OP.findall(text(folder, graph=graph)))
 
 
 def check_layers(found: Counter, layers: int) -> None:
@@ -102,6 +102,17 @@ def test_state_is_updated_in_place(lowered):
     assert {int(i) for _, i in names} == set(options["written_inputs"].values())
     assert "state_params_layers_wq" in {name for name, _ in names}
     assert options["graph"]["ge.topoSortingMode"] == "3", "our order stays"
+
+
+def test_a_step_of_calls_is_three_graphs_and_gradients_are_added_in_place(lowered):
+    """Six microbatches: the first, those between as one graph, and the last with the optimizer."""
+    before, between, after = (counts(lowered["tiny_calls"], name) for name in ("part_0", "microbatch", "part_1"))
+    for found in (before, between, after):
+        assert found["FlashAttentionScore"] == 2 and found["MatMul"] == 3 * (7 * 2 + 1)
+    parameters = 2 * 9 + 3
+    assert before["RefData"] == 0 and between["RefData"] == parameters + 1, "and the sum of the loss"
+    assert after["RefData"] == 1 + 3 * 12 + 2 + 2, "the state, as of a step that is one graph"
+    assert "# backward microbatch/*/layers/1/mlp" in text(lowered["tiny_calls"], graph="microbatch")
 
 
 def test_attributes_are_the_ones_that_the_model_asks_for(lowered):

@@ -72,7 +72,7 @@ def compile(
     gm = add_in_place(expand(gm, chosen, forms.finder(collectives), compat.inductor_decompositions()))
     bodies = calls.bodies(gm)
     for body, scope in bodies.items():
-        _put_in(scope, body)
+        calls.put_in_scope(body, scope)
     staying = {*ir.written(program.graph_module.graph), *program.weights}
     sources = [_source(gm, body, staying, profiled) for body in bodies]
     folder = compat.keep_compiled_code((code_cache.usable(cache) if cache else code_cache.private()) / _machine())
@@ -93,14 +93,6 @@ def compile(
 def _in_bodies(gm: torch.fx.GraphModule, kind: str, device: str) -> torch.fx.GraphModule:
     """A copy of the graph, its calls kept where a step may be several pieces of code: a CUDA graph holds all of it."""
     return passes.copy_graph(gm) if kind == "cpu" else place(calls.inlined(gm), device)
-
-
-def _put_in(scope: str, body: torch.fx.GraphModule) -> None:
-    """Name the ops of a body by the scope of its calls, whichever of them runs."""
-    for node in body.graph.nodes:
-        node.meta["custom"] = {**compat.labels(node), "scope": calls.joined(scope, ir.scope_of(node))}
-    for child in ir.subgraphs(body):
-        _put_in(scope, child)
 
 
 def _source(

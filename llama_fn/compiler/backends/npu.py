@@ -1,15 +1,19 @@
-"""npu: the lowered graph as one Ascend GE graph, through torchair, the graph engine of torch_npu.
+"""npu: the lowered graph as one Ascend GE graph or a few, through torchair, the graph engine of torch_npu.
 
-Our ops are written in their `npu` forms, what depends on no input is computed once, and the whole step is converted:
-static shapes, donated inputs as RefData that the graph updates in place. Nothing falls back: an operator without a
-converter is an error before anything compiles. GE itself compiles at the first call.
+Our ops are written in their `npu` forms, what depends on no input is computed once, and the step is converted: static
+shapes, donated inputs as RefData that the graph updates in place. In form `whole` it is one graph. In form `calls` the
+microbatch is a graph that is run again and again, and what stands before and after its calls are two more. They hand
+each other tensors of the device; sums of gradients are RefData of the microbatch's graph. Nothing falls back: an
+operator without a converter is an error before anything compiles. GE itself compiles at the first call.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,49 +23,117 @@ from llama_fn import compat
 from llama_fn.ascend.ge_text import ge_scopes, ge_text
 from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends import CodeOrigin, Executable, Program, communication, forms
+from llama_fn.compiler.backends.in_turn import in_turn
 from llama_fn.compiler.passes.constants import constants
 from llama_fn.compiler.passes.expand import expand
+from llama_fn.compiler.passes.in_place import COPY, add_in_place
 from llama_fn.compiler.passes.place import place
+from llama_fn.compiler.pieces import in_pieces
 from llama_fn.distributed import Processes
 from llama_fn.errors import UserError
 from sharding.mesh import Mesh
+
+log = logging.getLogger("llama_fn.npu")
+# Pangu-13B's 20,000 nodes took GE 20 minutes, its 135,000 nodes about 3 hours (MindSpore's guide to lazy inlining).
+WHOLE_OPS = 20_000
 
 
 def compile(
     program: Program,
     device: str = "npu",
     processes: Processes | None = None,
-    write: Callable[[str, str, str], None] | None = None,
+    form: str = "auto",
+    write: Callable[[str, str, str, str], None] | None = None,
 ) -> Executable:
-    """`write` gets the GE graph, torchair's options and a readable text before anything runs (inspect/dump.py)."""
-    converted = convert(program, device, processes)
-    text = ge_text(converted.proto, converted.shapes)
+    """`form`: whole is one GE graph, calls one for each body and what stands between its calls, auto by their size;
+    `write` gets the name, GE graph, torchair's options and a readable text of each before anything runs
+    (inspect/dump.py)."""
+    gm = _in_form(program.graph_module, form)
+    graphs = convert(program, gm, device, processes)
+    texts = {body: ge_text(graph.ge.proto, graph.ge.shapes) for body, graph in graphs.items()}
+    names = {body: "" if body is gm else name for body, name in {**ir.subgraphs(gm), gm: ""}.items()}
     if write is not None:
-        write(converted.pbtxt(), converted.options(), text)
+        for body, graph in graphs.items():
+            write(names[body], graph.ge.pbtxt(), graph.ge.options(graph.kept), texts[body])
+    run_all = graphs[gm].run if gm in graphs else in_turn(gm, {body: graph.run for body, graph in graphs.items()})
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return converted.run(*flat)
+        return run_all(list(flat))
 
-    origin = CodeOrigin(hashlib.sha256(text.encode()).hexdigest(), None, from_cache=False)
-    local, scopes = processes is not None, ge_scopes(converted.proto)
-    return Executable(run, text, (origin,), local=local, scopes=scopes, device=device)
+    origins = [CodeOrigin(hashlib.sha256(text.encode()).hexdigest(), None, from_cache=False) for text in texts.values()]
+    scopes = _unambiguous([ge_scopes(graph.ge.proto) for graph in graphs.values()])
+    text = "\n".join([*texts.values(), *([] if gm in graphs else [ir.as_text(gm, "npu")])])
+    return Executable(run, text, tuple(origins), local=processes is not None, scopes=scopes, device=device)
 
 
-def convert(program: Program, device: str, processes: Processes | None) -> compat.GeGraph:
-    """The GE graph; UserError listing every operator that Ascend has none for."""
+def _unambiguous(scopes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The scopes of ops by name, but for a name that two graphs give to ops of different scopes: a profile of the
+    device does not say which of the graphs it saw."""
+    several: dict[str, set[str]] = defaultdict(set)
+    for name, scope in (pair for each in scopes for pair in each.items()):
+        several[name].add(scope)
+    return {name: next(iter(each)) for name, each in several.items() if len(each) == 1}
+
+
+def _in_form(gm: torch.fx.GraphModule, form: str) -> torch.fx.GraphModule:
+    """The graph written out, or in pieces."""
+    ops = sum(times for _, times in calls.counted(gm))
+    called = form == "calls" or (form == "auto" and ops > WHOLE_OPS)
+    if called and not calls.bodies(gm):
+        log.info("npu_form: whole, as no microbatch is called: that takes five or more of them")
+    elif called:
+        log.info("npu_form: calls, a GE graph for each piece of the step, which has %d ops in all", ops)
+        return in_pieces(passes.copy_graph(gm))
+    return calls.inlined(gm)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A GE graph. `kept`: which of its inputs are, overwritten, which of its results."""
+
+    ge: compat.GeGraph
+    kept: Mapping[int, int]
+
+    def run(self, flat: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        results = list(self.ge.run(*flat))
+        for number, i in sorted(self.kept.items()):
+            results.insert(number, flat[i])
+        flat.clear()
+        return results
+
+
+def convert(
+    program: Program, gm: torch.fx.GraphModule, device: str, processes: Processes | None
+) -> dict[torch.fx.GraphModule, _Graph]:
+    """The GE graphs of `gm`, if it calls bodies those of the bodies; UserError listing every operator that Ascend has
+    none for."""
     collectives = {**communication(program, "npu", processes), **_named_groups(processes)}
     compat.load_torchair()
-    gm = place(calls.inlined(program.graph_module), device)
-    _refuse_float64(gm)
+    for each in (*ir.subgraphs(gm), gm):
+        place(each, device)
+        _refuse_float64(each)
     chosen = dict.fromkeys(KERNELS, "npu") | dict.fromkeys(collectives, "functional")
     chosen = {name: form for name, form in chosen.items() if name not in compat.CONVERTED}
     gm = expand(gm, chosen, forms.finder(collectives), {})
+    bodies = calls.bodies(gm)
+    if bodies:
+        add_in_place(gm)
+    for body, scope in bodies.items():
+        calls.put_in_scope(body, scope)
+    return {body: _converted(body) for body in bodies or [gm]}
+
+
+def _converted(gm: torch.fx.GraphModule) -> _Graph:
+    inputs, out = ir.placeholders(gm.graph), ir.output_node(gm.graph)
+    kept = {k: inputs.index(x.args[0]) for k, x in enumerate(ir.results(gm.graph)) if x.target is COPY}
+    out.args = ([x for k, x in enumerate(ir.results(gm.graph)) if k not in kept],)
     gm = constants(gm, passes.Context(Mesh(), []))
     gm.recompile()
     refuse_unsupported(gm)
-    inputs = [compat.node_value(node) for node in ir.placeholders(gm.graph)]
-    return compat.ge_convert(gm, inputs, {n.name: f"{ir.phase_of(n)} {ir.scope_of(n)}" for n in ir.calls(gm.graph)})
+    values = [compat.node_value(node) for node in inputs]
+    scopes = {n.name: f"{ir.phase_of(n)} {ir.scope_of(n)}" for n in ir.calls(gm.graph)}
+    return _Graph(compat.ge_convert(gm, values, scopes), kept)
 
 
 def _named_groups(processes: Processes | None) -> dict[str, Callable[..., Any]]:

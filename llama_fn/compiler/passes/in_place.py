@@ -74,6 +74,8 @@ def _owned(gm: torch.fx.GraphModule, node: torch.fx.Node, view: torch.fx.Node | 
     if source.target is compat.INVOKE_SUBGRAPH:
         body = getattr(gm, source.args[0].target)  # type: ignore[union-attr, arg-type]
         return _owned(body, ir.results(body.graph)[node.args[1]])  # type: ignore[index]
+    if node.target is operator.getitem and not _is_view(source):
+        return source.op == "call_function"  # one of an op's results, each of which is new
     return _owned(gm, source, node)
 
 
