@@ -1,14 +1,16 @@
 """A step is compiled in pieces and called in turn: the numbers stay, and so does what may be overwritten and when."""
 
+import operator
 import weakref
 
 import pytest
 import torch
 from test_roll import MESHES, arguments, tiny
 
+from kernels.repeat import call, flat
 from kernels.scope_names import microbatch
 from llama_fn import compat, tree
-from llama_fn.compiler import calls, ir, passes, stages
+from llama_fn.compiler import calls, cost, ir, passes, stages
 from llama_fn.compiler.backends import Program, forms, interpret
 from llama_fn.compiler.backends.in_turn import in_turn
 from llama_fn.compiler.passes.expand import expand
@@ -17,6 +19,7 @@ from llama_fn.compiler.pieces import in_pieces
 from llama_fn.model import transforms
 from llama_fn.model.arrays import ArrayInfo
 from llama_fn.planner import config_stages
+from sharding import Mesh
 from sharding.simulate import part
 
 
@@ -63,20 +66,33 @@ def in_turns(made, watch):
     return in_turn(made, {body: runs(body) for body in calls.bodies(made)})
 
 
+def memory_of(body, node):
+    """The node whose memory a result lives in."""
+    while cost.is_view(node):
+        node = node.args[0]
+    return node
+
+
 def test_a_donated_input_is_overwritten_only_where_all_that_read_it_can_be_seen():
-    """fp32: the layers' weights are views of the stacked parameters, which the last part overwrites."""
-    cfg = tiny(6)
-    made = pieces(lowered(cfg).graph_module)
-    written = []
-
-    def watch(body, operands, results):
-        for i in ir.written(body.graph):
-            memory = operands[i].untyped_storage().data_ptr()
-            assert [x.untyped_storage().data_ptr() for x in operands].count(memory) == 1
-            written.append(memory)
-
-    in_turns(made, watch)(tree.leaves(arguments(cfg)))
-    assert len(written) == len(set(written)) >= len(ir.written(lowered(cfg).graph_module.graph))
+    """fp32, data parallel: layers' weights are views of the stacked parameters, which the last part overwrites. The
+    first part hands them to the microbatches, and the last part takes them from the parameters itself."""
+    cfg = tiny(6, mesh="one")
+    step = config_stages.train(cfg).lower(Mesh.parse("data:2"), "dp", without=["bucket"])
+    made = pieces(step.graph_module)
+    assert any(ir.place_of(op).microbatch == 5 for op in ir.calls(list(calls.bodies(made))[-1].graph)), "the last one"
+    views = {}  # of inputs of the step
+    for node in ir.calls(made.graph):
+        if calls.is_call(node):
+            body = calls.body_of(made, node)
+            given = dict(zip(ir.placeholders(body.graph), flat(node.args[1:]), strict=False))
+            written = {given[ir.placeholders(body.graph)[i]] for i in ir.written(body.graph)}
+            assert not [x for x in flat(node.args[1:]) if views.get(x) in written]
+        elif node.target is operator.getitem:
+            body = calls.body_of(made, node.args[0])
+            source = memory_of(body, ir.results(body.graph)[node.args[1]])
+            if source.op == "placeholder":
+                views[node] = node.args[0].args[1:][ir.placeholders(body.graph).index(source)]
+    assert len(views) > 2 * cfg.data.microbatches
 
 
 def test_gradients_are_added_in_place_from_the_second_microbatch_on():
@@ -130,6 +146,33 @@ def test_a_sum_that_somebody_else_reads_is_not_overwritten(first, more, in_place
     kept = x.clone()
     results = in_turns(made, lambda *_: None)([x, parts])
     assert all(map(torch.equal, results, fn(x, parts))) and torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_a_sum_that_is_asked_for_besides_is_not_overwritten(asked_for):
+    made, add = torch.fx.Graph(), torch.fx.Graph()
+    x = made.placeholder("x")
+    made.output([made.call_function(torch.ops.aten.mul.Tensor, (x, 2.0))])
+    total, part = add.placeholder("total"), add.placeholder("part")
+    add.output([add.call_function(torch.ops.aten.add.Tensor, (total, part))])
+    root = torch.nn.Module()
+    for name, graph in (("made", made), ("add", add)):
+        root.add_module(name, torch.fx.GraphModule(torch.nn.Module(), graph))
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(call, (graph.get_attr("made"), x))
+    start = graph.call_function(operator.getitem, (first, 0))
+    body = graph.get_attr("add")
+    last = graph.call_function(call, (body, graph.call_function(call, (body, [start], x)), x))
+    for node in ir.calls(graph):
+        node.meta["val"] = (None,)
+    graph.output([graph.call_function(operator.getitem, (last, 0)), *([start] if asked_for else [])])
+    gm = torch.fx.GraphModule(root, graph)
+    want = [each.clone() for each in gm(torch.ones(3))]
+    add_in_place(gm)
+    assert any(node.target is COPY for node in ir.calls(gm.add.graph)) != asked_for
+    gm.add.recompile()
+    assert all(map(torch.equal, gm(torch.ones(3)), want))
 
 
 def test_values_are_let_go_by_the_call_that_reads_them_last():

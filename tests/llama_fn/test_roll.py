@@ -181,3 +181,24 @@ def test_any_fold_in_numbered_scopes_is_rolled_if_it_takes_parts_in_their_order(
     assert len(called(lowered)) == (8 if order == 1 else 0)
     x, parts = torch.rand(4, dtype=torch.float64), torch.rand(9, 4, dtype=torch.float64)
     assert torch.equal(lowered.compile("eager")(x, parts), total(x, parts))
+
+
+def test_a_last_microbatch_that_reads_another_result_of_the_one_before_stays_as_it_is():
+    def totals(parts):
+        def step(total, part):
+            return (total[0] + part, total[1] * part)
+
+        rows = list(parts.unbind(0))
+        return transforms.fold(step, (rows[0], rows[1]), rows, (), [microbatch(i) for i in range(len(rows))])
+
+    def crossed(gm, ctx):
+        *_, product = [node for node in ir.calls(gm.graph) if node.target is torch.ops.aten.mul.Tensor]
+        *_, before, _ = [node for node in ir.calls(gm.graph) if node.target is torch.ops.aten.add.Tensor]
+        product.args = (before, product.args[1])
+        return gm
+
+    lowered = stages.jit(totals).trace(ArrayInfo((9, 4), torch.float64)).lower(first=[crossed])
+    assert len(called(lowered)) == 7
+    parts = torch.rand(9, 4, dtype=torch.float64)
+    got, sums = lowered.compile("eager")(parts), totals(parts[:8])
+    assert torch.equal(got[1], sums[0] * parts[8])
