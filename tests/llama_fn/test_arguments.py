@@ -61,8 +61,16 @@ GIVEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", GIVEN)
+# What reaches compiled code is the same for all kinds but those whose memory is laid out in another way.
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        (name, b)
+        for name in GIVEN
+        for b in BACKENDS
+        if b != "inductor" or name in ("sliced", "expanded", "numpy_reversed")
+    ],
+)
 def test_arguments_of_every_kind_give_what_the_plain_call_gives(name, backend):
     args, kwargs = GIVEN[name]
     plain = lambda x: torch.as_tensor(x.copy() if isinstance(x, np.ndarray) else x) * 2 + 1  # noqa: E731

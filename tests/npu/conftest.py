@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import standin
 from filelock import FileLock
-from jobs import JOBS
+from jobs import JOBS, NIGHTLY
 
 
 @pytest.fixture(scope="session")
@@ -25,16 +25,19 @@ def torch_npu_environment():
 
 
 @pytest.fixture(scope="session")
-def lowered(tmp_path_factory, torch_npu_environment):
-    """Job name -> folder with a dump per rank; made once, also where several processes run tests."""
+def lowered(tmp_path_factory, torch_npu_environment, request):
+    """Job name -> folder with a dump per rank; made once, also where several processes run tests. Those of NIGHTLY only
+    where slow tests run too."""
+    left_out = NIGHTLY if request.config.getoption("-m") == "not slow" else set()
+    names = [name for name in JOBS if name not in left_out]
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ge"
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
-            _work([{**job, "out": str(folder / name)} for name, job in JOBS.items()], torch_npu_environment, folder)
+            _work([{**JOBS[name], "out": str(folder / name)} for name in names], torch_npu_environment, folder)
             (folder / "done").touch()
-    return {name: folder / name for name in JOBS}
+    return {name: folder / name for name in names}
 
 
 def _work(jobs, environment, folder: Path) -> None:

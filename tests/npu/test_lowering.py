@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from jobs import DTYPES, JOBS, SHAPES, config_of
+from jobs import DTYPES, JOBS, NIGHTLY, SHAPES, config_of
 
 from llama_fn.inspect import dump
 from llama_fn.planner import config_stages
@@ -87,9 +87,11 @@ def test_the_65b_slice_lowers_for_eight_devices(lowered):
     check_collectives(counts(lowered["65b_8layers"]), "65b_8layers")
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_presets_shape_lowers(name, lowered):
-    check_layers(counts(lowered[f"shape_{name}"]), 1)
+@pytest.mark.parametrize(
+    "job", [pytest.param(f"shape_{x}", marks=[pytest.mark.slow] * (f"shape_{x}" in NIGHTLY), id=x) for x in SHAPES]
+)
+def test_every_presets_shape_lowers(job, lowered):
+    check_layers(counts(lowered[job]), 1)
 
 
 def test_ulysses_exchanges_heads_for_sequence(lowered):
