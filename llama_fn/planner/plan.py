@@ -28,6 +28,7 @@ from llama_fn.planner.survey import (
     collectives,
     extrapolated,
     peak,
+    spent,
     survey,
     timeline,
     total,
@@ -185,7 +186,7 @@ def _lowered(cfg: Config, mesh: Mesh, traces: Traces) -> stages.Lowered:
 
 def scope_costs(lowered: stages.Lowered, hardware: Hardware) -> list[ScopeCost]:
     """What every scope of a whole step computes, moves and sends."""
-    costs = survey(lowered, hardware, 1)
+    costs = spent(lowered, hardware)
     return _scopes(costs, hardware, _transfers(costs, lowered.mesh, hardware))
 
 

@@ -24,7 +24,7 @@ import torch
 from kernels.registry import tensor_bytes
 from kernels.scope_names import GATHER, parse, without_numbers
 from llama_fn.compat import node_value
-from llama_fn.compiler import cost, ir, liveness, stages
+from llama_fn.compiler import calls, cost, ir, liveness, stages
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from sharding import collectives_table
@@ -38,24 +38,11 @@ def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int, ends:
     """`microbatches`: how many the step has; from MICROBATCHES on, `lowered` is of as many. `ends` layers at either end
     are told apart."""
     graph = lowered.graph_module.graph
-    costs: Survey = defaultdict(float)
+    costs = spent(lowered, hardware, microbatches)
     layers = lowered.signature.in_infos[_stacked(lowered)].shape[0]
     for path, node in zip(lowered.signature.in_paths, ir.placeholders(graph), strict=True):
         times = microbatches / min(microbatches, MICROBATCHES) if path.startswith("batch.") else 1
         costs["argument", path] = tensor_bytes(node_value(node)) * times
-    rows: dict[tuple[Any, ...], Counter[int]] = defaultdict(Counter)
-    for node in ir.calls(graph):
-        scope, times = ir.scope_of(node), microbatches - 2 if _alike(node, microbatches) else 1
-        place = (without_numbers(scope), ir.phase_of(node))
-        flops, moved = cost.flops_of(node), cost.moved(node)
-        for name, number in (("flops", flops), ("moved", moved), ("seconds", seconds(flops, moved, hardware))):
-            costs[name, *place] += times * number
-        row = collectives_table.row_of(node)
-        if row is not None:
-            rows[row.phase, row.scope, row.kind, row.axis, row.dtype, row.source][row.bytes] += times
-    for key, sizes in rows.items():
-        for i, (size, count) in enumerate(sorted(sizes.items())):
-            costs["count", *key, i], costs["sent", *key, i] = count, size
     costs[("saved",)] = _saved(graph)
     ordinals: Counter[tuple[Any, ...]] = Counter()
     for node, live in zip(ir.calls(graph), liveness.live_bytes(lowered.graph_module), strict=True):
@@ -65,6 +52,25 @@ def survey(lowered: stages.Lowered, hardware: Hardware, microbatches: int, ends:
         costs["live", *at, ordinals[at]] = live
         ordinals[at] += 1
     return dict(costs)
+
+
+def spent(lowered: stages.Lowered, hardware: Hardware, microbatches: int = 1) -> Survey:
+    """What computes and what is sent; `microbatches`: more than `lowered` has, if it has MICROBATCHES of them."""
+    costs: Survey = defaultdict(float)
+    rows: dict[tuple[Any, ...], Counter[int]] = defaultdict(Counter)
+    for node, count in calls.counted(lowered.graph_module):
+        times = count * (microbatches - 2 if _alike(node, microbatches) else 1)
+        place = (without_numbers(ir.scope_of(node)), ir.phase_of(node))
+        flops, moved = cost.flops_of(node), cost.moved(node)
+        for name, number in (("flops", flops), ("moved", moved), ("seconds", seconds(flops, moved, hardware))):
+            costs[name, *place] += times * number
+        row = collectives_table.row_of(node)
+        if row is not None:
+            rows[row.phase, row.scope, row.kind, row.axis, row.dtype, row.source][row.bytes] += times
+    for key, sizes in rows.items():
+        for i, (size, count) in enumerate(sorted(sizes.items())):
+            costs["count", *key, i], costs["sent", *key, i] = count, size
+    return costs
 
 
 def _stacked(lowered: stages.Lowered) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from kernels.scope_names import without_numbers
 from llama_fn import config_checks, tree
-from llama_fn.compiler import cost, ir, ranges
+from llama_fn.compiler import calls, cost, ir, ranges
 from llama_fn.hardware import TABLE
 from llama_fn.inspect import profile_table
 from llama_fn.inspect.profiling import Profiler
@@ -98,13 +98,14 @@ def working_scopes(lowered):
     return {(without_numbers(ir.scope_of(n)), ir.phase_of(n)) for n in products}
 
 
+@pytest.mark.parametrize("microbatches", [1, 6])  # six: those in the middle are calls
 @pytest.mark.parametrize(("backend", "mesh"), [("eager", ""), ("interpret", "data:2,model:2")])
-def test_ranges_carry_scopes_node_by_node(backend, mesh, tiny_run, profile):
-    cfg = tiny_run()
+def test_ranges_carry_scopes_node_by_node(backend, mesh, microbatches, tiny_run, profile, with_data):
+    cfg = with_data(tiny_run(), microbatches=microbatches, global_batch_size=4 * microbatches)
     lowered = config_stages.train(cfg).lower(Mesh.parse(mesh), "fsdp_tp")
     events, _, _ = profile(cfg, lowered.compile(backend), 3)
     check_nesting(events)
-    nodes = ir.calls(lowered.graph_module.graph)
+    nodes = [node for node, _ in calls.counted(lowered.graph_module)]
     assert set(profile_table.of_trace(events, 2)) == {(without_numbers(ir.scope_of(n)), ir.phase_of(n)) for n in nodes}
 
 
