@@ -38,7 +38,7 @@ STEPS = 5
 def config(dtype: str, kv_heads: int) -> Config:
     return Config(
         model=ModelConfig(compute_dtype=dtype, num_kv_heads=kv_heads),
-        data=DataConfig(seq_len=32, global_batch_size=8, microbatches=2),
+        data=DataConfig(seq_len=32, global_batch_size=20, microbatches=5),
         optim=OptimConfig(warmup_steps=2), run=RunConfig(steps=10),
     )  # fmt: skip
 
