@@ -1,7 +1,8 @@
 """inductor: the lowered graph compiled by torch's inductor for CPU and CUDA, ahead of time.
 
 Repeated layers are outlined, our ops expanded into one of their forms, and the whole compiled and kept on disk under a
-key of everything it depends on: a second start of the same job loads it.
+key of everything it depends on: a second start of the same job loads it. On CPU the microbatch is compiled once, and so
+is what stands before and after its calls; on CUDA the step is one piece of code and one CUDA graph.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def _in_bodies(gm: torch.fx.GraphModule, kind: str, device: str) -> torch.fx.Gra
 def _source(
     gm: torch.fx.GraphModule, body: torch.fx.GraphModule, staying: Collection[int], profiled: bool
 ) -> compat.GraphSource:
-    """What is compiled of a body, told which of its inputs are inputs of `gm` that stay where they are."""
+    """What is compiled of a body, told which inputs of it are inputs of `gm` that stay where they are. CUDA graphs want
+    to know it, where `gm` is a single body."""
     kept = {node for i, node in enumerate(ir.placeholders(gm.graph)) if i in staying}
     call = next(node for node in ir.calls(gm.graph) if calls.is_call(node) and calls.body_of(gm, node) is body)
     static = [i for i, operand in enumerate(call.args[1:]) if operand in kept]

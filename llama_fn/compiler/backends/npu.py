@@ -80,9 +80,11 @@ def _in_form(gm: torch.fx.GraphModule, form: str) -> torch.fx.GraphModule:
     """The graph written out, or in pieces."""
     ops = sum(times for _, times in calls.counted(gm))
     called = form == "calls" or (form == "auto" and ops > WHOLE_OPS)
-    if called and not calls.bodies(gm):
-        log.info("npu_form: whole, as no microbatch is called: that takes five or more of them")
-    elif called:
+    if form == "calls" and not calls.bodies(gm):
+        log.warning(
+            "--run.npu_form=calls: this step is one GE graph, as only steps of five microbatches or more call them"
+        )
+    elif called and calls.bodies(gm):
         log.info("npu_form: calls, a GE graph for each piece of the step, which has %d ops in all", ops)
         return in_pieces(passes.copy_graph(gm))
     return calls.inlined(gm)
