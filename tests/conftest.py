@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,22 @@ import torch
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+# Files that take a minute or more, the longest first: each is run by one process, and begun late it would keep that one
+# alone at the end.
+LONGEST = (
+    "npu/test_lowering", "multirank/test_processes", "cuda/test_cuda_code", "test_train", "npu/test_ge_interpreter",
+    "llama_fn/test_arguments", "llama_fn/test_plan", "llama_fn/test_roll", "llama_fn/test_code_cache",
+    "llama_fn/test_stages", "test_notebooks", "llama_fn/test_remat", "guards/test_environments", "test_stopping",
+    "llama_fn/test_profiling",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    rank = {here / f"{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def tiny(**model):
