@@ -76,7 +76,7 @@ def _parts(gm: torch.fx.GraphModule) -> tuple[list[_Part], list[list[torch.fx.No
     """
     parts, between = list[_Part](), list[list[torch.fx.Node]]()
     since: list[torch.fx.Node] = []  # ops since the last call
-    packing: list[torch.fx.Node] = []  # and what packs and unpacks
+    packing: list[torch.fx.Node] = []  # and what packs operands of the next
     home: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in ir.calls(gm.graph):
         if calls.is_call(node):
@@ -89,13 +89,12 @@ def _parts(gm: torch.fx.GraphModule) -> tuple[list[_Part], list[list[torch.fx.No
             between[-1] += [*packing, node]
             since, packing = [], []
         elif calls.is_packing(node):
-            packing.append(node)
+            result = node.target is operator.getitem and node.args[0].target is call  # type: ignore[union-attr]
+            (between[-1] if result else packing).append(node)
         elif node.target is operator.getitem and node.args[0] in home:
             home[node.args[0]].append(node)  # type: ignore[index]  # a part's results are tensors
         else:
             since.append(node)
-    if packing and between:
-        between[-1] += packing
     return [*parts, _Part(since)], [*between, []]
 
 

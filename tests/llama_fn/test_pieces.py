@@ -148,6 +148,28 @@ def test_a_sum_that_somebody_else_reads_is_not_overwritten(first, more, in_place
     assert all(map(torch.equal, results, fn(x, parts))) and torch.equal(x, kept)
 
 
+def test_what_stands_between_two_rows_of_calls_is_a_piece_too():
+    def fn(x, parts):
+        def add(total, part, x):
+            return total + part * x
+
+        def multiply(total, part, x):
+            return total * part - x
+
+        rows, scopes = list(parts.unbind(0)), [microbatch(i) for i in range(9)]
+        total = transforms.fold(add, x * 2, rows, (x,), scopes)
+        return transforms.fold(multiply, total.cos() + 1, rows, (x,), scopes), total
+
+    traced = stages.jit(fn).trace(ArrayInfo((4,), torch.float64), ArrayInfo((9, 4), torch.float64))
+    made = add_in_place(pieces(traced.graph_module, expanded=True))
+    assert [node.args[0].target for node in ir.calls(made.graph) if calls.is_call(node)] == [
+        "part_0", *["add"] * 9, "part_1", *["multiply"] * 9
+    ]  # fmt: skip
+    x, parts = torch.rand(4, dtype=torch.float64), torch.rand(9, 4, dtype=torch.float64)
+    results = in_turns(made, lambda *_: None)([x, parts])
+    assert all(map(torch.equal, results, fn(x, parts)))
+
+
 @pytest.mark.parametrize("asked_for", [False, True])
 def test_a_sum_that_is_asked_for_besides_is_not_overwritten(asked_for):
     made, add = torch.fx.Graph(), torch.fx.Graph()
