@@ -21,6 +21,8 @@ def quieten_orbax() -> None:
     if any(type(f).__name__ == "OneLineWarnings" for f in handler.filters):
         return
     handler.addFilter(OneLineWarnings())
+    # Of several reads that fail at once one is raised, and told; the others end as tasks that nobody asks.
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     shown = sys.unraisablehook
 
     def hook(lost: sys.UnraisableHookArgs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from llama_fn.checkpoint import Checkpointer, integrity
+from llama_fn.checkpoint.quiet import quieten_orbax
 from llama_fn.errors import UserError
 
 STATE = {"x": torch.arange(6.0), "y": {"z": torch.ones(2, dtype=torch.bfloat16)}, "step": torch.tensor(3)}
@@ -141,6 +143,14 @@ try:
 except ValueError as error:
     print(error)
 """
+
+
+def test_other_reads_that_fail_with_it_say_nothing(caplog):
+    """Which of them asyncio still tells of depends on when garbage is collected."""
+    quieten_orbax()
+    for text in ("Task exception was never retrieved\nfuture: <Task finished>", "something else"):
+        logging.getLogger("asyncio").error(text)
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 def test_a_read_that_fails_is_one_line_and_no_tracebacks_of_threads(tmp_path):
