@@ -180,7 +180,7 @@ def test_wrong_flags_get_one_paragraph_and_a_status(flags, message, outcome_of):
     import torch
 
     if flags == ["--run.device=cuda"] and torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device; the message is for machines without one")
+        pytest.skip("a machine without a CUDA device is missing, which the message is for; runs where there is none")
     out = outcome_of[str(flags)]
     said = out.stdout + out.stderr
     assert out.returncode == 2 and message in said and "Traceback" not in said, said
