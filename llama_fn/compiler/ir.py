@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,6 +85,16 @@ def operands(node: torch.fx.Node) -> list[torch.fx.Node]:
     nodes: dict[torch.fx.Node, None] = {}
     torch.fx.node.map_arg((node.args, node.kwargs), lambda n: nodes.setdefault(n))
     return list(nodes)
+
+
+def dying(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    """By op the values that it reads for the last time; results, and graphs that are called, die nowhere."""
+    last = {used: node for node in graph.nodes for used in node.all_input_nodes if used.op != "get_attr"}
+    by_op: dict[torch.fx.Node, list[torch.fx.Node]] = defaultdict(list)
+    for value, node in last.items():
+        if node.op != "output":
+            by_op[node].append(value)
+    return by_op
 
 
 def _argument(x: Any) -> str:

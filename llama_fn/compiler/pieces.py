@@ -80,7 +80,7 @@ def _parts(gm: torch.fx.GraphModule) -> tuple[list[_Part], list[list[torch.fx.No
     home: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in ir.calls(gm.graph):
         if calls.is_call(node):
-            if parts and not any(_waits(op, between[-1]) for op in since):
+            if parts and not any(map(_waits, since)):
                 parts[-1].ops += since
             else:
                 parts.append(_Part(since))
@@ -98,11 +98,9 @@ def _parts(gm: torch.fx.GraphModule) -> tuple[list[_Part], list[list[torch.fx.No
     return [*parts, _Part(since)], [*between, []]
 
 
-def _waits(op: torch.fx.Node, following: list[torch.fx.Node]) -> bool:
+def _waits(op: torch.fx.Node) -> bool:
     """Whether an op reads a result of a call, or writes."""
-    return op.target is torch.ops.aten.copy_.default or any(
-        used in following or calls.is_packing(used) for used in op.all_input_nodes
-    )
+    return op.target is torch.ops.aten.copy_.default or any(map(calls.is_packing, op.all_input_nodes))
 
 
 def _write(part: _Part) -> None:

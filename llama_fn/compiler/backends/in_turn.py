@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +17,8 @@ Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # empties the list
 def in_turn(gm: torch.fx.GraphModule, bodies: Mapping[torch.fx.GraphModule, Run]) -> Run:
     """A function of the inputs of `gm` that calls `bodies` in its order. A value is let go by the call that reads it
     last."""
-    nodes, inputs, results = ir.calls(gm.graph), ir.placeholders(gm.graph), ir.output_node(gm.graph)
+    nodes, inputs, dying = ir.calls(gm.graph), ir.placeholders(gm.graph), ir.dying(gm.graph)
     runs = {node: bodies[calls.body_of(gm, node)] for node in nodes if calls.is_call(node)}
-    dying: dict[torch.fx.Node, list[torch.fx.Node]] = defaultdict(list)
-    last = {used: reader for reader in gm.graph.nodes for used in reader.all_input_nodes}
-    for value, reader in last.items():
-        if value.op != "get_attr" and reader is not results:
-            dying[reader].append(value)
 
     def run(given: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         values: dict[torch.fx.Node, Any] = dict(zip(inputs, given, strict=True))

@@ -116,13 +116,8 @@ class Interpreter:
             storages.drop(left)
 
     def _dying(self, graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
-        """By op the values that it reads for the last time; results, and graphs that are called, die nowhere."""
         if graph not in self.dying:
-            last = {used: n for n in graph.nodes for used in n.all_input_nodes if used.op != "get_attr"}
-            self.dying[graph] = defaultdict(list)
-            for value, user in last.items():
-                if user.op != "output":
-                    self.dying[graph][user].append(value)
+            self.dying[graph] = ir.dying(graph)
         return self.dying[graph]
 
     def _evaluate(self, node: torch.fx.Node, values: list[_Env]) -> list[Any]:
