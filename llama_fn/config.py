@@ -87,7 +87,7 @@ class MeshConfig:
     """How devices are arranged."""
 
     axes: str = opt(
-        "", "mesh as NAME:SIZE,... of node, data, context and model, outermost first; empty is one device", False
+        "", "mesh as NAME:SIZE,... of node, pipe, data, context and model, outermost first; empty is one device", False
     )
     without: str = opt(
         "",
@@ -117,6 +117,15 @@ class MeshConfig:
         "",
         "mesh axes whose devices are copies of one another on purpose, comma-separated; all others must shard",
         False,
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1"] = opt(
+        "1f1b", "the order in which the stages of a pipeline work, on a mesh with pipe (docs/pipeline.md)", False
+    )
+    chunks: int = number(
+        1, "schedule=interleaved: into how many parts the layers of each stage are cut", 1, numbers=False
+    )
+    stage_layers: str = opt(
+        "", "how many layers each stage of a pipeline holds, comma-separated; empty: as many on each", False
     )
     rules: str = opt(
         "fsdp_tp", "sharding rules: dp, zero1, fsdp, tp_sp, fsdp_tp or fsdp_tp_ulysses (docs/sharding.md)", False

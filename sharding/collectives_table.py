@@ -13,6 +13,7 @@ from kernels.registry import of_node
 from kernels.scope_names import without_numbers
 from sharding.collectives import communicates, sent_bytes
 from sharding.fused import UNFUSED, sent
+from sharding.messages import send, sends_bytes
 
 
 @dataclass(frozen=True, order=True)
@@ -52,6 +53,8 @@ def kind_of(node: torch.fx.Node) -> str:
 def row_of(node: torch.fx.Node) -> Collective | None:
     """The row of one node, with count 1; None for what sends nothing."""
     name = kind_of(node)
+    if node.target is send.op:
+        return _message(node)
     if not name:
         return None
     args: Any = node.args
@@ -65,6 +68,17 @@ def row_of(node: torch.fx.Node) -> Collective | None:
     return Collective(
         phase=labels.get("phase", ""), scope=without_numbers(labels.get("scope", "")), kind=kind, axis=axes,
         dtype=str(x.dtype).removeprefix("torch."), bytes=size, source=labels.get("source", ""),
+    )  # fmt: skip
+
+
+def _message(node: torch.fx.Node) -> Collective:
+    """The row of a message, on the side that sends it."""
+    args: Any = node.args
+    labels = node.meta.get("custom", {})
+    return Collective(
+        phase=labels.get("phase", ""), scope=without_numbers(labels.get("scope", "")), kind="send", axis=args[1],
+        dtype=str(args[0].meta["val"].dtype).removeprefix("torch."), bytes=sends_bytes(node),
+        source=labels.get("source", ""),
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sharding.parts import slots
+
 
 class ShardingError(ValueError):
     """A sharding that does not work out: the message names op, scope, source line, shardings and what to write."""
@@ -29,6 +31,9 @@ def local_shape(shape: tuple[int, ...], layout: Any, mesh: Any, what: str, padde
     local = []
     for dim, size in enumerate(shape):
         axes = layout.axes(dim)
+        if dim == 0 and layout.blocks:
+            local.append(slots(layout.blocks, mesh.extent(axes)))
+            continue
         parts = mesh.extent(axes)
         if size % parts and not padded:
             fits = [n for n in range(1, min(size, parts * 2) + 1) if size % n == 0]

@@ -27,8 +27,10 @@ from sharding.checks import Names
 from sharding.collectives import all_reduce, axes_text, axis_index, own_slice, reduce_scatter
 from sharding.errors import ShardingError, local_shape, where
 from sharding.mesh import Mesh
+from sharding.placement import ANYWHERE, Placement, label
 from sharding.rules import Rules
 from sharding.spec import P
+from sharding.stages import PIPE, Stages
 
 aten = torch.ops.aten
 
@@ -43,30 +45,36 @@ class Partitioned:
 
 
 def partition(
-    gm: torch.fx.GraphModule, mesh: Mesh, rules: Rules, inputs: Sequence[tuple[tuple[str | None, ...], str]]
-) -> Partitioned:
-    """`inputs`: logical axes and table of every placeholder. ShardingError where annotations are missing or wrong."""
-    return _Partitioner(gm, mesh, rules).run(inputs)
+    gm: torch.fx.GraphModule, mesh: Mesh, rules: Rules, inputs: Sequence[tuple[tuple[str | None, ...], str]],
+    stages: Stages | None = None,
+) -> Partitioned:  # fmt: skip
+    """`inputs`: logical axes and table of every placeholder. ShardingError where annotations are missing or wrong.
+
+    With `stages` the graph has the ops of all of them, labelled by the parts of the model that they belong to
+    (placement.py), and is yet to be cut.
+    """
+    return _Partitioner(gm, mesh, rules, stages).run(inputs)
 
 
 Layouts = Any  # P of a single result, a list of them of several
 
 
 class _Partitioner:
-    def __init__(self, gm: torch.fx.GraphModule, mesh: Mesh, rules: Rules) -> None:
+    def __init__(self, gm: torch.fx.GraphModule, mesh: Mesh, rules: Rules, stages: Stages | None) -> None:
         self.source, self.mesh, self.rules = gm, mesh, rules
         self.graph = torch.fx.Graph()
         self.new: dict[torch.fx.Node, torch.fx.Node] = {}
         self.layouts: dict[torch.fx.Node, Layouts] = {}
         self.values = AbstractEval.of(next(iter(gm.graph.nodes)).meta["val"])
         self.names = Names(mesh, rules, ())
+        self.placement, self.here = Placement(stages), ANYWHERE  # `here`: of the nodes that are being emitted
         self.at: torch.fx.Node = next(iter(gm.graph.nodes))  # the traced node that is being carried over
 
     def run(self, inputs: Sequence[tuple[tuple[str | None, ...], str]]) -> Partitioned:
         places = iter(inputs)
         self.names = Names(self.mesh, self.rules, (axis for axes, _ in inputs for axis in axes if axis))
         for node in self.source.graph.nodes:
-            self.at = node
+            self.at, self.here = node, self.placement.of(node, self.layouts)
             if node.op == "placeholder":
                 self._placeholder(node, *next(places))
             elif node.op == "output":
@@ -93,6 +101,11 @@ class _Partitioner:
     def _output(self, node: torch.fx.Node) -> tuple[P, ...]:
         results: Any = node.args[0]
         for result, path in zip(results, node.meta.get("paths") or [""] * len(results), strict=True):
+            if self.placement.parts[result]:
+                raise ShardingError(
+                    f"result {path} stands on one stage of the pipeline only, made by {where(result)}. Write "
+                    "constrain(x, P(...)) on it, outside of the microbatches"
+                )
             if self.layouts[result].unreduced:
                 raise ShardingError(
                     f"result {path} is still a partial sum over {sorted(self.layouts[result].unreduced)}, made by "
@@ -106,7 +119,11 @@ class _Partitioner:
         kernel, args = of_node(node.target), cast("tuple[Any, ...]", node.args)
         if node.target is operator.getitem:
             source, index = args
-            return self._copy(node), self.layouts[source][index]
+            slot = self.placement.slot(node, self.layouts)
+            new = self._copy(node) if slot is None else self.emit(operator.getitem, self.new[source], slot)
+            return new, self.layouts[source][index]
+        if self.placement.stacks_layers(node):
+            return self._stack_layers(args[0]), self._aten_layout(node)
         if kernel is None:
             layout = self._aten_layout(node)  # first: shapes that do not fit are an error of torch's, without a line
             return self._copy(node), layout
@@ -116,6 +133,11 @@ class _Partitioner:
             self.names.annotation(axes, where(node))
             target = self.rules.layout(axes, str(table), self.mesh)
             what = f"{_origin(x)}{where(node)}"
+            if self.here and PIPE in {axis for axes in target.by_dim for axis in axes}:
+                raise ShardingError(
+                    f"{what}: a value of one stage of the pipeline cannot be sharded over all of them inside of a "
+                    "microbatch or a layer. Write the annotation outside of them"
+                )
             local_shape(tuple(x.meta["val"].shape), target, self.mesh, what, table != "compute")
             return self._reshard(x, target)
         if kernel.name == "checkpoint_name":
@@ -124,7 +146,7 @@ class _Partitioner:
             return self.new[x], self.layouts[x]
         if kernel.name == "reshard_as":
             x, like = args
-            return self._reshard(x, P.of(self.layouts[like].by_dim))
+            return self._reshard(x, P.of(self.layouts[like].by_dim, blocks=self.layouts[like].blocks))
         return self._kernel(node, kernel)
 
     def _kernel(self, node: torch.fx.Node, kernel: Kernel) -> tuple[torch.fx.Node, Layouts]:
@@ -161,9 +183,11 @@ class _Partitioner:
             return propagate.reduction(node, layouts[0], node.args[1], len(node.args) > 2 and bool(node.args[2]))  # type: ignore[arg-type]
         if node.target is aten.stack.default:
             one = propagate.together(node, layouts)
+            if self.placement.stacks_layers(node):
+                return P.of([(PIPE,), *one.by_dim], one.unreduced, self.rules.blocks)
             return P.of([(), *one.by_dim], one.unreduced)
         if node.target is aten.unbind.int:
-            if layouts[0].axes(0):
+            if layouts[0].axes(0) and not layouts[0].blocks:
                 raise ShardingError(
                     f"{where(node)}: the first dimension is taken apart and must be whole: {layouts[0]}"
                 )
@@ -183,8 +207,10 @@ class _Partitioner:
         )
 
     def _reshard(self, x: Any, target: P) -> tuple[torch.fx.Node, P]:
-        new = self.new[x]
-        for op, axes, args in reshard.steps(self.layouts[x], target, self.mesh):
+        new, layout = self.new[x], self.layouts[x]
+        if self.placement.parts[x] and not self.here:  # what all stages need: the terms of some
+            layout = P.of(layout.by_dim, {*layout.unreduced, PIPE})
+        for op, axes, args in reshard.steps(layout, target, self.mesh):
             n = self.mesh.extent(axes)
             if op in (reduce_scatter.op, own_slice.op):
                 new = self._padded(new, args[0], n)
@@ -203,6 +229,15 @@ class _Partitioner:
         pads = [0, 0] * (value.dim() - dim - 1) + [0, missing]
         return self.emit(aten.constant_pad_nd.default, x, pads)
 
+    def _stack_layers(self, parts: Sequence[torch.fx.Node]) -> torch.fx.Node:
+        """The stack of what all layers have, of which each stage will stack its own (llama_fn/compiler/pipeline)."""
+        own = [self.new[part] for part in parts]
+        new = self.emit(aten.stack.default, own[:1])
+        assert self.placement.stages is not None
+        new.meta["val"] = self.values.result(aten.stack.default, ([own[0]] * self.placement.stages.slots,))
+        new.args = (own,)
+        return new
+
     def _arg(self, a: Any) -> Any:
         return torch.fx.node.map_arg(a, self.new.__getitem__)
 
@@ -216,7 +251,7 @@ class _Partitioner:
             value = self.at.meta["val"]  # shapes are the global ones
         else:
             value = self.values.result(target, args, kwargs)
-        new.meta = {"val": value, "custom": dict(self.at.meta.get("custom", {}))}
+        new.meta = {"val": value, "custom": {**self.at.meta.get("custom", {}), **label(self.here)}}
         return new
 
 

@@ -86,7 +86,18 @@ def pointwise(node: torch.fx.Node, shapes: list[tuple[int, ...]], layouts: list[
                 "constrain(...) or reshard_as(...) that gives them one sharding"
             )
         dims.append(next(iter(here), ()))
-    return P.of(dims, _pending(node, layouts))
+    return P.of(dims, _pending(node, layouts), _blocks(node, shapes, layouts, out))
+
+
+def _blocks(
+    node: torch.fx.Node, shapes: list[tuple[int, ...]], layouts: list[P], out: tuple[int, ...]
+) -> tuple[int, ...]:
+    """How dimension 0 of the result is dealt out: as that of every operand that has it."""
+    whole = [len(s) == len(out) and s[:1] == out[:1] != (1,) for s in shapes]
+    dealt = {layout.blocks for has, layout in zip(whole, layouts, strict=True) if has}
+    if len(dealt) > 1:
+        raise ShardingError(f"{where(node)}: its operands hold other layers on each stage: {layouts}")
+    return next(iter(dealt), ())
 
 
 def _pending(node: torch.fx.Node, layouts: list[P]) -> frozenset[str]:
@@ -113,7 +124,7 @@ def reduction(node: torch.fx.Node, layout: P, dims: list[int] | None, keepdim: b
     summed = set(range(len(layout))) if dims is None else {d % len(layout) for d in dims}
     over = [axis for d in summed for axis in layout.axes(d)]
     kept = [() if d in summed else layout.axes(d) for d in range(len(layout)) if keepdim or d not in summed]
-    return P.of(kept, [*over, *layout.unreduced])
+    return P.of(kept, [*over, *layout.unreduced], () if 0 in summed else layout.blocks)
 
 
 def together(node: torch.fx.Node, layouts: list[P]) -> P:

@@ -108,6 +108,13 @@ def zb_h1(stages: int, microbatches: int, chunks: int = 1) -> Order:
 SCHEDULES: dict[str, Schedule] = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zb_h1": zb_h1}
 
 
+def order_of(name: str, stages: int, microbatches: int, chunks: int, has_backward: bool = True) -> Order:
+    """The order of a schedule by its name; without a backward, as in an evaluation, of its forwards alone. ValueError
+    where it does not take these numbers."""
+    order = SCHEDULES[name](stages, microbatches, chunks)
+    return order if has_backward else [[work for work in works if work.kind == FORWARD] for works in order]
+
+
 def _in_turn(forwards: list[Work], backwards: list[Work], ahead: int) -> list[Work]:
     """`ahead` forwards, then a forward and a backward in turn while there are forwards, then the other backwards."""
     ahead = min(ahead, len(forwards))

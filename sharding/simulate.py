@@ -14,6 +14,7 @@ import torch
 
 from sharding.collectives import axes_of, unstacked
 from sharding.mesh import Mesh
+from sharding.parts import part_of
 from sharding.spec import P
 
 PerDevice = list[torch.Tensor]
@@ -68,7 +69,7 @@ def _all_to_all_start(mesh: Mesh, xs: PerDevice, axes: str, n: int, split: int, 
     return _all_to_all(mesh, xs, axes, n, split, 0)
 
 
-def _wait(mesh: Mesh, pending: PerDevice, x: torch.Tensor, n: int, dim: int) -> PerDevice:
+def _wait(mesh: Mesh, pending: PerDevice, xs: PerDevice, n: int, dim: int) -> PerDevice:
     return [unstacked(each, n, dim) for each in pending]
 
 
@@ -105,25 +106,9 @@ FUSED: dict[str, Callable[..., Sequence[Any]]] = {
 }
 
 
-def spans(shape: Sequence[int], layout: P, mesh: Mesh, rank: int) -> tuple[slice, ...]:
-    """Where in the global tensor a rank's part lies; shorter than the part where that ends in padding."""
-    slices = []
-    for dim, size in enumerate(shape):
-        axes = layout.axes(dim)
-        width, at = -(-size // mesh.extent(axes)), mesh.index(rank, axes)
-        slices.append(slice(min(at * width, size), min((at + 1) * width, size)))
-    return tuple(slices)
-
-
 def part(x: torch.Tensor, layout: P, mesh: Mesh, rank: int) -> torch.Tensor:
     """A rank's own copy of its part of a global tensor."""
-    shape = [-(-size // mesh.extent(layout.axes(dim))) for dim, size in enumerate(x.shape)]
-    piece = x[spans(x.shape, layout, mesh, rank)]
-    if list(piece.shape) == shape:
-        return piece.clone(memory_format=torch.contiguous_format)
-    mine = x.new_zeros(shape)
-    mine[tuple(slice(0, size) for size in piece.shape)] = piece
-    return mine
+    return part_of(x.shape, layout, mesh, rank).filled(lambda at: x[at])
 
 
 def join(parts: Sequence[torch.Tensor], layout: P, mesh: Mesh, shape: Sequence[int]) -> torch.Tensor:
@@ -131,11 +116,12 @@ def join(parts: Sequence[torch.Tensor], layout: P, mesh: Mesh, shape: Sequence[i
     whole = parts[0].new_empty(shape)
     first: dict[str, int] = {}
     for rank, mine in enumerate(parts):
-        at = spans(shape, layout, mesh, rank)
-        twin = first.setdefault(str(at), rank)
+        held = part_of(shape, layout, mesh, rank)
+        twin = first.setdefault(str(held.pieces), rank)
         if twin != rank and not torch.equal(parts[twin].nan_to_num(), mine.nan_to_num()):
             raise RuntimeError(
                 f"ranks {twin} and {rank} hold different values of one replicated tensor of shape {tuple(shape)}"
             )
-        whole[at] = mine[tuple(slice(0, s.stop - s.start) for s in at)]
+        for at, to in held.pieces:
+            whole[at] = mine[to]
     return whole

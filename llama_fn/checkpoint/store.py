@@ -13,8 +13,9 @@ from llama_fn import tree
 from llama_fn.checkpoint.orbax import Checkpointer, SavedStep
 from llama_fn.config import Config
 from llama_fn.distributed import Processes, by_chief
-from llama_fn.model import arrays, train_step
+from llama_fn.model import train_step
 from sharding import P
+from sharding.parts import Part
 
 
 class Store:
@@ -61,7 +62,7 @@ class Store:
         if self.checkpointer is not None:
             self.checkpointer.save(iteration, state, meta)
 
-    def parts(self, layouts: Sequence[P]) -> list[arrays.Part] | None:
+    def parts(self, layouts: Sequence[P]) -> list[Part] | None:
         """What this process holds of each leaf; None for a single process, which holds all."""
         return None if self.processes is None else self.processes.parts(self.infos, self._own(layouts))
 

@@ -15,8 +15,9 @@ from llama_fn.compat import node_value
 from llama_fn.compiler import calls, ir
 from sharding import collectives_table
 from sharding.collectives import wait
+from sharding.messages import received
 
-VIEWS = (operator.getitem, barrier.op, torch.ops.aten.unbind.int, torch.ops.aten.view.default)
+VIEWS = (operator.getitem, barrier.op, received.op, torch.ops.aten.unbind.int, torch.ops.aten.view.default)
 
 
 @dataclass(frozen=True)

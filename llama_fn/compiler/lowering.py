@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from llama_fn import compat
-from llama_fn.compiler import calls, passes
+from llama_fn.compiler import passes
 from llama_fn.compiler.alike import NotAlike
 from llama_fn.compiler.passes.partition import partition
 from llama_fn.compiler.passes.remat_regions import Remat
+from llama_fn.compiler.pipeline.lowering import stage_graphs, stages_for
 from llama_fn.compiler.shorten import ALIKE, Missing, shortened
 from llama_fn.compiler.signature import Signature
 from sharding.mesh import Mesh
 from sharding.partition import Partitioned
 from sharding.rules import Rules
+from sharding.stages import Pipeline
 
 log = logging.getLogger("llama_fn.lowering")
 
 
-def written_out(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A traced graph with its calls written out."""
-    return passes.run(passes.TRACING, calls.inlined(gm), passes.Context(Mesh(), []))
+def lowered_graphs(
+    gm: torch.fx.GraphModule, signature: Signature, mesh: Mesh, rules: Rules, chosen: Sequence[passes.Pass],
+    remat: Remat, observe: passes.Observer, pipeline: Pipeline,
+) -> tuple[tuple[torch.fx.GraphModule, ...], Partitioned, Rules]:  # fmt: skip
+    """The graph of a device of each stage, which is one without a pipeline, after the passes `chosen`; how inputs and
+    outputs are sharded, and the rules by which they are."""
+    stages = stages_for(signature, mesh, pipeline)
+    if stages is None:
+        one, parts = _lowered_graph(gm, signature, mesh, rules, chosen, remat, observe)
+        return (one,), parts, rules
+    rules = replace(rules, blocks=stages.sizes)
+    graphs, parts = stage_graphs(gm, signature, mesh, rules, chosen, remat, observe, stages, pipeline.schedule)
+    return graphs, parts, rules
 
 
-def lowered_graph(
+def _lowered_graph(
     gm: torch.fx.GraphModule, signature: Signature, mesh: Mesh, rules: Rules, chosen: Sequence[passes.Pass],
     remat: Remat, observe: passes.Observer,
 ) -> tuple[torch.fx.GraphModule, Partitioned]:  # fmt: skip
@@ -36,7 +49,7 @@ def lowered_graph(
     """
 
     def lowered(gm: torch.fx.GraphModule, missing: Missing | None) -> tuple[torch.fx.GraphModule, Partitioned]:
-        flat = written_out(gm)
+        flat = passes.written_out(gm)
         parts = partition(flat, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
         flat = compat.graph_module(flat, parts.graph)
         observe("partitioned", flat)

@@ -36,17 +36,36 @@ def shortened(gm: torch.fx.GraphModule, first: int = ALIKE) -> tuple[torch.fx.Gr
     missing = len(row) - first - 1
     if missing <= 0:
         return gm, None
-    values: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph, dropped = torch.fx.Graph(), set(row[first:-1])
-    for node in gm.graph.nodes:
-        if node in dropped:
-            values[node] = values[row[first - 1]]
-            continue
-        values[node] = graph.node_copy(node, values.__getitem__)
-        values[node].meta = copy.copy(node.meta)
+    graph, values = _without(gm, row[first:-1], row[first - 1])
     last = values[row[-1]]
     last.meta["custom"] = {**compat.labels(last), "scope": microbatch(_number(row[-1]) - missing)}
     return compat.graph_module(gm, graph), Missing(_number(row[first - ALIKE]), missing)
+
+
+def beginning(gm: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, int]:
+    """`gm` with its first two microbatches alone, and how many it has: none of what follows differs from the second."""
+    numbers = [ir.place_of(node).microbatch for node in ir.calls(gm.graph)]
+    count = 1 + max((n for n in numbers if n is not None), default=-1)
+    row = _row(gm.graph)
+    if len(row) < 2:
+        return gm, count
+    graph, _ = _without(gm, row[1:], row[0])
+    return compat.graph_module(gm, graph), count
+
+
+def _without(
+    gm: torch.fx.GraphModule, dropped: list[torch.fx.Node], instead: torch.fx.Node
+) -> tuple[torch.fx.Graph, dict[torch.fx.Node, torch.fx.Node]]:
+    """A copy without some calls, another standing for them, and what stands in it for what."""
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph, gone = torch.fx.Graph(), set(dropped)
+    for node in gm.graph.nodes:
+        if node in gone:
+            values[node] = values[instead]
+            continue
+        values[node] = graph.node_copy(node, values.__getitem__)
+        values[node].meta = copy.copy(node.meta)
+    return graph, values
 
 
 def _row(graph: torch.fx.Graph) -> list[torch.fx.Node]:

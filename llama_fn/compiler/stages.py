@@ -24,7 +24,7 @@ from llama_fn import compat, tree
 from llama_fn.compiler import backends, calls, cost, ir, liveness, passes
 from llama_fn.compiler.arguments import name_of, spoil
 from llama_fn.compiler.garbage import uncollected
-from llama_fn.compiler.lowering import lowered_graph, written_out
+from llama_fn.compiler.lowering import lowered_graphs
 from llama_fn.compiler.passes.fuse import report as fusion_report
 from llama_fn.compiler.passes.partition import rules_named
 from llama_fn.compiler.passes.remat_regions import Remat
@@ -38,6 +38,7 @@ from llama_fn.tree import Tree
 from sharding import P, collectives_table
 from sharding.mesh import Mesh
 from sharding.rules import Rules
+from sharding.stages import Pipeline
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Traced(_Graph):
 
     def flat(self) -> torch.fx.GraphModule:
         """The graph with every call written out."""
-        return written_out(self.graph_module)
+        return passes.written_out(self.graph_module)
 
     @uncollected()
     def resized(self, *args: Tree) -> Traced:
@@ -164,10 +165,11 @@ class Traced(_Graph):
     def lower(
         self, mesh: Mesh | None = None, rules: str | Rules = MeshConfig.rules, without: Collection[str] = (),
         fuse: bool = False, remat: str | Remat = "none", observe: passes.Observer = passes.unobserved,
-        first: Collection[passes.Pass] = (),
+        first: Collection[passes.Pass] = (), pipeline: Pipeline | None = None,
     ) -> Lowered:  # fmt: skip
         """The graph of one device of `mesh` (default: a single device), sharded by `rules` or a preset's name,
-        by default that of the flags.
+        by default that of the flags. On a mesh with an axis `pipe` there is one for each stage, and `pipeline` says how
+        the model is cut and in which order the stages work.
 
         `without` names passes of passes.OPTIONAL to leave out; `fuse` asks for passes/fuse.py; `remat` is what layers
         compute again in the backward, or the policy alone; `observe` sees the graph after partitioning and each pass;
@@ -182,26 +184,40 @@ class Traced(_Graph):
         left_out = {*without, *([] if fuse else ["fuse"])}
         chosen = [*first, *(each for each in passes.LOWERING if each.__name__ not in left_out)]
         remat = Remat(remat) if isinstance(remat, str) else remat
-        gm, parts = lowered_graph(self.graph_module, signature, mesh, rules, chosen, remat, observe)
+        graphs, parts, rules = lowered_graphs(
+            self.graph_module, signature, mesh, rules, chosen, remat, observe, pipeline or Pipeline()
+        )
         taken = {o for _, o in signature.aliases}
         outputs = tuple(layout for o, layout in enumerate(parts.outputs) if o not in taken)
-        return Lowered(self, gm, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
+        return Lowered(self, graphs, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
 class Lowered(_Graph):
     """The graph that one device runs; donated inputs are overwritten at its end.
 
+    Of a pipeline there is a graph for each stage: `graphs` has them all, and what a Lowered answers is of `stage`.
     `inputs` and `outputs` are the shardings of its arguments and of the results that take no donated buffer.
     """
 
     traced: Traced
-    graph_module: torch.fx.GraphModule
+    graphs: tuple[torch.fx.GraphModule, ...]
     mesh: Mesh
     rules: Rules
     inputs: tuple[P, ...]
     outputs: tuple[P, ...]
     seconds: float
+    stage: int = 0
+
+    @property
+    def graph_module(self) -> torch.fx.GraphModule:  # type: ignore[override]
+        """The graph of its stage."""
+        return self.graphs[self.stage]
+
+    @property
+    def by_stage(self) -> tuple[Lowered, ...]:
+        """The same of every stage, the first first; of no pipeline itself alone."""
+        return tuple(replace(self, stage=stage) for stage in range(len(self.graphs)))
 
     @property
     def signature(self) -> Signature:
@@ -211,7 +227,8 @@ class Lowered(_Graph):
     @property
     def title(self) -> str:
         """The name of the function and of the stage."""
-        return f"{self.traced.name} lowered for {self.mesh}, rules {self.rules.name}"
+        of = f", stage {self.stage}" if len(self.graphs) > 1 else ""
+        return f"{self.traced.name} lowered for {self.mesh}, rules {self.rules.name}{of}"
 
     def _output_shapes(self) -> tuple[tuple[int, ...], ...]:
         taken = {o for _, o in self.signature.aliases}
@@ -246,7 +263,7 @@ class Lowered(_Graph):
         start = time.perf_counter()
         weights = tuple(i for i, x in enumerate(self.signature.in_infos) if x.axes and "batch" not in x.axes)
         shapes = self._output_shapes()
-        program = backends.Program(self.graph_module, self.mesh, self.inputs, self.outputs, shapes, weights)
+        program = backends.Program(self.graphs, self.mesh, self.inputs, self.outputs, shapes, weights)
         make = backends.get(backend) if isinstance(backend, str) else backend
         executable = make(program, **options)
         name = backend if isinstance(backend, str) else backend.__name__
@@ -293,4 +310,4 @@ class Compiled:
 
     def memory_analysis(self) -> liveness.Memory | None:
         """What the backend measured of its last call, or None where it measures nothing."""
-        return self.executable.measured()
+        return self.executable.measured(self.lowered.stage)

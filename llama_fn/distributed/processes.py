@@ -20,8 +20,8 @@ from llama_fn.launch import launched
 from llama_fn.model import arrays
 from sharding import Mesh, P
 from sharding.collectives import axes_of
-from sharding.errors import local_shape
-from sharding.simulate import join, part, spans
+from sharding.parts import Part, part_of
+from sharding.simulate import join, part
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,10 @@ class Processes:
         dist.gather(mine, parts)
         return join(parts, layout, self.mesh, shape) if parts is not None else None
 
-    def parts(self, infos: Any, layouts: Sequence[P]) -> list[arrays.Part]:
+    def parts(self, infos: Any, layouts: Sequence[P]) -> list[Part]:
         """This process's part of every leaf."""
-        return [
-            arrays.Part(
-                spans(info.shape, layout, self.mesh, self.rank),
-                tuple(local_shape(info.shape, layout, self.mesh, "", padded=True)),
-            )
-            for info, layout in zip(tree.leaves(infos), layouts, strict=True)
-        ]
+        leaves = tree.leaves(infos)
+        return [part_of(x.shape, layout, self.mesh, self.rank) for x, layout in zip(leaves, layouts, strict=True)]
 
     def local(self, values: Any, layouts: Sequence[P]) -> Any:
         """This process's part of a tree of global tensors."""

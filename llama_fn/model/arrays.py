@@ -12,6 +12,7 @@ from kernels.scope import caller
 from llama_fn import tree
 from llama_fn.model import random
 from llama_fn.tree import Leaf, Tree
+from sharding.parts import Part, Region, whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SHORT = {
@@ -85,32 +86,14 @@ def materialize(infos: Tree, key: random.Key, device: str = "cpu", parts: Sequen
 
     `parts`, one per leaf: only that part of each, which is never whole in memory.
     """
-    leaves = tree.leaves(infos)
-    parts = parts or [Part(tuple(slice(0, size) for size in info.shape), info.shape) for info in leaves]
-    each = iter(parts)
+    each = iter(parts or [whole(info.shape) for info in tree.leaves(infos)])
 
     def make(path: str, info: ArrayInfo) -> torch.Tensor:
-        part = next(each)
-        if info.init.std:
-            values = random.normal(random.fold_in(key, path), info.shape, info.init.std, info.dtype, part.at)
-        else:
-            values = torch.full([s.stop - s.start for s in part.at], info.init.value, dtype=info.dtype)
-        return part.padded(values).to(device)
+        def values(at: Region) -> torch.Tensor:
+            if info.init.std:
+                return random.normal(random.fold_in(key, path), info.shape, info.init.std, info.dtype, at)
+            return torch.full([s.stop - s.start for s in at], info.init.value, dtype=info.dtype)
+
+        return next(each).filled(values).to(device)
 
     return tree.map_with_path(make, infos)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where in a global array a part lies, and its shape, which padding may make larger."""
-
-    at: tuple[slice, ...]
-    shape: tuple[int, ...]
-
-    def padded(self, values: torch.Tensor) -> torch.Tensor:
-        """values, filled up with zeros to this part's shape."""
-        if tuple(values.shape) == self.shape:
-            return values
-        whole = values.new_zeros(self.shape)
-        whole[tuple(slice(0, size) for size in values.shape)] = values
-        return whole

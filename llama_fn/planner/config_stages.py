@@ -8,10 +8,12 @@ from llama_fn.compiler import passes, stages
 from llama_fn.compiler.passes.partition import rules_named
 from llama_fn.compiler.passes.remat_regions import Remat
 from llama_fn.config import Config
+from llama_fn.config_checks import whole_number
 from llama_fn.errors import UserError
 from llama_fn.model import train_step
 from sharding import Mesh
 from sharding.rules import Rules
+from sharding.stages import Pipeline
 
 
 def mesh(cfg: Config) -> Mesh:
@@ -29,6 +31,16 @@ def rules(cfg: Config, mesh: Mesh) -> Rules:
         if name not in dict(mesh.axes):
             raise UserError(f"--mesh.replicated={cfg.mesh.replicated}: {mesh} has no axis {name}")
     return replace(rules_named(cfg.mesh.rules), replicated=copies)
+
+
+def pipeline(cfg: Config) -> Pipeline:
+    """How the stages of cfg's mesh hold the model and work; UserError for layers that are no numbers."""
+    held = [whole_number(text) for text in _listed(cfg.mesh.stage_layers)]
+    if None in held:
+        raise UserError(
+            f"--mesh.stage_layers={cfg.mesh.stage_layers}: expected the number of layers of each stage, such as 20,20"
+        )
+    return Pipeline(cfg.mesh.schedule, cfg.mesh.chunks, tuple(n for n in held if n is not None))
 
 
 def _listed(names: str) -> list[str]:
@@ -53,4 +65,4 @@ def lower(
     """`traced` for one device of `mesh`, as cfg's mesh section says; UserError where it cannot be partitioned."""
     m = cfg.mesh
     remat = Remat(m.remat, tuple(_listed(m.remat_names)), int(m.remat_gb * 1e9), m.regather)
-    return traced.lower(mesh, rules(cfg, mesh), _listed(m.without), m.fuse, remat, observe)
+    return traced.lower(mesh, rules(cfg, mesh), _listed(m.without), m.fuse, remat, observe, pipeline=pipeline(cfg))

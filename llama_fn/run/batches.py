@@ -35,7 +35,8 @@ class ToDevice:
         self.device, self.processes, self.rows = cfg.run.device, processes, slice(None)
         leaves, layouts = tree.leaves(train_step.abstract_batch(cfg)), step.lowered.layouts_of("batch")
         if processes is not None:
-            self.rows = processes.parts(leaves, layouts)[0].at[1]
+            (at, _), *_ = processes.parts(leaves, layouts)[0].pieces
+            self.rows = at[1]
         self.layouts = [P.of(axes if dim != 1 else () for dim, axes in enumerate(p.by_dim)) for p in layouts]
 
     def __call__(self, batch: train_step.Batch) -> train_step.Batch:

@@ -41,7 +41,7 @@ def test_pieces_do_what_the_whole_does(mesh):
     assert len(calls.bodies(made)) == 3
     ended = []
     for gm in (made, step.graph_module):
-        program = Program(gm, step.mesh, step.inputs, step.outputs, ())
+        program = Program((gm,), step.mesh, step.inputs, step.outputs, ())
         each = zip(tree.leaves(arguments(cfg)), step.inputs, strict=True)
         given = [part(x, layout, step.mesh, r).clone() for x, layout in each for r in range(step.mesh.size)]
         by_device = [given[r :: step.mesh.size] for r in range(step.mesh.size)]

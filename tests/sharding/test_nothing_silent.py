@@ -30,7 +30,7 @@ def lower(fn, mesh, rules):
         ("expert:2", "fsdp_tp", "'expert': its 2 devices .* Known: data, model, node"),
         ("context:2", "fsdp_tp", "'context': its 2 devices"),
         ("data:2,model:2", "fsdp", "'model': its 2 devices"),
-        ("pipe:2", "dp", "'pipe': its 2 devices"),
+        ("pip:2", "dp", "'pip': its 2 devices .* Did you mean pipe?"),
     ],
 )
 def test_a_mesh_axis_over_which_nothing_is_sharded_is_an_error(axes, rules, message, tiny_config):

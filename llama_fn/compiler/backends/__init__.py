@@ -18,23 +18,44 @@ from llama_fn.distributed import Processes
 from llama_fn.errors import UserError, nearest
 from sharding import Mesh, P
 from sharding.simulate import COLLECTIVES, FUSED
+from sharding.stages import PIPE
 
 BACKENDS = ("eager", "inductor", "interpret", "npu")
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a backend compiles: the graph of one device, the mesh, and how arguments and results are sharded over it.
+    """What a backend compiles: the graph of a device of each stage, of which there is one without a pipeline, the mesh,
+    and how arguments and results are sharded over it.
 
     `weights` are the inputs that stay in the same memory from call to call: parameters and moments.
     """
 
-    graph_module: torch.fx.GraphModule
+    graphs: tuple[torch.fx.GraphModule, ...]
     mesh: Mesh
     inputs: tuple[P, ...]
     outputs: tuple[P, ...]
     output_shapes: tuple[tuple[int, ...], ...]  # global
     weights: tuple[int, ...] = ()
+
+    @property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The graph of a program of one stage; UserError for a pipeline's."""
+        if len(self.graphs) > 1:
+            raise UserError(
+                f"mesh {self.mesh} has {len(self.graphs)} stages, and this backend runs one: use "
+                "--run.backend=interpret, which simulates all of them, or a mesh without pipe"
+            )
+        return self.graphs[0]
+
+    def ranks(self, stage: int) -> list[int]:
+        """The devices of a stage, in the order of their ranks."""
+        return [rank for rank in range(self.mesh.size) if self.mesh.coordinates(rank).get(PIPE, 0) == stage]
+
+    @property
+    def stage_mesh(self) -> Mesh:
+        """The mesh of the devices of one stage."""
+        return Mesh(tuple(axis for axis in self.mesh.axes if axis[0] != PIPE))
 
 
 def communication(program: Program, backend: str, processes: Processes | None) -> Mapping[str, Callable[..., Any]]:
@@ -94,16 +115,16 @@ def _ago(seconds: float) -> str:
 class Executable:
     """`run(inputs) -> results` that take no donated buffer; donated inputs hold their new values afterwards.
 
-    `text` is the graph that will run, readable, `code` what the backend made of it, where it says; `measured()` gives
-    the memory of the last call where the backend counts it; `scopes` names the range (compiler/ranges.py) of each op by
-    the name that a profiler of the device gives it, where no range surrounds it.
+    `text` is the graph that will run, readable, `code` what the backend made of it, where it says; `measured(stage)`
+    gives the memory of the last call where the backend counts it; `scopes` names the range (compiler/ranges.py) of each
+    op by the name that a profiler of the device gives it, where no range surrounds it.
     """
 
     run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
     text: str
     origins: tuple[CodeOrigin, ...] = ()  # none where nothing was compiled here
     local: bool = False  # arguments and results are this process's parts
-    measured: Callable[[], liveness.Memory | None] = lambda: None
+    measured: Callable[[int], liveness.Memory | None] = lambda stage: None
     code: str = ""
     scopes: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None

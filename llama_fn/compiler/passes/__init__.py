@@ -66,6 +66,11 @@ def run(
     return gm
 
 
+def written_out(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A traced graph with its calls written out."""
+    return run(TRACING, calls.inlined(gm), Context(Mesh(), []))
+
+
 def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """A graph module with its own nodes, the bodies that it calls too; metadata values (fake tensors) are shared."""
     return calls.inlined(gm, lambda _: False)

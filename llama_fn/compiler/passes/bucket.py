@@ -85,7 +85,7 @@ def _sent(node: torch.fx.Node) -> torch.fx.Node:
 
 def _key(node: torch.fx.Node) -> tuple[Any, ...] | None:
     """What collectives must have in common to travel together; None for what does not."""
-    if node.target not in BUCKETED:
+    if node.target not in BUCKETED or not node.users:  # the others want what a stage sends, not what it gets
         return None
     value = compat.node_value(_sent(node))
     if tensor_bytes(value) > SMALL:

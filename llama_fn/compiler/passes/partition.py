@@ -12,6 +12,7 @@ from sharding import partition as sharding_partition
 from sharding.errors import ShardingError
 from sharding.mesh import Mesh
 from sharding.rules import PRESETS, Rules
+from sharding.stages import Stages
 
 
 def rules_named(rules: str | Rules) -> Rules:
@@ -30,10 +31,11 @@ def partition(
     infos: Sequence[ArrayInfo],
     aliases: Sequence[tuple[int, int]],
     paths: Sequence[str],
+    stages: Stages | None = None,
 ) -> sharding_partition.Partitioned:
     """The per-device graph of `gm`, whose inputs are laid out as `infos` say under the rules."""
     try:
-        parts = sharding_partition.partition(gm, mesh, rules, [(info.axes, info.table) for info in infos])
+        parts = sharding_partition.partition(gm, mesh, rules, [(info.axes, info.table) for info in infos], stages)
     except (ShardingError, ValueError) as error:
         raise UserError(f"mesh {mesh}, rules {rules.name}: {error}") from error
     for i, o in aliases:

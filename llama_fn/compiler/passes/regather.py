@@ -31,11 +31,15 @@ def regather(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
         return gm
     segments = _Segments(gm.graph)
     for node in ir.calls(gm.graph):
-        if node.target is not all_gather.op or not _gathers_layer(node):
-            continue
-        if tensor_bytes(compat.node_value(node)) > SMALL:
+        if gathers_large_layer(node):
             _split(gm.graph, node, segments)
     return gm
+
+
+def gathers_large_layer(node: torch.fx.Node) -> bool:
+    """Whether a node gathers a weight of a layer that is worth gathering again."""
+    gathers = node.target is all_gather.op and _gathers_layer(node)
+    return gathers and tensor_bytes(compat.node_value(node)) > SMALL
 
 
 def _gathers_layer(node: torch.fx.Node) -> bool:
