@@ -19,10 +19,10 @@ from kernels.registry import tensor_bytes
 from sharding.collectives import axes_of, collective
 from sharding.stages import PIPE
 
-send = collective("send", "(Tensor x, str axes, int n, int step, int tag) -> Tensor", lambda x, *_: x.new_empty(0))
+send = collective("send", "(Tensor x, str axes, int n, int step, int tag) -> Tensor", lambda x, *_: x.new_empty(1))
 receive = collective(
-    "receive", "(int[] shape, ScalarType dtype, str axes, int n, int step, int tag) -> Tensor",
-    lambda shape, dtype, *_: torch.empty(shape, dtype=dtype),
+    "receive", "(int[] shape, ScalarType dtype, str axes, int n, int step, int tag, *, Device device) -> Tensor",
+    lambda shape, dtype, *_, device: torch.empty(shape, dtype=dtype, device=device),
 )  # fmt: skip
 received = collective(
     "received", "(Tensor(a) pending, str axes, int n, int step, int tag) -> Tensor(a)",

@@ -4,7 +4,7 @@ Functions here say what is wanted in terms of public ideas (a traced graph, a co
 it this year.
 """
 
-from llama_fn.compat.distributed import Group, collective_forms, group_name
+from llama_fn.compat.distributed import Group, collective_forms, group_name, is_collective
 from llama_fn.compat.gloo import register_gloo_collectives
 from llama_fn.compat.inductor import (
     CompiledGraph,
@@ -65,6 +65,7 @@ __all__ = [
     "has_onednn",
     "inductor_compile",
     "inductor_decompositions",
+    "is_collective",
     "keep_compiled_code",
     "keep_memory",
     "labels",

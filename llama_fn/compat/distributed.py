@@ -76,6 +76,11 @@ def collective_forms(groups: Mapping[str, Group]) -> Mapping[str, Callable[..., 
     }  # fmt: skip
 
 
+def is_collective(target: Any) -> bool:
+    """Whether a node's target is one of torch's functional collectives."""
+    return getattr(target, "namespace", "") == "_c10d_functional"
+
+
 def group_name(group: Any) -> str:
     """The name under which functional collectives find a process group."""
     return str(group.group_name)

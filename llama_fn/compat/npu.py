@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 TORCH_NPU = "2.13.0"
-CONVERTED = ("matmul", "barrier")  # our ops that ge_converters.py converts as they are
+# Our ops that ge_converters.py converts as they are
+CONVERTED = ("matmul", "barrier", "send", "receive", "received")
 CONVERTED_IN_GROUP = ("all_gather_matmul", "matmul_reduce_scatter")  # the same, with the group's name for the axes
 
 

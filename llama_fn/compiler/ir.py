@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,7 +144,8 @@ def _graph_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.N
             trail = " ".join(str(where[key]) for key in ("phase", "scope", "source", "note") if where.get(key))
             call = f"{target_text(node)}({', '.join(arguments)})"
             result = node.meta.get("val")
-            what = f"{len(result)} values" if node.target in _PACKING else _result(result)
+            several = node.target in _PACKING or (node.target is operator.getitem and isinstance(result, tuple))
+            what = f"{len(result)} values" if several and result is not None else _result(result)
             lines.append(f"  %{node.name}: {what} = {call}  # {trail}{_aside(note(node))}")
     return "\n".join([*lines, "}"])
 

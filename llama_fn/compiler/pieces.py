@@ -1,4 +1,4 @@
-"""A graph that does nothing but call bodies: what stands between its calls becomes a body too.
+"""A graph that does nothing but call bodies, and speak with other stages: what stands between becomes a body too.
 
     %a = ...                                    %p0 = call(%part_0, %params, %tokens)
     %b = ...
@@ -23,6 +23,7 @@ from kernels.repeat import call
 from llama_fn import compat
 from llama_fn.compiler import calls, cost, ir
 from sharding.collectives import wait
+from sharding.messages import is_message, over_stages
 
 Nodes = dict[torch.fx.Node, torch.fx.Node]
 
@@ -79,7 +80,7 @@ def _parts(gm: torch.fx.GraphModule) -> tuple[list[_Part], list[list[torch.fx.No
     packing: list[torch.fx.Node] = []  # and what packs operands of the next
     home: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in ir.calls(gm.graph):
-        if calls.is_call(node):
+        if stands_between(node):
             if parts and not any(map(_waits, since)):
                 parts[-1].ops += since
             else:
@@ -98,9 +99,15 @@ def _parts(gm: torch.fx.GraphModule) -> tuple[list[_Part], list[list[torch.fx.No
     return [*parts, _Part(since)], [*between, []]
 
 
+def stands_between(node: torch.fx.Node) -> bool:
+    """Whether a node is in no part: a call, or what stages of a pipeline do together, which is nothing to compile."""
+    return calls.is_call(node) or is_message(node) or over_stages(node)
+
+
 def _waits(op: torch.fx.Node) -> bool:
-    """Whether an op reads a result of a call, or writes."""
-    return op.target is torch.ops.aten.copy_.default or any(map(calls.is_packing, op.all_input_nodes))
+    """Whether an op reads a result of what stands between parts, or writes."""
+    read = op.all_input_nodes
+    return op.target is torch.ops.aten.copy_.default or any(calls.is_packing(x) or stands_between(x) for x in read)
 
 
 def _write(part: _Part) -> None:

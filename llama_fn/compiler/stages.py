@@ -38,7 +38,7 @@ from llama_fn.tree import Tree
 from sharding import P, collectives_table
 from sharding.mesh import Mesh
 from sharding.rules import Rules
-from sharding.stages import Pipeline
+from sharding.stages import PIPE, Pipeline
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,10 @@ class Lowered(_Graph):
     def by_stage(self) -> tuple[Lowered, ...]:
         """The same of every stage, the first first; of no pipeline itself alone."""
         return tuple(replace(self, stage=stage) for stage in range(len(self.graphs)))
+
+    def of_rank(self, rank: int) -> Lowered:
+        """The same of a device's stage."""
+        return replace(self, stage=self.mesh.coordinates(rank).get(PIPE, 0))
 
     @property
     def signature(self) -> Signature:

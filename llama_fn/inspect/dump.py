@@ -6,6 +6,7 @@ rank_0/NN_NAME.json        traced and lowered, for Google's model-explorer; over
 rank_0/NN_code.txt         what the backend made of it, where it says
 rank_0/summary.json        ops by scope and phase, collectives, FLOPs, memory: what graph_diff compares
 rank_0/evaluation/         the same for the validation step
+rank_0/stage_0/, ...       of a pipeline that one process simulates or plans: lowered graph, summary and index by stage
 
 Of backend npu besides:
 rank_0/ge_graph.pbtxt      the GraphDef that GE compiles, as text; opens in netron as any protobuf text
@@ -37,7 +38,7 @@ from llama_fn.inspect.summary import summary
 log = logging.getLogger("llama_fn.dump")
 TRACED, LOWERED, BACKEND, CODE = "traced", "lowered", "backend", "code"
 GE_GRAPH, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.txt", "ge_options.json"
-GE_OWN, EVALUATION = "ge", "evaluation"
+GE_OWN, EVALUATION, STAGE = "ge", "evaluation", "stage"
 _OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)|(\w+\.)?ge_(graph|options)\.(pbtxt|txt|json)")
 
 
@@ -72,6 +73,8 @@ class DumpWriter:
         for old in sorted(folder.glob("*"), key=lambda path: path.name != INDEX):  # the index first
             if old.name in (INDEX, SUMMARY) or _OURS.fullmatch(old.name):
                 old.unlink()
+            elif old.is_dir() and re.fullmatch(rf"{STAGE}_\d+", old.name):
+                DumpWriter(old)
 
     def observer(self, traced: stages.Traced) -> Callable[[str, torch.fx.GraphModule], None]:
         """Record `traced`; what is returned sees the stages of lowering it."""
@@ -91,7 +94,18 @@ class DumpWriter:
         self.count += 1
 
     def finish(self, lowered: stages.Lowered, compiled: stages.Compiled | None = None) -> None:
-        """The lowered graph, the backend's part, the summary and, at last, the index."""
+        """The lowered graph, the backend's part, the summary and, at last, the index. All stages of a pipeline, unless
+        each has its own process, which writes its own."""
+        of_stages: dict[str, int] = {}
+        if len(lowered.graphs) > 1 and (compiled is None or not compiled.executable.local):
+            for one in lowered.by_stage:
+                folder = self.folder / f"{STAGE}_{one.stage}"
+                DumpWriter(folder, self.hardware)._finish(one, None, {})
+                of_stages[f"{folder.name}/{INDEX}"] = (folder / INDEX).stat().st_size
+        self._finish(lowered, compiled, of_stages)
+        log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
+
+    def _finish(self, lowered: stages.Lowered, compiled: stages.Compiled | None, of_stages: dict[str, int]) -> None:
         self.graph(LOWERED, lowered.graph_module)
         if compiled is not None:
             self._next(BACKEND, compiled.as_text() + "\n")
@@ -100,10 +114,9 @@ class DumpWriter:
         numbers = summary(lowered)
         _write(self.folder / SUMMARY, json.dumps(numbers, indent=1))
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
-        sizes = {path.name: path.stat().st_size for path in files}
+        sizes = {path.name: path.stat().st_size for path in files} | of_stages
         origins = "; ".join(map(str, compiled.executable.origins)) if compiled else ""
         _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware, origins))
-        log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
 
 
 def _costs(node: torch.fx.Node) -> str:

@@ -103,7 +103,7 @@ def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, llama.Params]]:
     """(params in compute dtype, batch, cotangent) -> (loss summed over tokens, gradients in the moments' layout).
 
     Weights are gathered and gradients reduced once for all microbatches, whose gradients add up unreduced, or, where
-    memory is shorter than bandwidth, for each (optim.reduce_per_microbatch).
+    memory is shorter than bandwidth, those of the layers for each (optim.reduce_per_microbatch).
     """
     grad_fn = value_and_grad(lambda gathered, batch: _loss_sum(gathered, batch, cfg))
     dtype = {"fp32": torch.float32, "compute": None}[cfg.optim.reduce_dtype]
@@ -111,23 +111,22 @@ def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, llama.Params]]:
 
     infos = llama.abstract_params(cfg.model)
 
-    def gathered(params: llama.Params) -> llama.Params:
-        return weights.gather(params, infos)
-
-    def reduced(grads: llama.Params) -> llama.Params:
-        with phase("backward"):
-            return weights.reduce(grads, infos, dtype)
-
     def alone(params: llama.Params, part: Batch, cotangent: torch.Tensor) -> tuple[torch.Tensor, llama.Params]:
-        loss, grads = grad_fn(gathered(params), part, cotangent=cotangent)
-        return loss, reduced(grads)
+        loss, grads = grad_fn(weights.gather_layers(params, infos), part, cotangent=cotangent)
+        with phase("backward"):
+            return loss, weights.reduce_layers(grads, infos, dtype)
 
     def gradients(params: llama.Params, batch: Batch, cotangent: torch.Tensor) -> tuple[torch.Tensor, llama.Params]:
-        parts = _microbatches(batch)
-        if cfg.optim.reduce_per_microbatch:
-            return accumulate(alone, params, parts, cotangent=cotangent)
-        loss, grads = accumulate(grad_fn, gathered(params), parts, cotangent=cotangent)
-        return loss, reduced(grads)
+        parts, gathered, often = (
+            _microbatches(batch),
+            weights.gather_rest(params, infos),
+            cfg.optim.reduce_per_microbatch,
+        )
+        gathered = gathered if often else weights.gather_layers(gathered, infos)
+        loss, grads = accumulate(alone if often else grad_fn, gathered, parts, cotangent=cotangent)
+        with phase("backward"):
+            grads = weights.reduce_rest(grads, infos, dtype)
+            return loss, weights.stacked(grads if often else weights.reduce_layers(grads, infos, dtype))
 
     return gradients
 

@@ -31,6 +31,8 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
         cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default()
         options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": code_cache.usable(cache)}
         options |= {"profiled": True} if profiled(cfg) else {}
+    if cfg.run.backend == "eager" and processes is not None:
+        options |= {"device": cfg.run.device}
     if cfg.run.check_finite:
         options |= {"check_finite": True}
     if cfg.run.backend == "npu":
@@ -66,6 +68,7 @@ def compile(
 
     def compiled_from(traced: stages.Traced, folder: Path | None) -> stages.Compiled:
         writer, lowered = _lowered(traced, cfg, mesh, peaks, folder)
+        lowered = lowered if processes is None else lowered.of_rank(processes.rank)
         refuse_too_large(cfg, lowered)
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
@@ -78,7 +81,8 @@ def compile(
         if writer:
             writer.finish(lowered, compiled)
         how = "loaded" if compiled.from_cache else "compiled"
-        origins = "".join(f"; {origin}" for origin in compiled.executable.origins)
+        first, *more = compiled.executable.origins or ("",)
+        origins = f"; {first}{f' and {len(more)} more pieces' if more else ''}" if first else ""
         log.info("%s: %s in %.1f s%s", traced.name, how, compiled.seconds, origins)
         return compiled
 

@@ -84,6 +84,29 @@ def test_the_index_opens_every_file_and_says_what_counts(dumped):
     assert "http" not in page, "nothing from the network"
 
 
+def test_a_pipeline_is_dumped_by_stage(tmp_path):
+    cfg = config(tmp_path, axes="pipe:2")
+    assert loop.run(cfg) == 0
+    folder = dump.rank_folder(tmp_path / "dump", 0)
+    index = (folder / "index.html").read_text()
+    for stage in range(2):
+        assert f"href='stage_{stage}/index.html'" in index
+        (lowered,) = (folder / f"stage_{stage}").glob("*_lowered.txt")
+        assert (
+            f" layers/{stage}/attention" in lowered.read_text() and f" layers/{1 - stage}/" not in lowered.read_text()
+        )
+        numbers = json.loads((folder / f"stage_{stage}" / "summary.json").read_text())
+        assert numbers["title"].endswith(f"stage {stage}")
+        assert [row["count"] for row in numbers["collectives"] if row["kind"] == "send"] == [1]
+    assert [change.text for change in changes(*(stage_summary(folder, stage) for stage in (1, 1)))] == []
+    dump.DumpWriter(folder)
+    assert not list(folder.glob("stage_*/*"))
+
+
+def stage_summary(folder, stage):
+    return json.loads((folder / f"stage_{stage}" / "summary.json").read_text())
+
+
 def test_a_new_dump_takes_the_old_index_away_first(dumped, tmp_path):
     (tmp_path / dump.INDEX).write_text("old")
     (tmp_path / "99_old.txt").write_text("old")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from dataclasses import replace
 from functools import cache
@@ -14,13 +15,13 @@ from llama_fn import compat, tree
 from llama_fn.compiler import ir, stages
 from llama_fn.compiler.passes.remat_regions import Remat
 from llama_fn.compiler.pipeline.check import check
-from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
+from llama_fn.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from llama_fn.errors import UserError
 from llama_fn.model import arrays, random, train_step
 from llama_fn.model.transforms import named_scope
-from sharding import Mesh, P, constrain
-from sharding.messages import MESSAGES, receive, send
-from sharding.stages import Pipeline
+from sharding import Mesh, P, constrain, schedules
+from sharding.messages import MESSAGES, over_stages, receive, send
+from sharding.stages import Pipeline, Stages
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 MESHES = ("pipe:2", "pipe:4", "pipe:2,data:2", "pipe:2,model:2", "pipe:2,data:2,model:2")
@@ -39,14 +40,14 @@ GRID = [
 
 
 @cache
-def traced(layers=4, microbatches=4, dtype="fp64", kv_heads=2, tied=False):
+def traced(layers=4, microbatches=4, dtype="fp64", kv_heads=2, tied=False, often=False):
     cfg = Config(
         model=ModelConfig(
             num_layers=layers, embed_dim=32, num_heads=4, num_kv_heads=kv_heads, mlp_dim=48, vocab_size=64,
             compute_dtype=dtype, tie_embeddings=tied,
         ),
         data=DataConfig(seq_len=8, global_batch_size=2 * microbatches, microbatches=microbatches),
-        run=RunConfig(steps=10),
+        optim=OptimConfig(reduce_per_microbatch=often), run=RunConfig(steps=10),
     )  # fmt: skip
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
     return cfg, step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
@@ -70,7 +71,7 @@ def on_one_device(traced_for, random_batch, known={}):  # noqa: B006 (a memo)
 
 
 def equals_one_device(random_batch, mesh, pipeline, layers, microbatches, dtype, kv_heads, remat, tied, **more):
-    traced_for = layers, microbatches, dtype, kv_heads, tied
+    traced_for = layers, microbatches, dtype, kv_heads, tied, more.pop("often", False)
     cfg, step = traced(*traced_for)
     remat = Remat(remat, gathers=more.pop("gathers", False))
     got = trained(step.lower(Mesh.parse(mesh), pipeline=pipeline, remat=remat, **more), cfg, random_batch)
@@ -128,6 +129,17 @@ def test_weights_are_gathered_for_each_piece_of_work(random_batch, monkeypatch):
     assert {row.count for row in gathers if "wq" in row.scope} == {16}
 
 
+def test_gradients_are_reduced_for_each_piece_of_work(random_batch, monkeypatch):
+    monkeypatch.setitem(vars(sys.modules["llama_fn.compiler.passes.regather"]), "SMALL", 0)
+    case = ("pipe:2,data:2", Pipeline("zb_h1"), 4, 4, "fp64", 2, "full", True)
+    equals_one_device(random_batch, *case, rules="fsdp", often=True)
+    _, step = traced(4, 4, often=True)
+    lowered = step.lower(Mesh.parse("pipe:2,data:2"), "fsdp", ("bucket",), pipeline=case[1])
+    rows = {(row.kind, row.phase): row.count for row in lowered.collectives() if row.scope.endswith("layers/*/wq")}
+    # Two layers of this stage, four microbatches; of what a forward gathered nothing is kept for its backward.
+    assert rows == {("all_gather", "forward"): 8, ("all_gather", "backward"): 8, ("reduce_scatter", "backward"): 8}
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb_h1"])
 def test_an_evaluation_is_a_pipeline_of_forwards(schedule, random_batch, fresh_state):
     cfg, _ = traced()
@@ -151,6 +163,25 @@ def test_a_stage_has_its_own_layers_and_little_more_per_microbatch():
             assert {ir.place_of(node).layer for node in nodes} - {None} == {stage}
             sizes[microbatches, stage] = len(one.graph_module.graph.nodes)
     assert all(sizes[24, stage] - sizes[8, stage] <= 20 * 16 for stage in range(4)), sizes
+
+
+@pytest.mark.parametrize(
+    "mesh, pipeline, remat",
+    [
+        ("pipe:4", Pipeline("gpipe"), "none"),
+        ("pipe:4", Pipeline("1f1b"), "full"),
+        ("pipe:2,model:2", Pipeline("interleaved", 2), "none"),
+        ("pipe:4,data:2", Pipeline("zb_h1"), "none"),
+    ],
+)
+def test_the_memory_of_each_stage_is_what_the_interpreter_measures(mesh, pipeline, remat, random_batch):
+    cfg, step = traced(8, 8, "fp32")
+    lowered = step.lower(Mesh.parse(mesh), pipeline=pipeline, remat=remat)
+    compiled = lowered.compile("interpret")
+    compiled(arrays.materialize(train_step.abstract_state(cfg), random.key(0)), random_batch(cfg))
+    for one in lowered.by_stage:
+        predicted, measured = one.memory_analysis(), replace(compiled, lowered=one).memory_analysis()
+        assert predicted.peak_bytes == measured.peak_bytes and predicted.temporary_bytes == measured.temporary_bytes
 
 
 def bad(step, mesh="pipe:2", pipeline=None):
@@ -274,3 +305,75 @@ def test_losses_are_scaled_and_refused_as_on_one_device(random_batch, fresh_stat
         state, metrics = lowered(state, random_batch(cfg))
         assert metrics["skipped_iterations"] == 1 and state.opt_state.guard.loss_scale == 2.0**32
         assert all(torch.equal(a, b) for a, b in zip(before, tree.leaves(state.params), strict=True))
+
+
+def swapped_entries(monkeypatch, _):
+    """The first stage's first two forwards change places."""
+
+    def order(*sizes):
+        (first, second, *rest), *others = schedules.one_f_one_b(*sizes)
+        return [[second, first, *rest], *others]
+
+    monkeypatch.setitem(schedules.SCHEDULES, "1f1b", order)
+
+
+def dropped_stash(monkeypatch, graphs):
+    """A forward hands its backward another value in the place of one that it should keep."""
+    (forward,) = [gm for gm, name in ir.subgraphs(graphs[0]).items() if name == "forward_0"]
+    out = ir.output_node(forward.graph)
+    kept = list(out.args[0])
+    alike = [(i, j) for i, x in enumerate(kept) for j, y in enumerate(kept) if 0 < i < j and same_kind(x, y)]
+    i, j = alike[0]
+    kept[j] = kept[i]
+    out.args = (kept,)
+
+
+def same_kind(x, y):
+    return arrays.describe(compat.node_value(x)) == arrays.describe(compat.node_value(y))
+
+
+def norm_without_pipe(monkeypatch, graphs):
+    """Each stage clips by the norm of its own gradients."""
+    for gm in graphs:
+        (node, *_) = [n for n in gm.graph.nodes if "optim.py" in compat.labels(n).get("source", "") and over_stages(n)]
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+
+
+def permuted_layers(monkeypatch, _):
+    """A stage takes the rows of its two chunks for one another's."""
+    slot_of = Stages.slot_of
+    monkeypatch.setattr(Stages, "slot_of", lambda self, layer: (slot_of(self, layer) + self.slots // 2) % self.slots)
+
+
+@pytest.mark.parametrize(
+    "fault, pipeline",
+    [
+        (swapped_entries, Pipeline("1f1b")),
+        (dropped_stash, Pipeline("1f1b")),
+        (norm_without_pipe, Pipeline("1f1b")),
+        (permuted_layers, Pipeline("interleaved", 2)),
+        (None, Pipeline("interleaved", 2)),
+    ],
+)
+def test_a_fault_in_a_pipeline_is_seen(fault, pipeline, random_batch, monkeypatch):
+    """Each by the check, by stages that disagree, or by numbers that are not those of one device."""
+    cfg, step = traced(4, 4)
+    want = on_one_device((4, 4, "fp64", 2, False, False), random_batch)
+
+    def equal():
+        if fault in (swapped_entries, permuted_layers):
+            fault(monkeypatch, None)
+        lowered = step.lower(Mesh.parse("pipe:2"), pipeline=pipeline)
+        if fault in (dropped_stash, norm_without_pipe):
+            fault(monkeypatch, lowered.graphs)
+        return all(
+            torch.allclose(a, b, rtol=0, atol=1e-10)
+            for a, b in zip(trained(lowered, cfg, random_batch), want, strict=True)
+        )
+
+    try:
+        seen = not equal()
+    except (UserError, RuntimeError) as error:
+        seen = re.search("sends what comes after|hold different values", str(error)) is not None
+    assert seen == (fault is not None)

@@ -67,6 +67,8 @@ def alone(corpus, tmp_path_factory):
         pytest.param("data:2", "fsdp", "inductor --optim.reduce_per_microbatch", marks=pytest.mark.slow),
         ("model:2", "tp_sp", "inductor"),
         ("data:2,model:2", "fsdp_tp", "eager"),
+        ("pipe:2", "fsdp_tp", "inductor"),
+        ("pipe:2,data:2", "fsdp", "eager --mesh.schedule=zb_h1"),
     ],
 )
 def test_processes_give_the_numbers_of_one(mesh, rules, backend, corpus, alone, tmp_path, compile_cache):

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import standin
 import torch
 from ge_fused_ops import OPS
 
+from llama_fn.compiler.backends.together import Mailbox, Meeting, Message, together
 from llama_fn.inspect import dump
 
 PROTO_DTYPES = {
@@ -58,6 +59,14 @@ COLLECTIVES: dict[str, Callable[..., Sequence[Any]]] = {
     "AllGatherMatmul": _all_gather_matmul,
     "MatmulReduceScatter": _matmul_reduce_scatter,
 }
+
+
+class Pending(NamedTuple):
+    """A message that has been asked for: who sends it, who receives it, and its tag."""
+
+    source: int
+    target: int
+    tag: int
 
 
 class Attrs:
@@ -118,15 +127,21 @@ def _constant(op: Any) -> torch.Tensor:
 
 
 class GeInterpreter:
-    """`run(inputs per rank) -> results per rank`; donated inputs hold their new values afterwards."""
+    """`run(inputs per rank) -> results per rank`; donated inputs hold their new values afterwards. `numbers`: of the
+    ranks, where these are not the first ones."""
 
-    def __init__(self, folders: Sequence[Path], graph: str = "") -> None:
+    def __init__(self, folders: Sequence[Path], graph: str = "", numbers: Sequence[int] | None = None) -> None:
         self.ranks = [GeRank(folder, graph) for folder in folders]
+        self.numbers = list(numbers or range(len(folders)))
         for rank in self.ranks[1:]:
             assert [op.type for op in rank.ops] == [op.type for op in self.ranks[0].ops]
 
     @torch.no_grad()
     def run(self, inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        return run_stages([self], inputs)
+
+    def steps(self, inputs: Sequence[Sequence[torch.Tensor]], mailbox: Mailbox) -> Generator[Any, Any, Any]:
+        """The graph, up to where it waits for other stages; gives the results per rank."""
         values: list[dict[str, Any]] = [{} for _ in self.ranks]
         for n, op in enumerate(self.ranks[0].ops):
             if op.type in ("Data", "RefData"):
@@ -136,36 +151,38 @@ class GeInterpreter:
             elif op.type == "NetOutput":
                 break
             else:
-                made = self._computed(n, values)
+                made = yield from self._computed(n, values, mailbox)
             for held, rank, value in zip(values, self.ranks, made, strict=True):
                 name = rank.ops[n].name
-                several = isinstance(value, (tuple, list))
+                several = isinstance(value, list) or type(value) is tuple
                 held |= {f"{name}:{i}": v for i, v in enumerate(value)} if several else {f"{name}:0": value}
                 for dead in rank.dying.get(n, ()):
                     held.pop(dead, None)
         return [self._finished(r, n, held, inputs[r]) for r, held in enumerate(values)]
 
-    def _computed(self, n: int, values: list[dict[str, Any]]) -> list[Any]:
+    def _computed(self, n: int, values: list[dict[str, Any]], mailbox: Mailbox) -> Generator[Any, Any, list[Any]]:
         kind, attrs = self.ranks[0].ops[n].type, [Attrs(rank.ops[n].attr) for rank in self.ranks]
-        args = [
-            [held[name] if name else None for name in rank.sources[n]]
-            for held, rank in zip(values, self.ranks, strict=True)
-        ]
+        args: list[list[Any]] = []
+        for held, rank in zip(values, self.ranks, strict=True):
+            given = [held[name] if name else None for name in rank.sources[n] if not name.startswith("^")]
+            for i, value in enumerate(given):
+                if isinstance(value, Pending):  # a stream of its own brings it: only who reads it waits
+                    given[i] = yield Message(value)
+            args.append(given)
+        members = [rank.groups.get(each["group"], []) for rank, each in zip(self.ranks, attrs, strict=True)]
+        if kind == "HcomSend":
+            for number, group, each, (x,) in zip(self.numbers, members, attrs, args, strict=True):
+                mailbox.put(Pending(number, group[each["dest_rank"]], each["sr_tag"]), x.clone())
+            return [None] * len(self.ranks)
+        if kind == "HcomReceive":
+            each_of = zip(self.numbers, members, attrs, strict=True)
+            return [Pending(group[each["src_rank"]], number, each["sr_tag"]) for number, group, each in each_of]
         if kind in COLLECTIVES:
-            return self._together(kind, attrs, args)
+            meeting = Meeting(kind, (args, attrs, members), ())
+            return meet_of([(self, meeting)])[0] if set(members[0]) <= set(self.numbers) else (yield meeting)
         if kind not in OPS:
             raise NotImplementedError(f"GE op {kind} is written in neither ge_ops.py nor ge_fused_ops.py")
         return [OPS[kind](a, *x) for a, x in zip(attrs, args, strict=True)]
-
-    def _together(self, kind: str, attrs: list[Attrs], args: list[list[Any]]) -> list[Any]:
-        made: list[Any] = [None] * len(self.ranks)
-        for r, rank in enumerate(self.ranks):
-            members = rank.groups[attrs[r]["group"]]
-            if members[0] == r:
-                results = COLLECTIVES[kind](attrs[r], *([args[m][i] for m in members] for i in range(len(args[r]))))
-                for member, result in zip(members, results, strict=True):
-                    made[member] = result
-        return made
 
     def _finished(self, r: int, n: int, held: dict[str, Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         rank = self.ranks[r]
@@ -173,6 +190,39 @@ class GeInterpreter:
         for out, at in rank.written.items():
             inputs[rank.inputs[at]].copy_(outputs[out])
         return [outputs[out].clone() if isinstance(out, int) else _input(inputs, **out) for out in rank.results]
+
+
+def run_stages(stages: Sequence[GeInterpreter], inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    """Results per rank, of stages that each have a graph of their own, from inputs per rank."""
+    mailbox = Mailbox()
+    with torch.no_grad():
+        programs = [stage.steps([inputs[i] for i in _places(stage, stages)], mailbox) for stage in stages]
+        by_stage = together(programs, mailbox, lambda meetings: meet_of(list(zip(stages, meetings, strict=True))))
+    results: dict[int, list[torch.Tensor]] = {}
+    for stage, each in zip(stages, by_stage, strict=True):
+        results |= dict(zip(_places(stage, stages), each, strict=True))
+    return [results[i] for i in range(len(inputs))]
+
+
+def _places(stage: GeInterpreter, stages: Sequence[GeInterpreter]) -> list[int]:
+    """Where the inputs of a stage's ranks stand: by their numbers, or in order for a part of all ranks."""
+    return stage.numbers if len(stages) > 1 else list(range(len(stage.ranks)))
+
+
+def meet_of(arrived: list[tuple[GeInterpreter, Meeting]]) -> list[list[Any]]:
+    """The results of a collective, by stage and rank."""
+    kind = arrived[0][1].name
+    assert all(meeting.name == kind for _, meeting in arrived)
+    args, attrs, members = ({} for _ in range(3))
+    for stage, meeting in arrived:
+        for number, a, b, c in zip(stage.numbers, *meeting.given, strict=True):
+            args[number], attrs[number], members[number] = a, b, c
+    made: dict[int, Any] = {}
+    for number, group in members.items():
+        if group[0] == number:
+            values = ([args[m][i] for m in group] for i in range(len(args[number])))
+            made |= dict(zip(group, COLLECTIVES[kind](attrs[number], *values), strict=True))
+    return [[made[number] for number in stage.numbers] for stage, _ in arrived]
 
 
 def _input(

@@ -41,6 +41,25 @@ JOBS = {
         model__num_layers=2,
         run__npu_form="calls",
     ),
+    "tiny_pipeline": job(
+        "pipe:2,model:2",
+        4,
+        data__seq_len=32,
+        data__microbatches=4,
+        data__global_batch_size=4,
+        model__num_layers=2,
+        run__npu_form="calls",
+    ),
+    "tiny_pipeline_whole": job(
+        "pipe:2,model:2",
+        4,
+        data__seq_len=32,
+        data__microbatches=3,
+        data__global_batch_size=3,
+        model__num_layers=2,
+        mesh__schedule="zb_h1",
+        run__npu_form="whole",
+    ),
     "tiny_fp16_gqa": job(
         model__compute_dtype="fp16", model__num_kv_heads=2, model__num_layers=2, data__seq_len=16, data__microbatches=2
     ),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from ge_interpreter import GeInterpreter
+from ge_interpreter import GeInterpreter, run_stages
 from jobs import JOBS, config_of
 
+from kernels.repeat import flat
 from llama_fn import tree
-from llama_fn.compiler import ir
+from llama_fn.compiler import calls, ir
+from llama_fn.compiler.backends import Program, interpret
 from llama_fn.compiler.backends.in_turn import in_turn
 from llama_fn.compiler.pieces import in_pieces
 from llama_fn.inspect import dump
@@ -28,6 +32,8 @@ def prepared(name):
 def in_form(folder, cfg, lowered, ranks):
     """What runs the GE graphs of all ranks, from inputs per rank to results per rank."""
     folders = [dump.rank_folder(folder, r) for r in range(ranks)]
+    if len(lowered.graphs) > 1:
+        return of_stages(folder, cfg, lowered)
     if cfg.run.npu_form != "calls":
         return GeInterpreter(folders).run
     gm = in_pieces(lowered.graph_module)
@@ -42,6 +48,49 @@ def in_form(folder, cfg, lowered, ranks):
 
     run = in_turn(gm, {body: run_of(graph) for body, graph in graphs.items()})
     return lambda inputs: _by_rank(run([dict(enumerate(each)) for each in zip(*inputs, strict=True)]), ranks)
+
+
+class GeStage(interpret._Stage):
+    """A stage whose bodies are run by their GE graphs. Messages, and what all stages do together, are the
+    interpreter's."""
+
+    folder = None
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        folders = [dump.rank_folder(self.folder, rank) for rank in self.ranks]
+        self.ge = {body: GeInterpreter(folders, name, self.ranks) for body, name in ir.subgraphs(self.gm).items()}
+
+    def _call(self, gm, node, values, dying, within):
+        given = [torch.fx.node.map_arg(node.args[1:], mine.__getitem__) for mine in values]
+        results = self.ge[calls.body_of(gm, node)].run([flat(operands) for operands in given])
+        for mine, each in zip(values, results, strict=True):
+            mine[node] = tuple(each)
+        for dead in dying:
+            for mine in values:
+                del mine[dead]
+        return
+        yield
+
+
+def of_stages(folder, cfg, lowered):
+    """Every stage by its own GE graphs."""
+    if cfg.run.npu_form == "whole":
+        ranks = [
+            [r for r in range(lowered.mesh.size) if lowered.of_rank(r).stage == s] for s in range(len(lowered.graphs))
+        ]
+        stages = [GeInterpreter([dump.rank_folder(folder, r) for r in own], numbers=own) for own in ranks]
+        return functools.partial(run_stages, stages)
+    graphs = tuple(in_pieces(gm) for gm in lowered.graphs)
+    program = Program(graphs, lowered.mesh, lowered.inputs, lowered.outputs, ())
+    stage = type("Stage", (GeStage,), {"folder": folder})
+
+    def run(inputs):
+        interpreter = interpret.Interpreter(program)
+        interpreter.stage = stage
+        return interpreter.lockstep(inputs)
+
+    return run
 
 
 def _by_rank(results, ranks):
@@ -86,6 +135,8 @@ def apart(a, b):
         "tiny_2_ranks",
         "tiny_4_ranks",
         "tiny_calls",
+        "tiny_pipeline",
+        "tiny_pipeline_whole",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_ulysses", "tiny_remat")),
     ],
 )

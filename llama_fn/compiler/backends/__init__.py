@@ -38,15 +38,9 @@ class Program:
     output_shapes: tuple[tuple[int, ...], ...]  # global
     weights: tuple[int, ...] = ()
 
-    @property
-    def graph_module(self) -> torch.fx.GraphModule:
-        """The graph of a program of one stage; UserError for a pipeline's."""
-        if len(self.graphs) > 1:
-            raise UserError(
-                f"mesh {self.mesh} has {len(self.graphs)} stages, and this backend runs one: use "
-                "--run.backend=interpret, which simulates all of them, or a mesh without pipe"
-            )
-        return self.graphs[0]
+    def graph_of(self, processes: Processes | None) -> torch.fx.GraphModule:
+        """The graph that this process runs: of a pipeline, that of its stage."""
+        return self.graphs[self.mesh.coordinates(processes.rank if processes else 0).get(PIPE, 0)]
 
     def ranks(self, stage: int) -> list[int]:
         """The devices of a stage, in the order of their ranks."""
@@ -62,7 +56,7 @@ def communication(program: Program, backend: str, processes: Processes | None) -
     """How this process runs the graph's collectives, by op name; UserError for a mesh whose other devices have none."""
     n = program.mesh.size
     if processes is not None:
-        ops = [node for node, _ in calls.counted(program.graph_module)]
+        ops = [node for gm in program.graphs for node, _ in calls.counted(gm)]  # groups are made by all, in one order
         sending = [n for n in ops if (r := of_node(n.target)) and (r.name in COLLECTIVES or r.name in FUSED)]
         used = [a for n in sending for a in n.args[1:3] if isinstance(a, str)]  # a wait names none
         return compat.collective_forms(processes.groups(used))

@@ -20,19 +20,22 @@ from kernels.registry import of_node
 from llama_fn import compat
 from llama_fn.compiler import calls, ir, passes, ranges
 from llama_fn.compiler.backends import CodeOrigin, Executable, Program, code_cache, communication, forms
-from llama_fn.compiler.backends.in_turn import Run, in_turn
+from llama_fn.compiler.backends.in_turn import Run, between_stages, in_turn
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.in_place import add_in_place
 from llama_fn.compiler.passes.outline import outline
 from llama_fn.compiler.passes.place import place
 from llama_fn.compiler.pieces import in_pieces
-from llama_fn.distributed import Processes
+from llama_fn.distributed import Messages, Processes
 from llama_fn.errors import UserError
 from sharding.mesh import Mesh
 
 log = logging.getLogger("llama_fn.inductor")
 
 _PATCHES: Mapping[str, dict[str, Any]] = {"cpu": {}, "cuda": {"triton.cudagraphs": True}}
+# In 16 bits on a CPU: with vectors of 512, the code of torch 2.13 that transposes blocks of bf16 gave NaN from finite
+# numbers on an AVX-512 Xeon (a step of llama with 4 heads of 32), where 256 and no vectors gave eager's numbers.
+_NARROW: dict[str, Any] = {"cpp.simdlen": 256}
 
 
 def check_tools(device: str) -> None:
@@ -59,41 +62,43 @@ def compile(
     check_tools(device)
     collectives = communication(program, "inductor", processes)
     kind = torch.device(device).type
-    chosen = forms.choose(kind, _compute_dtype(program.graph_module), attention)
+    mine, piped = program.graph_of(processes), len(program.graphs) > 1
+    chosen = forms.choose(kind, _compute_dtype(mine), attention)
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
     chosen |= dict.fromkeys(collectives, "functional") | {"barrier": "reference"}
-    patches = _PATCHES[kind]
-    if profiled and patches:
-        log.warning("profiling: the step runs without CUDA graph, so that its kernels carry scopes")
+    patches = _PATCHES[kind] | (_NARROW if kind == "cpu" and _compute_dtype(mine).itemsize == 2 else {})
+    if kind == "cuda" and (profiled or piped):
+        why = "a pipeline: its messages go" if piped else "profiling, so that its kernels carry scopes: it runs"
+        log.warning("%s outside of a CUDA graph", why)
         patches = {}
 
-    gm = in_pieces(_in_bodies(program.graph_module, kind, device))
+    gm = passes.copy_graph(mine) if kind == "cpu" or piped else calls.inlined(mine)
+    gm = in_pieces(place(gm, device))
     if outlined:
         gm = outline(gm, passes.Context(Mesh(), []))
-    gm = add_in_place(expand(gm, chosen, forms.finder(collectives), compat.inductor_decompositions()))
+    expanded: dict[str, torch.fx.GraphModule] = {}
+    for body in calls.bodies(gm):
+        expand(body, chosen, forms.finder(collectives), compat.inductor_decompositions(), expanded)
+    gm = add_in_place(gm)
     bodies = calls.bodies(gm)
     for body, scope in bodies.items():
         calls.put_in_scope(body, scope)
-    staying = {*ir.written(program.graph_module.graph), *program.weights}
+    staying = {*ir.written(mine.graph), *program.weights}
     sources = [_source(gm, body, staying, profiled) for body in bodies]
     folder = compat.keep_compiled_code((code_cache.usable(cache) if cache else code_cache.private()) / _machine())
     with code_cache.opened(folder):
         compiled = compat.inductor_compile(sources, patches, compat.physical_cores(), cache is not None)
-    runs = {body: _run(each, bool(patches)) for body, each in zip(bodies, compiled, strict=True)}
+    runs = {body: _run(each, "triton.cudagraphs" in patches) for body, each in zip(bodies, compiled, strict=True)}
     origins = tuple(CodeOrigin(each.key, each.file, each.from_cache) for each in compiled if each.key)
     text, code = ir.as_text(gm, "inductor"), "\n".join(each.code for each in compiled)
-    run_all = in_turn(gm, runs)
+    messages = Messages(processes, device) if processes and piped else None
+    run_all = in_turn(gm, runs, between_stages(messages, collectives))
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return run_all(list(flat))
 
     return Executable(run, text, origins, local=processes is not None, code=code, device=device)
-
-
-def _in_bodies(gm: torch.fx.GraphModule, kind: str, device: str) -> torch.fx.GraphModule:
-    """A copy of the graph, its calls kept where a step may be several pieces of code: a CUDA graph holds all of it."""
-    return passes.copy_graph(gm) if kind == "cpu" else place(calls.inlined(gm), device)
 
 
 def _source(
@@ -117,7 +122,7 @@ def _run(compiled: compat.CompiledGraph, in_cuda_graph: bool) -> Run:
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:
     """The dtype of the matrix products."""
-    products = [n for n in ir.calls(gm.graph) if (kernel := of_node(n.target)) and kernel.name == "einsum"]
+    products = [n for n, _ in calls.counted(gm) if (kernel := of_node(n.target)) and kernel.name == "einsum"]
     return compat.node_value(products[0]).dtype if products else torch.float32
 
 

@@ -43,6 +43,7 @@ class Interpreter:
     def __init__(self, program: Program, check_finite: bool = False) -> None:
         self.program, self.check_finite = program, check_finite
         self.memory: list[liveness.Memory] = []
+        self.stage = _Stage
         self.mailbox = Mailbox()
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -66,7 +67,7 @@ class Interpreter:
     def lockstep(self, inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
         """Results per device from the inputs per device."""
         stages = [
-            _Stage(self, number, [inputs[rank] for rank in self.program.ranks(number)])
+            self.stage(self, number, [inputs[rank] for rank in self.program.ranks(number)])
             for number in range(len(self.program.graphs))
         ]
         self.mailbox.held.clear()
@@ -187,7 +188,7 @@ class _Stage:
         other = (self.number + step) % self.count
         if node.target is send.op:
             self.mailbox.put((self.number, other, tag), [args[0].clone() for args in given])
-            return [args[0].new_empty(0) for args in given]
+            return [args[0].new_zeros(1) for args in given]
         if node.target is receive.op:
             like = self.inputs[0][0]
             return [torch.empty(args[0], dtype=args[1], device=like.device) for args in given]

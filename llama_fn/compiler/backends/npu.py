@@ -18,20 +18,22 @@ from typing import Any
 
 import torch
 
+from kernels.barrier import barrier
 from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.ascend.ge_text import ge_scopes, ge_text
 from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends import CodeOrigin, Executable, Program, communication, forms
-from llama_fn.compiler.backends.in_turn import in_turn
+from llama_fn.compiler.backends.in_turn import between_stages, in_turn
 from llama_fn.compiler.passes.constants import constants
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.in_place import COPY, add_in_place
 from llama_fn.compiler.passes.place import place
 from llama_fn.compiler.pieces import in_pieces
-from llama_fn.distributed import Processes
+from llama_fn.distributed import Messages, Processes
 from llama_fn.errors import UserError
 from sharding.mesh import Mesh
+from sharding.messages import is_message, over_stages, received, send, way
 
 log = logging.getLogger("llama_fn.npu")
 # Pangu-13B's 20,000 nodes took GE 20 minutes, its 135,000 nodes about 3 hours (MindSpore's guide to lazy inlining).
@@ -48,14 +50,19 @@ def compile(
     """`form`: whole is one GE graph, calls one for each body and what stands between its calls, auto by their size;
     `write` gets the name, GE graph, torchair's options and a readable text of each before anything runs
     (inspect/dump.py)."""
-    gm = _in_form(program.graph_module, form)
+    # By all stages, as messages inside of a GE graph do not reach a process that receives outside of one.
+    ops = max(sum(times for _, times in calls.counted(each)) for each in program.graphs)
+    messages = Messages(processes, device) if processes and len(program.graphs) > 1 else None
+    gm = _in_form(program.graph_of(processes), form, ops, messages)
     graphs = convert(program, gm, device, processes)
     texts = {body: ge_text(graph.ge.proto, graph.ge.shapes) for body, graph in graphs.items()}
     names = {body: "" if body is gm else name for body, name in {**ir.subgraphs(gm), gm: ""}.items()}
     if write is not None:
         for body, graph in graphs.items():
             write(names[body], graph.ge.pbtxt(), graph.ge.options(graph.kept), texts[body])
-    run_all = graphs[gm].run if gm in graphs else in_turn(gm, {body: graph.run for body, graph in graphs.items()})
+    runs = {body: graph.run for body, graph in graphs.items()}
+    between = between_stages(messages, communication(program, "npu", processes))
+    run_all = runs[gm] if gm in runs else in_turn(gm, runs, between)
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -76,9 +83,8 @@ def _unambiguous(scopes: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {name: next(iter(each)) for name, each in several.items() if len(each) == 1}
 
 
-def _in_form(gm: torch.fx.GraphModule, form: str) -> torch.fx.GraphModule:
-    """The graph written out, or in pieces."""
-    ops = sum(times for _, times in calls.counted(gm))
+def _in_form(gm: torch.fx.GraphModule, form: str, ops: int, messages: Messages | None) -> torch.fx.GraphModule:
+    """The graph written out, or in pieces; `ops`: of the largest graph of a stage."""
     called = form == "calls" or (form == "auto" and ops > WHOLE_OPS)
     if form == "calls" and not calls.bodies(gm):
         log.warning(
@@ -87,7 +93,28 @@ def _in_form(gm: torch.fx.GraphModule, form: str) -> torch.fx.GraphModule:
     elif called and calls.bodies(gm):
         log.info("npu_form: calls, a GE graph for each piece of the step, which has %d ops in all", ops)
         return in_pieces(passes.copy_graph(gm))
-    return calls.inlined(gm)
+    whole = calls.inlined(gm)
+    return whole if messages is None else _with_messages(whole, messages)
+
+
+def _with_messages(gm: torch.fx.GraphModule, messages: Messages) -> torch.fx.GraphModule:
+    """`gm` with its messages named by their groups, and with nothing that other stages wait for and torchair, or GE,
+    would leave out as nobody here reads it."""
+    for node in filter(is_message, ir.calls(gm.graph)):
+        _, step, tag = way(node)
+        if node.target is not received.op:
+            group, other = messages.named(step, node.target is send.op)
+            node.args = (*node.args[:-4], group, 2, other, tag)
+    together = [node for node in ir.calls(gm.graph) if node.target is send.op or over_stages(node)]
+    out, unread = ir.output_node(gm.graph), [node for node in together if not node.users]
+    first, *others = ir.results(gm.graph)
+    with gm.graph.inserting_before(out):
+        for node in unread:
+            held = gm.graph.call_function(barrier.op, (first, node))
+            held.meta = {"val": compat.node_value(first), "custom": dict(compat.labels(node))}
+            first = held
+    out.args = ([first, *others],)
+    return gm
 
 
 @dataclass(frozen=True)
@@ -117,8 +144,9 @@ def convert(
         _refuse_float64(each)
     chosen = dict.fromkeys(KERNELS, "npu") | dict.fromkeys(collectives, "functional")
     chosen = {name: form for name, form in chosen.items() if name not in compat.CONVERTED}
-    gm = expand(gm, chosen, forms.finder(collectives), {})
-    bodies = calls.bodies(gm)
+    bodies, expanded = calls.bodies(gm), dict[str, torch.fx.GraphModule]()
+    for body in bodies or [gm]:
+        expand(body, chosen, forms.finder(collectives), {}, expanded)
     if bodies:
         add_in_place(gm)
     for body, scope in bodies.items():

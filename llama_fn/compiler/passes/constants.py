@@ -17,6 +17,7 @@ import torch
 
 from llama_fn import compat
 from llama_fn.compiler import ir
+from sharding.messages import is_message
 
 
 def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
@@ -45,11 +46,13 @@ def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
 
 
 def _constant(graph: torch.fx.Graph) -> dict[torch.fx.Node, None]:
-    """Ops with one result that depend on no input and write nothing, in order."""
+    """Ops with one result that depend on no input and write nothing, in order. Not what other devices take part in: it
+    stays where they come to it."""
     constant: dict[torch.fx.Node, None] = {}
     for node in ir.calls(graph):
         writes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
         several = isinstance(compat.node_value(node), (tuple, list))
-        if not writes and not several and constant.keys() >= set(ir.operands(node)):
+        together = is_message(node) or compat.is_collective(node.target)
+        if not writes and not several and not together and constant.keys() >= set(ir.operands(node)):
             constant[node] = None
     return constant

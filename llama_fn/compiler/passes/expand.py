@@ -27,11 +27,12 @@ Decompositions = Mapping[Any, Callable[..., Any]]
 
 
 def expand(
-    gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find, decompositions: Decompositions
-) -> torch.fx.GraphModule:
+    gm: torch.fx.GraphModule, forms: Mapping[str, str], find: Find, decompositions: Decompositions,
+    traced: dict[str, torch.fx.GraphModule] | None = None,
+) -> torch.fx.GraphModule:  # fmt: skip
     """`gm` with each of our ops in the form that `forms` names and `find` has, and the aten ops of `decompositions`
-    written in others."""
-    traced: dict[str, torch.fx.GraphModule] = {}
+    written in others. `traced` keeps what ops are written in, for graphs that share them."""
+    traced = {} if traced is None else traced
     for each in (*ir.subgraphs(gm), gm):
         _expand(each, forms, find, decompositions, traced)
     return gm

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ def add_in_place(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     operands = {node: _flat(node.args[1:]) for node in ir.calls(gm.graph) if calls.is_call(node)}
     readers = Counter(value for values in operands.values() for value in values)
     readers.update(_flat(ir.results(gm.graph)))
+    readers.update(x for node in ir.calls(gm.graph) if node not in operands and not calls.is_packing(node)
+                   for x in _flat(node.args))  # fmt: skip
     sites: dict[torch.fx.GraphModule, list[torch.fx.Node]] = defaultdict(list)
     for node in operands:
         sites[calls.body_of(gm, node)].append(node)
@@ -58,7 +61,9 @@ def _flat(args: object) -> list[Value]:
     if args.target is group:
         return _flat(args.args)
     if args.target is operator.getitem:
-        return [(args.args[0], args.args[1])]  # type: ignore[list-item]
+        source: Any = args.args[0]
+        which = range(len(source.meta["val"]))[args.args[1]]  # type: ignore[index]
+        return [(source, i) for i in ([which] if isinstance(which, int) else which)]
     return [(args, i) for i in range(len(args.meta["val"]) if args.target is call else 1)]
 
 

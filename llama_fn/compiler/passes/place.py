@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from llama_fn import compat
+from llama_fn.compiler import ir
 
 
 def place(gm: torch.fx.GraphModule, device: str) -> torch.fx.GraphModule:
-    """`gm` with values, and ops that make tensors, on `device`."""
+    """`gm`, and the bodies that it calls, with values, and ops that make tensors, on `device`."""
     target = torch.device(device)
     if target.type == "cpu":
         return gm
@@ -27,10 +28,11 @@ def place(gm: torch.fx.GraphModule, device: str) -> torch.fx.GraphModule:
             return world.like(value, device)
         return type(value)(moved(v) for v in value) if isinstance(value, (tuple, list)) else value
 
-    for node in gm.graph.nodes:
-        if "val" in node.meta:
-            node.meta["val"] = moved(node.meta["val"])
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": target}
-    gm.recompile()
+    for each in (*ir.subgraphs(gm), gm):
+        for node in each.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = moved(node.meta["val"])
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": target}
+        each.recompile()
     return gm

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from llama_fn.compiler import ir
+from kernels.barrier import barrier
+from llama_fn.compiler import cost, ir
 from llama_fn.compiler.passes.regather import gathers_large_layer
 from llama_fn.errors import UserError
 from sharding.errors import where
@@ -43,6 +44,9 @@ class Body:
     sent: Nodes = field(default_factory=dict)
     kept: Nodes = field(default_factory=dict)  # for later bodies of this part
     sums: Nodes = field(default_factory=dict)  # added up over microbatches
+    earlier: dict[str, Body] = field(
+        default_factory=dict
+    )  # by kind, those of this part of which it reads what they kept
 
     @property
     def results(self) -> list[torch.fx.Node]:
@@ -60,6 +64,7 @@ class Cut:
     def __init__(self, gm: torch.fx.GraphModule, parts: int, weights_apart: bool, gathers: bool) -> None:
         self.count, self.gathers = parts, gathers
         nodes = list(gm.graph.nodes)
+        self.order = {node: i for i, node in enumerate(nodes)}
         numbers = {ir.place_of(node).microbatch for node in ir.calls(gm.graph)} - {None}
         self.number = max((n for n in numbers if n is not None), default=-1)
         self.ops = {n: i for i, n in enumerate(nodes) if self._number(n) == self.number}
@@ -145,7 +150,8 @@ class Cut:
                 if used in back and used not in needed:
                     needed.add(used)
                     todo.append(used)
-        return needed
+        # What an op gives besides is taken apart where the op is: bodies hand on tensors.
+        return needed | {user for n in needed for user in n.users if user.target is operator.getitem and user in back}
 
     def operands(self, node: torch.fx.Node, part: int) -> Iterator[torch.fx.Node]:
         """What an op reads on a part: of a sum over several parts, the terms of this one."""
@@ -164,9 +170,7 @@ class Cut:
         """Sort what a body reads, and have those that compute it give it."""
         part = body.part
         body.ops = {node: None for node in body.ops if self.on(node, part) is node}
-        if self.gathers:
-            read = dict.fromkeys(used for node in body.ops for used in self.operands(node, part))
-            body.ops = {**{used: None for used in read if gathers_large_layer(used)}, **body.ops}
+        body.ops = {**self._anew(body), **body.ops}
         body.sums |= {node: None for node in self.carried if self.on(node, part) in body.ops}
         for used in dict.fromkeys(used for node in body.ops for used in self.operands(node, part)):
             if used in body.ops or used in self.first:
@@ -180,11 +184,32 @@ class Cut:
             else:
                 body.shared[used] = None
 
+    def _anew(self, body: Body) -> Nodes:
+        """What a body makes for itself of what other bodies read too: whole weights, which are not to be kept from its
+        forward to its backward, and views of what stands outside of the microbatches."""
+        anew: list[torch.fx.Node] = []
+        todo = list(body.ops)
+        while todo:
+            for used in self.operands(todo.pop(), body.part):
+                gathers = gathers_large_layer(used) and (self.gathers or used in self.ops)
+                if used not in body.ops and used not in anew and (gathers or self._is_view_of_outside(used)):
+                    anew.append(used)
+                    todo.append(used)
+        return dict.fromkeys(sorted(anew, key=self.order.__getitem__))
+
+    def _is_view_of_outside(self, node: torch.fx.Node) -> bool:
+        """Whether a value of the microbatch lives in one that is none's."""
+        if node not in self.ops or not cost.is_view(node) or node.target is barrier.op:
+            return False
+        source = ir.operands(node)[0]
+        return (source not in self.ops and source not in self.first) or self._is_view_of_outside(source)
+
     def _hand_over(self, used: torch.fx.Node, body: Body) -> None:
         """A body reads what another computes: an earlier one of its part, or one of a neighbour."""
         mine = [b for b in self._of_part(body.part) if used in b.ops]
         if mine:
             mine[0].kept[used] = None
+            body.earlier[mine[0].kind] = mine[0]
             return
         earlier = [b for b in self._of_part(body.part) if used in b.received and b is not body]
         if earlier:

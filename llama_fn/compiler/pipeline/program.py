@@ -16,7 +16,7 @@ with messages in between, and what stands after.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from kernels.repeat import call, group
 from kernels.scope_names import microbatch
 from llama_fn import compat
 from llama_fn.compiler import ir
+from llama_fn.compiler.pipeline.bodies import BodyWriter, phase_of
 from llama_fn.compiler.pipeline.cut import Body, Cut
 from sharding.abstract_eval import AbstractEval
 from sharding.messages import over_stages, receive, received, send
@@ -51,6 +52,7 @@ class _Program:
         self.mine = {self.part(work) for work in works}
         self.graph, self.root = torch.fx.Graph(), torch.nn.Module()
         self.values: dict[Node, Node] = {}
+        self.results: dict[tuple[str, int], tuple[Any, ...]] = {}
         self.messages: dict[tuple[Node, int], Node] = {}  # by value and microbatch: asked for, or there
         self.given: dict[tuple[str, int, int], Node] = {}  # results of a call, by kind, part and microbatch
         self.sums: dict[tuple[Node, int], Any] = {}  # of a sum, by part: its value so far
@@ -60,38 +62,43 @@ class _Program:
         return work.chunk * self.stages.count + self.stage
 
     def graph_module(self) -> torch.fx.GraphModule:
-        wanted = self._wanted()
-        for node in self.gm.graph.nodes:
-            if node.op == "placeholder" or (node in wanted and node not in self.cut.after):
+        outside = [n for n in self.gm.graph.nodes if n not in self.cut.ops and n not in self.cut.first]
+        early, wanted = self._early(outside), self._needed([ir.output_node(self.gm.graph)])
+        wanted |= self._needed([node for node in self.cut.after if over_stages(node)])
+        for node in outside:
+            if node.op == "placeholder" or node in early:
                 self._copy(node)
         calls = {key: self._body(self.cut.bodies[key]) for key in self.bodies}
-        self._begin_sums()
         for i, work in enumerate(self.works):
             for each in self.works[i : i + 2]:
                 self._ask(each)
             self._do(work, *calls[work.kind, self.part(work)])
-        for node in self.cut.after:
-            if node in wanted:
+        for node in outside:
+            if node in wanted and node not in self.values:
                 self._copy(node)
         return compat.graph_module(self.root, self.graph)
 
     def _here(self, node: Node) -> bool:
         return not parts_of(node) or bool(parts_of(node) & self.mine)
 
-    def _wanted(self) -> set[Node]:
-        """The ops outside of microbatches that this stage runs: what its results and bodies need, and what all stages
-        do together, needed here or not."""
-        todo = [n for n in self.gm.graph.nodes if n.op == "output" or over_stages(n)]
+    def _early(self, outside: Sequence[Node]) -> set[Node]:
+        """What stands before the microbatches: what bodies read, and what all stages do together, needed here or not.
+        What else could be computed there would only be kept."""
+        ends = [node for node in outside if over_stages(node) and node not in self.cut.after]
         for key in self.bodies:
             body = self.cut.bodies[key]
-            todo += [*body.shared, *(n.args[0] for n in body.own)]
-        wanted = set(todo)
+            ends += [*body.shared, *(n.all_input_nodes[0] for n in body.own)]
+        return self._needed(ends)
+
+    def _needed(self, ends: Sequence[Node]) -> set[Node]:
+        """Ops outside of microbatches and what they need of others there, on this stage."""
+        needed, todo = set(ends), list(ends)
         while todo:
             for used in ir.operands(todo.pop()):
-                if used not in wanted and used not in self.cut.ops and self._here(used):
-                    wanted.add(used)
+                if used not in needed and used not in self.cut.ops and self._here(used):
+                    needed.add(used)
                     todo.append(used)
-        return wanted
+        return needed
 
     def _copy(self, node: Node) -> Node:
         args, kwargs = node.args, node.kwargs
@@ -126,22 +133,15 @@ class _Program:
 
     def _zeros(self, value: Node, like: Node) -> Node:
         shape = compat.node_value(value)
-        return self._emit(
-            aten.full.default, (list(shape.shape), 0), like, shape, dtype=shape.dtype, device=shape.device
-        )
+        kind = {"dtype": shape.dtype, "device": shape.device}
+        new = self._emit(aten.full.default, (list(shape.shape), 0), like, shape, **kind)
+        new.meta["custom"]["scope"] = ir.place_of(like).in_microbatch(None)
+        return new
 
     def _emit(self, target: Any, args: Any, like: Node, val: Any, **kwargs: Any) -> Node:
         new = self.graph.call_function(target, args, kwargs)
         new.meta = {"val": val, "custom": dict(compat.labels(like))}
         return new
-
-    def _begin_sums(self) -> None:
-        for key in self.bodies:
-            body = self.cut.bodies[key]
-            if self.cut.first:
-                for node in body.sums:
-                    first = self.cut.carried[node]
-                    self.sums[node, body.part] = self._zeros(first, node)
 
     def _sum(self, node: Node, part: int) -> Node:
         """A sum so far: zeros, or one of the results of the last call that added to it."""
@@ -154,7 +154,7 @@ class _Program:
     def _body(self, body: Body) -> tuple[Node, Node | None]:
         """The body as a submodule, and its shared operands as one."""
         name = f"{body.kind.replace(' ', '_')}_{body.part}"
-        gm = _BodyWriter(self.cut, body, self._kept_before(body)).written()
+        gm = BodyWriter(self.cut, body).written()
         attribute = self.graph.get_attr(compat.add_body(self.root, name, gm))
         if not body.shared:
             return attribute, None
@@ -162,12 +162,6 @@ class _Program:
         together = self.graph.call_function(group, tuple(shared))
         together.meta = {"val": tuple(compat.node_value(x) for x in shared), "custom": _labels("step", body)}
         return attribute, together
-
-    def _kept_before(self, body: Body) -> list[Body]:
-        """The earlier bodies of the part of whose results this one reads."""
-        earlier = [b for (_, part), b in self.cut.bodies.items() if part == body.part and b.kept]
-        read = {used for node in body.ops for used in self.cut.operands(node, body.part)}
-        return [b for b in earlier if b is not body and any(node in read for node in b.kept)]
 
     def _ask(self, work: Work) -> None:
         """Begin to receive what a piece of work waits for."""
@@ -177,7 +171,9 @@ class _Program:
             if (node, work.microbatch) not in self.messages:
                 val = compat.node_value(node)
                 args = (list(val.shape), val.dtype, PIPE, self.stages.count, step, self._tag(node, work, body.part))
-                self.messages[node, work.microbatch] = self._message(receive.op, args, node, work, val)
+                self.messages[node, work.microbatch] = self._message(
+                    receive.op, args, node, work, val, device=val.device
+                )
 
     def _tag(self, node: Node, work: Work, part: int) -> int:
         """A number that this value of this microbatch has on its way to `part`, and nothing else has."""
@@ -197,20 +193,26 @@ class _Program:
             self.messages[node, number] = self._message(received.op, args, node, work, compat.node_value(node))
         operands: list[Any] = [self.messages[node, number] for node in (*body.received, *body.again)]
         operands += [self._own(node, number) for node in body.own]
-        for earlier in self._kept_before(body):
+        for earlier in body.earlier.values():
             made = self.given[earlier.kind, part, number]
             begin = len(earlier.sent)
             operands.append(self._kept(earlier, made, begin))
         operands += self._sums_so_far(body)
         operands += [shared] if shared is not None else []
         made = self.graph.call_function(call, (attribute, *operands))
-        vals = tuple(compat.node_value(self.cut.on(node, part)) for node in body.results)
-        made.meta = {"val": vals, "custom": _labels(microbatch(number), body)}
+        made.meta = {"val": self._results(body), "custom": _labels(microbatch(number), body)}
         self.given[work.kind, part, number] = made
         for i, node in enumerate(body.sums, len(body.results) - len(body.sums)):
             self.sums[node, part] = made, i
         for i, node in enumerate(body.sent):
             self._send(self._part(made, i, node), node, work, part)
+
+    def _results(self, body: Body) -> tuple[Any, ...]:
+        """The fake values of what a body gives, worked out once."""
+        key = body.kind, body.part
+        if key not in self.results:
+            self.results[key] = tuple(compat.node_value(self.cut.on(node, body.part)) for node in body.results)
+        return self.results[key]
 
     def _kept(self, earlier: Body, made: Node, begin: int) -> Node:
         """What a body kept for later ones, as one operand: taken apart once, so that it lives no longer than needed."""
@@ -226,6 +228,9 @@ class _Program:
         """The sums as operands: each by itself at first, then what the last call gave, as one."""
         if not (self.cut.first and body.sums):
             return []
+        for node in body.sums:
+            if (node, body.part) not in self.sums:
+                self.sums[node, body.part] = self._zeros(self.cut.carried[node], node)
         values = [self.sums[node, body.part] for node in body.sums]
         if not isinstance(values[0], tuple):
             return [values]
@@ -245,53 +250,12 @@ class _Program:
         args = (value, PIPE, self.stages.count, step, self._tag(node, work, part + step))
         self._message(send.op, args, node, work, AbstractEval.of(compat.node_value(node)).result(send.op, args))
 
-    def _message(self, op: Any, args: Any, node: Node, work: Work, val: Any) -> Node:
+    def _message(self, op: Any, args: Any, node: Node, work: Work, val: Any, **kwargs: Any) -> Node:
         """An op on a message, in the scope of what is sent and in its microbatch."""
-        new = self._emit(op, args, node, val)
+        new = self._emit(op, args, node, val, **kwargs)
         new.meta["custom"] |= {"scope": ir.place_of(node).in_microbatch(work.microbatch)}
         return new
 
 
-class _BodyWriter:
-    """Writes the graph of a body."""
-
-    def __init__(self, cut: Cut, body: Body, earlier: Sequence[Body]) -> None:
-        self.cut, self.body, self.earlier = cut, body, earlier
-        self.graph = torch.fx.Graph()
-        self.values: dict[Node, Node] = {}
-
-    def written(self) -> torch.fx.GraphModule:
-        body, part = self.body, self.body.part
-        for node in self._inputs():
-            new = self.graph.placeholder(node.name)
-            new.meta = {key: value for key, value in node.meta.items() if key in ("val", "sharding")}
-            self.values[node] = new
-        for node in body.ops:
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[self.cut.on(n, part)])
-            new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
-            scope = ir.place_of(node).in_microbatch(None)
-            region = str(compat.labels(node).get("region", "")) and scope
-            phase = ir.phase_of(node) if node in self.cut.ops else _phase(body)  # a weight gathered anew
-            where = {**compat.labels(node), "scope": scope, "region": region, "phase": phase}
-            new.meta = {**node.meta, "custom": where}
-            self.values[node] = new
-        out = self.graph.output([self.values[self.cut.on(node, part)] for node in body.results])
-        out.meta["paths"] = [""] * len(body.results)
-        return compat.graph_module(torch.nn.Module(), self.graph)
-
-    def _inputs(self) -> Iterator[Node]:
-        """In the order of a call's operands."""
-        yield from (*self.body.received, *self.body.again, *self.body.own)
-        for earlier in self.earlier:
-            yield from earlier.kept
-        if self.cut.first:
-            yield from (self.cut.carried[node] for node in self.body.sums)
-        yield from self.body.shared
-
-
 def _labels(scope: str, body: Body) -> dict[str, str]:
-    return {"scope": scope, "phase": _phase(body), "source": ""}
-
-
-def _phase(body: Body) -> str:
-    return "forward" if body.kind == FORWARD else "backward"
+    return {"scope": scope, "phase": phase_of(body), "source": ""}
