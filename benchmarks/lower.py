@@ -51,12 +51,15 @@ def main() -> None:
     end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     often = ", reduced per microbatch" if args.reduce_per_microbatch else ""
     print(f"{args.preset}, {cfg.model.num_layers} layers, mesh {mesh}, rules {args.rules}, bf16")
-    print(f"{args.microbatches} microbatches{often}; {len(lowered.graph_module.graph.nodes):,} nodes")
+    sizes = [f"{len(gm.graph.nodes):,}" for gm in lowered.graphs]
+    print(f"{args.microbatches} microbatches{often}; {', '.join(sizes)} nodes{' by stage' if sizes[1:] else ''}")
     print(
         f"trace {between - start:.1f} s, lower {end - between:.1f} s, {end - start:.1f} s in all; peak {peak:.2f} GiB"
     )
-    plain = traced.lower(mesh, args.rules, without=PLACING).memory_analysis().peak_bytes / 1e9
-    placed = lowered.memory_analysis().peak_bytes / 1e9
+    plain, placed = (
+        max(one.memory_analysis().peak_bytes for one in each.by_stage) / 1e9
+        for each in (traced.lower(mesh, args.rules, without=PLACING), lowered)
+    )
     print(f"predicted peak per device {placed:.2f} GB; without {', '.join(PLACING)} {plain:.2f} GB")
     print(f"\n{'rules':<16} {'state, GB':>10} {'of the whole':>13}")
     for name in PRESETS:

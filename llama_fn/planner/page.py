@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_fn.errors import UserError
 from llama_fn.html import document, table
+from llama_fn.planner import schedule_chart
 from llama_fn.planner.plan import Plan
 from llama_fn.planner.report import GB, verdict
 
@@ -42,7 +43,8 @@ def page(plan: Plan) -> str:
     title = f"{plan.cfg.model.preset} on {plan.mesh}, rules {plan.cfg.mesh.rules}, {h.name}"
     parts = [
         table(("what", "predicted"), facts),
-        "<h2>Memory over the step</h2>", _image(plt, _memory, plan),
+        *_schedule_parts(plt, plan),
+        *(["<h2>Memory over the step</h2>", _image(plt, _memory, plan)] if plan.timeline else []),
         "<h2>What takes the time</h2>", _image(plt, _roofline, plan),
         "<h2>Over the wire</h2>", _image(plt, _wires, plan) + table(head, rows) if rows else "<p>nothing</p>",
         f"<p>{escape(h.name)}: {escape(h.source)}</p>",
@@ -70,6 +72,30 @@ def _image(plt: Any, draw: Any, plan: Plan) -> str:
     plt.close(figure)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f"<img style='max-width:100%' alt='{draw.__name__.strip('_')}' src='data:image/svg+xml;base64,{encoded}'>"
+
+
+def _schedule_parts(plt: Any, plan: Plan) -> list[str]:
+    """The schedule of a pipeline: the whole step, how it begins, and the stages in numbers."""
+    made = plan.pipeline
+    if made is None:
+        return []
+    rest = plan.peak_bytes - max(stage.temporary_bytes for stage in made.stages)
+    rows = [
+        (i, s.layers, f"{s.busy_s:.3f}", f"{s.idle_s:.3f}", f"{(rest + s.temporary_bytes) / GB:.2f}",
+         f"{s.kept_bytes / GB:.2f}", s.peak_at)
+        for i, s in enumerate(made.stages)
+    ]  # fmt: skip
+    said = (
+        f"{plan.cfg.mesh.schedule}: between the first and the last microbatch, stages are idle for "
+        f"{made.timeline.bubble:.1%} of the time. Before the microbatches {made.before_s:.3f} s, after them "
+        f"{made.after_s:.3f} s; a message takes {made.message_s * 1e3:.2f} ms. In the second picture lines are "
+        "messages, numbers are microbatches."
+    )
+    head = ("stage", "layers", "s busy", "s idle", "peak GB", "kept for backwards GB", "the peak is at")
+    return [
+        "<h2>Stages over the step</h2>", f"<p>{escape(said)}</p>", _image(plt, schedule_chart.whole, plan),
+        _image(plt, schedule_chart.beginning, plan), table(head, rows),
+    ]  # fmt: skip
 
 
 def _memory(axes: Any, plan: Plan) -> None:

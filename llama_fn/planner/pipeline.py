@@ -58,7 +58,7 @@ def simulate(order: Order, seconds: Callable[[int, Work], float], message_s: flo
     A stage works in its order and waits for what it needs. ValueError where stages wait for one another, or for work
     that nobody does, naming what each waits for.
     """
-    parts = len(order) * (1 + max(work.chunk for works in order for work in works))
+    parts = parts_of(order)
     done: dict[Key, tuple[int, float]] = {}  # by whom, and when
     events: list[list[Event]] = [[] for _ in order]
     moved = True
@@ -68,10 +68,10 @@ def simulate(order: Order, seconds: Callable[[int, Work], float], message_s: flo
             while len(events[stage]) < len(works):
                 work = works[len(events[stage])]
                 part = work.chunk * len(order) + stage
-                needs = _needs(work, part, parts)
-                if any(need not in done for need in needs):
+                waits = needs(work, part, parts)
+                if any(need not in done for need in waits):
                     break
-                ready = [end + message_s * (source != stage) for source, end in map(done.__getitem__, needs)]
+                ready = [end + message_s * (source != stage) for source, end in map(done.__getitem__, waits)]
                 begin = max([*ready, events[stage][-1].end_s if events[stage] else 0.0])
                 event = Event(work, begin, begin + seconds(stage, work))
                 events[stage].append(event)
@@ -95,8 +95,13 @@ def stashes(order: Order) -> tuple[int, ...]:
     return tuple(most)
 
 
-def _needs(work: Work, part: int, parts: int) -> list[Key]:
-    """What must be done before."""
+def parts_of(order: Order) -> int:
+    """Into how many parts the model is cut."""
+    return len(order) * (1 + max(work.chunk for works in order for work in works))
+
+
+def needs(work: Work, part: int, parts: int) -> list[Key]:
+    """What must be done before, by kind, microbatch and part."""
     if work.kind == FORWARD:
         return [(FORWARD, work.microbatch, part - 1)] if part else []
     if work.kind == WEIGHT:

@@ -2,7 +2,8 @@
 
 Times are a roofline: an op takes the larger of its FLOPs over the peak and its bytes over the HBM bandwidth, as if
 alone and perfect, every pointwise op reading and writing memory once (compilers fuse them, so this part is an upper
-bound); a collective takes its bytes over the slowest link that its mesh axes cross.
+bound); a collective takes its bytes over the slowest link that its mesh axes cross. Of a pipeline the step is
+simulated, with these times for its ops (piped.py).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama_fn import tree
 from llama_fn.compiler import stages
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.config import Config
 from llama_fn.hardware import Hardware
 from llama_fn.model import arrays, train_step
 from llama_fn.model.flops import model_flops_per_token
-from llama_fn.planner import config_stages
+from llama_fn.planner import config_stages, piped
+from llama_fn.planner.links import bandwidth
+from llama_fn.planner.piped import PipelinePlan
 from llama_fn.planner.survey import (
     ENDS,
     MICROBATCHES,
@@ -34,7 +38,7 @@ from llama_fn.planner.survey import (
     total,
 )
 from sharding import Mesh, collectives_table
-from sharding.collectives import axes_of
+from sharding.stages import PIPE
 
 Traces = dict[Any, stages.Traced]
 
@@ -93,6 +97,9 @@ class Plan:
     transfers: list[Transfer]
     scopes: list[ScopeCost]
     seconds: float  # that planning took
+    pipeline: PipelinePlan | None = (
+        None  # of several stages: peaks are of the one that takes most, times of the slowest
+    )
 
     @property
     def reserved_bytes(self) -> int:
@@ -112,13 +119,14 @@ class Plan:
 
     @property
     def step_time_s(self) -> float:
-        """Communication behind computation as far as it goes; step_time_alone_s: one after the other."""
-        return max(self.compute_s, self.comms_s)
+        """Communication behind computation as far as it goes, or of a pipeline as simulated; step_time_alone_s: one
+        after the other."""
+        return max(self.compute_s, self.comms_s) if self.pipeline is None else self.pipeline.step_s
 
     @property
     def step_time_alone_s(self) -> float:
         """Seconds of a step whose sending hides behind nothing."""
-        return self.compute_s + self.comms_s
+        return self.compute_s + self.comms_s if self.pipeline is None else self.pipeline.alone_s
 
     @property
     def tokens_per_second_per_device(self) -> float:
@@ -138,6 +146,8 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
     smaller graphs, and the peak of some plans inexact."""
     began = time.perf_counter()
     traces = {} if traces is None else traces
+    if dict(mesh.axes).get(PIPE, 1) > 1:
+        return _piped(cfg, mesh, hardware, traces, began)
     layers, microbatches = cfg.model.num_layers, cfg.data.microbatches
     repeats = layers > 2 * ends + 1 and cfg.mesh.remat != "budget"  # which keeps values in some layers only
     sizes = (2 * ends, 2 * ends + 1) if repeats else (layers,)
@@ -145,25 +155,52 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
     surveys = [survey(each, hardware, microbatches, ends) for each in lowered]
     costs = extrapolated(surveys[0], surveys[1], layers - 2 * ends) if repeats else surveys[0]
     arguments = {key[1]: round(size) for key, size in costs.items() if key[0] == "argument"}
-    infos = dict(zip(lowered[0].signature.in_paths, lowered[0].signature.in_infos, strict=True))
     temporary, peak_at = peak(costs)
-    transfers = _transfers(costs, mesh, hardware)
-    tokens = cfg.data.global_batch_size * cfg.data.seq_len
-    return Plan(
-        cfg, mesh, hardware,
-        parameters=arrays.total_size(train_step.abstract_state(cfg).params),
-        parameters_bytes=sum(size for path, size in arguments.items() if path.startswith("state.params")),
-        optimizer_bytes=sum(size for path, size in arguments.items() if path.startswith("state.opt_state")),
-        # Laid out as either moment, in their dtype.
-        gradients_bytes=sum(size for path, size in arguments.items() if infos[path].table == "moments") // 2,
-        activations_bytes=round(costs[("saved",)]),
+    return _plan(
+        cfg, mesh, hardware, costs, arguments, began, round(costs[("saved",)]),
         peak_bytes=sum(arguments.values()) + round(temporary), peak_at=peak_at,
         timeline=timeline(costs, sum(arguments.values()), layers, ends),
+    )  # fmt: skip
+
+
+def _piped(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces, began: float) -> Plan:
+    """The plan of a pipeline, from the programs of two small ones."""
+    piped.refuse(cfg, mesh)
+    held, order = piped.work(cfg, mesh)
+    smalls = [_lowered(piped.small(cfg, held, piped.SMALL + more), mesh, traces) for more in (0, 1)]
+    made, costs = piped.predicted(smalls[0], smalls[1], held, order, hardware, cfg)
+    arguments = piped.argument_bytes(cfg, smalls[0].rules, mesh, held)
+    fullest = max(range(held.count), key=lambda stage: made.stages[stage].temporary_bytes)
+    most = made.stages[fullest]
+    return _plan(
+        cfg, mesh, hardware, costs[made.slowest], arguments, began, most.kept_bytes,
+        peak_bytes=sum(arguments.values()) + most.temporary_bytes, peak_at=f"{most.peak_at}, stage {fullest}",
+        timeline=[], pipeline=made,
+    )  # fmt: skip
+
+
+def _plan(
+    cfg: Config, mesh: Mesh, hardware: Hardware, costs: Survey, arguments: dict[str, int], began: float, kept: int,
+    **more: Any,
+) -> Plan:  # fmt: skip
+    """From the survey of one device, the bytes of its arguments and `kept`, what it keeps for backwards."""
+    state = train_step.abstract_state(cfg)
+    infos = dict(zip(tree.paths(state, "state"), tree.leaves(state), strict=True))
+    transfers = _transfers(costs, mesh, hardware)
+    tokens = cfg.data.global_batch_size * cfg.data.seq_len
+    moments = [size for path, size in arguments.items() if path in infos and infos[path].table == "moments"]
+    return Plan(
+        cfg, mesh, hardware,
+        parameters=arrays.total_size(state.params),
+        parameters_bytes=sum(size for path, size in arguments.items() if path.startswith("state.params")),
+        optimizer_bytes=sum(size for path, size in arguments.items() if path.startswith("state.opt_state")),
+        gradients_bytes=sum(moments) // 2,  # laid out as either moment, in their dtype
+        activations_bytes=kept,
         model_flops=model_flops_per_token(cfg.model, cfg.data.seq_len) * tokens / mesh.size,
         hardware_flops=round(total(costs, "flops")),
         compute_s=total(costs, "seconds"),
         comms_s=sum(t.seconds for t in transfers),
-        transfers=transfers, scopes=_scopes(costs, hardware, transfers), seconds=time.perf_counter() - began,
+        transfers=transfers, scopes=_scopes(costs, hardware, transfers), seconds=time.perf_counter() - began, **more,
     )  # fmt: skip
 
 
@@ -188,13 +225,6 @@ def scope_costs(lowered: stages.Lowered, hardware: Hardware) -> list[ScopeCost]:
     """What every scope of a whole step computes, moves and sends."""
     costs = spent(lowered, hardware)
     return _scopes(costs, hardware, _transfers(costs, lowered.mesh, hardware))
-
-
-def bandwidth(axes: str, mesh: Mesh, hardware: Hardware) -> float:
-    """Bytes/s of the slowest link among devices that differ along `axes`, ranks filling machine after machine."""
-    group = mesh.groups(axes_of(axes))[0]
-    inside = max(group) - min(group) < hardware.per_machine and mesh.size > 1
-    return hardware.link_bytes_per_s if inside else hardware.network_bytes_per_s
 
 
 def _transfers(costs: Survey, mesh: Mesh, hardware: Hardware) -> list[Transfer]:

@@ -40,12 +40,25 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "collectives": [asdict(t.row) | {"seconds": t.seconds} for t in plan.transfers],
         "scopes": [asdict(p) | {"bound": p.bound} for p in plan.scopes],
         "planning_s": plan.seconds,
+        "pipeline": _pipeline_json(plan),
     }
+
+
+def _pipeline_json(plan: Plan) -> dict[str, Any] | None:
+    """Of every stage; None without a pipeline."""
+    made = plan.pipeline
+    if made is None:
+        return None
+    return {
+        "schedule": plan.cfg.mesh.schedule, "chunks": plan.cfg.mesh.chunks, "bubble": made.timeline.bubble,
+        "imbalance": made.imbalance, "before_s": made.before_s, "after_s": made.after_s, "message_s": made.message_s,
+        "stages": [asdict(stage) for stage in made.stages],
+    }  # fmt: skip
 
 
 def as_text(plan: Plan) -> str:
     """The plan as the tool prints it."""
-    h = plan.hardware
+    h, hides = plan.hardware, "as simulated" if plan.pipeline else "if one hides the other"
     lines = [
         f"{plan.cfg.model.preset}, {plan.parameters:,} parameters, {plan.cfg.model.compute_dtype}, batch "
         f"{plan.cfg.data.global_batch_size} x {plan.cfg.data.seq_len} in {plan.cfg.data.microbatches} microbatches",
@@ -59,15 +72,16 @@ def as_text(plan: Plan) -> str:
         f"  peak         {plan.peak_bytes / GB:9.3f}  at {plan.peak_at}",
         f"  reserved     {plan.reserved_bytes / GB:9.3f}  {h.reserved.source}",
         f"  device       {h.hbm_bytes / GB:9.3f}  the step {verdict(plan)}",
-        f"  over the step {_sparkline([moment.bytes for moment in plan.timeline])}",
+        *([f"  over the step {_sparkline([moment.bytes for moment in plan.timeline])}"] if plan.timeline else []),
         "",
         "per device and step",
         f"  FLOPs        {plan.hardware_flops:.4e} in the graph, {plan.model_flops:.4e} of the model (for MFU)",
         f"  computing    {plan.compute_s:9.3f} s at least, pointwise ops unfused",
         f"  sending      {plan.comms_s:9.3f} s",
-        f"  step         {plan.step_time_s:9.3f} s if one hides the other, {plan.step_time_alone_s:.3f} s if not",
+        f"  step         {plan.step_time_s:9.3f} s {hides}, {plan.step_time_alone_s:.3f} s if not",
         f"  tokens/s     {plan.tokens_per_second_per_device:9.1f}, MFU {plan.mfu:.3f}, when hidden",
         "",
+        *_pipeline(plan),
         *_roofline(plan),
         "",
     ]
@@ -75,6 +89,29 @@ def as_text(plan: Plan) -> str:
     if rows:
         lines += [collectives_table.as_text(rows), *_by_axis(plan), ""]
     return "\n".join([*lines, f"planned in {plan.seconds:.1f} s"])
+
+
+def _pipeline(plan: Plan) -> list[str]:
+    """A line for each stage, and what the schedule costs."""
+    made, m = plan.pipeline, plan.cfg.mesh
+    if made is None:
+        return []
+    rest = plan.peak_bytes - max(stage.temporary_bytes for stage in made.stages)
+    head = f"{'stage':>5} {'layers':>6} {'s busy':>8} {'s idle':>8} {'peak GB':>8} {'kept GB':>8}  the peak is at"
+    chunks = f", {m.chunks} chunks" if m.chunks > 1 else ""
+    return [
+        f"pipeline: {m.schedule}{chunks}, bubble {made.timeline.bubble:.3f}, the slowest stage {made.imbalance:.1%} "
+        f"above the mean; {made.before_s:.3f} s before the microbatches, {made.after_s:.3f} s after; a message "
+        f"{made.message_s * 1e3:.2f} ms",
+        head,
+        *(
+            f"{i:5} {s.layers:6} {s.busy_s:8.3f} {s.idle_s:8.3f} {(rest + s.temporary_bytes) / GB:8.2f} "
+            f"{s.kept_bytes / GB:8.2f}  {s.peak_at}"
+            for i, s in enumerate(made.stages)
+        ),
+        "",
+        f"of stage {made.slowest}, the slowest:",
+    ]
 
 
 def verdict(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 For each mesh, rules and size of microbatch the first remat policy that fits is taken, from none to full, as each
 recomputes more than the one before; and gradients are reduced once a step unless only reducing per microbatch fits.
+Pipelines are tried with 1F1B, and the fastest of them with the other schedules too, and with two chunks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from typing import Any, Literal
 
@@ -19,12 +21,14 @@ from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from llama_fn.model import arrays, train_step
-from llama_fn.planner import config_stages, plan, survey
+from llama_fn.planner import config_stages, piped, plan, survey
 from llama_fn.planner.report import GB
 from sharding.errors import ShardingError, local_shape
 from sharding.rules import PRESETS
 
 SEQUENCES = (1, 2, 4)  # of a microbatch on a device
+PIPELINES = 3  # so many of the fastest are tried with other schedules
+OTHER_SCHEDULES: tuple[tuple[Literal["interleaved", "zb_h1"], int], ...] = (("interleaved", 2), ("zb_h1", 1))
 ENDS = 3  # layers at either end that are told apart: enough for meshes of two axes, and smaller than survey.ENDS
 POLICIES: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
@@ -53,14 +57,18 @@ class Tried:
         m, d, o = self.cfg.mesh, self.cfg.data, self.cfg.optim
         often = ", reduced per microbatch" if o.reduce_per_microbatch else ""
         again = ", weights gathered again" if m.regather else ""
-        return f"{d.microbatches} microbatches{often}, remat {m.remat}{again}"
+        chunks = f" of {m.chunks} chunks" if m.chunks > 1 else ""
+        order = f", {m.schedule}{chunks}" if "pipe" in m.axes else ""
+        return f"{d.microbatches} microbatches{order}{often}, remat {m.remat}{again}"
 
     @property
     def flags(self) -> str:
         """The flags that ask train.py for this."""
         m, d, o = self.cfg.mesh, self.cfg.data, self.cfg.optim
+        order = f"--mesh.schedule={m.schedule} --mesh.chunks={m.chunks} " if "pipe" in m.axes else ""
         return (
-            f"--mesh.axes={m.axes} --mesh.rules={m.rules} --data.microbatches={d.microbatches} --mesh.remat={m.remat} "
+            f"--mesh.axes={m.axes} {order}--mesh.rules={m.rules} --data.microbatches={d.microbatches} "
+            f"--mesh.remat={m.remat} "
             f"--mesh.regather={str(m.regather).lower()} "
             f"--optim.reduce_per_microbatch={str(o.reduce_per_microbatch).lower()}"
         )
@@ -83,9 +91,28 @@ def search(
         done[i] = tried
         progress(f"{len(done)} of {len(families)} meshes and rules tried, the last {tried[-1].where}")
     everything = [tried for _, each in sorted(done.items()) for tried in each]
-    return _verified(
-        sorted(everything, key=lambda t: -t.plan.tokens_per_second_per_device if t.plan else 1.0), hardware
-    )
+    piped = [t for t in sorted(everything, key=_rate) if t.plan and t.plan.pipeline][:PIPELINES]
+    others = [[each] for tried in piped for each in _other_schedules(tried.cfg)]
+    for i, (_, tried) in enumerate(_each(others, hardware, processes)):
+        everything += [each for each in tried if each.plan]
+        progress(f"{i + 1} of {len(others)} other schedules tried, the last {tried[-1].where}")
+    return _verified(sorted(everything, key=_rate), hardware)
+
+
+def _rate(tried: Tried) -> float:
+    """The fastest first, what does not fit last."""
+    return -tried.plan.tokens_per_second_per_device if tried.plan else 1.0
+
+
+def _other_schedules(cfg: Config) -> Iterator[Config]:
+    """The same pipeline worked on in other orders, where its layers and microbatches go."""
+    for schedule, chunks in OTHER_SCHEDULES:
+        other = replace(cfg, mesh=replace(cfg.mesh, schedule=schedule, chunks=chunks))
+        try:
+            piped.work(other, config_stages.mesh(other))
+        except UserError:
+            continue
+        yield other
 
 
 def _each(
@@ -106,15 +133,22 @@ def _families(cfg: Config, devices: int) -> Iterator[list[Config]]:
     """Meshes with rules, each with its microbatches, the smallest first. Sequences are cut, over `context`, only where
     there are fewer than devices to take them."""
     batch = cfg.data.global_batch_size
-    for model in (n for n in range(1, devices + 1) if devices % n == 0):
-        rest = devices // model
-        data = max(n for n in range(1, rest + 1) if rest % n == 0 and batch % n == 0)
-        sizes = [data * n for n in SEQUENCES if batch % (data * n) == 0]
-        for rules in _rules(data, model, context=rest // data):
-            extents = (("data", data), ("context", rest // data), ("model", model))
+    for pipe, model in product(_divisors(devices), repeat=2):
+        rest = devices // pipe // model
+        if devices % (pipe * model) or cfg.model.num_layers % pipe:
+            continue
+        data = max(n for n in _divisors(rest) if batch % n == 0)
+        # Fewer microbatches than stages leave most of a pipeline idle.
+        sizes = [data * n for n in SEQUENCES if batch % (data * n) == 0 and (pipe == 1 or batch // (data * n) >= pipe)]
+        for rules in _rules(data, model, context=rest // data) if sizes else ():
+            extents = (("pipe", pipe), ("data", data), ("context", rest // data), ("model", model))
             axes = ",".join(f"{name}:{size}" for name, size in extents if size > 1)
-            mesh = replace(cfg.mesh, axes=axes, rules=rules)
+            mesh = replace(cfg.mesh, axes=axes, rules=rules, schedule="1f1b", chunks=1, stage_layers="")
             yield [replace(cfg, mesh=mesh, data=replace(cfg.data, microbatches=batch // size)) for size in sizes]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _rules(data: int, model: int, context: int) -> tuple[str, ...]:

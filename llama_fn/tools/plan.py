@@ -53,12 +53,12 @@ def make_plan(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
     cfg = config_checks.resolved(config_flags.build_config())
-    for path in filter(None, (FLAGS.json, FLAGS.page)):  # before seconds of work
+    for path in filter(None, (FLAGS.json, FLAGS.page, FLAGS.trace)):  # before seconds of work
         check_writable(Path(path))
     if FLAGS.search:
         _start_imports()
     from llama_fn import hardware
-    from llama_fn.planner import config_stages, page, plan, report
+    from llama_fn.planner import config_stages, page, plan, report, trace
 
     if FLAGS.search:
         return _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
@@ -70,6 +70,11 @@ def make_plan(argv: list[str]) -> int:
     if FLAGS.page:
         with atomic(Path(FLAGS.page)) as f:
             f.write(page.page(planned))
+    if FLAGS.trace:
+        if planned.pipeline is None:
+            raise UserError(f"--trace={FLAGS.trace}: only the step of a pipeline is simulated; add pipe to --mesh.axes")
+        with atomic(Path(FLAGS.trace)) as f:
+            json.dump(trace.trace(planned.pipeline), f)
     return 0 if planned.fits else 1
 
 
@@ -85,4 +90,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("json", "", "file that gets everything as JSON as well")
     flags.DEFINE_integer("search", 0, "number of devices: list the meshes, rules, microbatches and remat that fit", 0)
     flags.DEFINE_string("page", "", "HTML file that gets everything with plots as well; needs matplotlib")
+    flags.DEFINE_string("trace", "", "file that gets the simulated step of a pipeline, for https://ui.perfetto.dev")
     app.run(main, flags_parser=config_flags.parse)
