@@ -21,8 +21,12 @@ RECIPES = sorted(p.name for p in (ROOT / "configs").glob("*.flags"))
 PAPER = {
     "llama_7b_8npu.flags": ["--flagfile=configs/hyper/paper_7b.flags"],
     "llama_65b_8layers_8npu.flags": ["--flagfile=configs/hyper/paper_65b.flags"],
-    "llama_65b_32npu.flags": ["--flagfile=configs/hyper/paper_65b.flags", "--data.microbatches=128"],
+    "llama_65b_32npu.flags": ["--flagfile=configs/hyper/paper_65b.flags", "--data.microbatches=512"],
+    "llama_65b_32npu_zero3.flags": ["--flagfile=configs/hyper/paper_65b.flags", "--data.microbatches=128"],
     "llama_65b_96npu.flags": [
+        "--flagfile=configs/hyper/paper_65b.flags", "--data.global_batch_size=2112", "--data.microbatches=352"
+    ],
+    "llama_65b_96npu_zero3.flags": [
         "--flagfile=configs/hyper/paper_65b.flags", "--data.global_batch_size=2112", "--data.microbatches=44"
     ],
 }  # fmt: skip
@@ -46,6 +50,7 @@ def check(cfg: config.Config) -> None:
     data, model = (dict(mesh.axes).get(axis, 1) for axis in ("data", "model"))
     assert cfg.mesh.rules in PRESETS
     assert d.global_batch_size // d.microbatches % data == 0
+    assert d.microbatches >= dict(mesh.axes).get("pipe", 1), "stages would be idle"
     assert all(size % model == 0 for size in (m.num_heads, m.num_kv_heads, m.mlp_dim, m.vocab_size, d.seq_len))
 
 
