@@ -13,7 +13,7 @@ from llama_fn.errors import UserError
 from llama_fn.model import train_step
 from sharding import Mesh
 from sharding.rules import Rules
-from sharding.stages import Pipeline
+from sharding.stages import PIPE, Pipeline
 
 
 def mesh(cfg: Config) -> Mesh:
@@ -34,7 +34,15 @@ def rules(cfg: Config, mesh: Mesh) -> Rules:
 
 
 def pipeline(cfg: Config) -> Pipeline:
-    """How the stages of cfg's mesh hold the model and work; UserError for layers that are no numbers."""
+    """How the stages of cfg's mesh hold the model and work; UserError for layers that are no numbers, and for what asks
+    for stages of a mesh that has none."""
+    asked = [f"--mesh.chunks={cfg.mesh.chunks}"] if cfg.mesh.chunks > 1 else []
+    asked += [f"--mesh.stage_layers={cfg.mesh.stage_layers}"] if cfg.mesh.stage_layers else []
+    if asked and dict(mesh(cfg).axes).get(PIPE, 1) == 1:
+        raise UserError(
+            f"{' '.join(asked)} deals layers out to the stages of a pipeline, and --mesh.axes={cfg.mesh.axes} has "
+            "none: add pipe:N to the mesh, or leave this out"
+        )
     held = [whole_number(text) for text in _listed(cfg.mesh.stage_layers)]
     if None in held:
         raise UserError(

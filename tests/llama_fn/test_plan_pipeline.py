@@ -103,6 +103,10 @@ def test_what_cannot_be_planned_is_told():
     cfg = config(axes="pipe:2", remat="budget", remat_gb=1.0)
     with pytest.raises(UserError, match=r"remat=budget keeps other values in some layers"):
         plan.make(cfg, config_stages.mesh(cfg), HARDWARE)
+    with pytest.raises(
+        UserError, match=r"--mesh.chunks=2 deals layers out .* and --mesh.axes=data:2 has none: add pipe:N"
+    ):
+        config_stages.pipeline(config(axes="data:2", chunks=2))
     cfg = replace(cfg, mesh=replace(cfg.mesh, axes="pipe:3", remat="none", remat_gb=0.0))
     with pytest.raises(UserError, match=r"8 layers do not divide by 3 stages"):
         plan.make(cfg, config_stages.mesh(cfg), HARDWARE)

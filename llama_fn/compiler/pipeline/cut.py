@@ -44,9 +44,7 @@ class Body:
     sent: Nodes = field(default_factory=dict)
     kept: Nodes = field(default_factory=dict)  # for later bodies of this part
     sums: Nodes = field(default_factory=dict)  # added up over microbatches
-    earlier: dict[str, Body] = field(
-        default_factory=dict
-    )  # by kind, those of this part of which it reads what they kept
+    earlier: dict[str, Body] = field(default_factory=dict)  # bodies of this part, by kind, whose kept values it reads
 
     @property
     def results(self) -> list[torch.fx.Node]:
