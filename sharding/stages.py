@@ -15,9 +15,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+from sharding.mesh import Mesh
 from sharding.parts import slots
 
 PIPE = "pipe"  # the mesh axis along which stages lie
+
+
+def stage_count(mesh: Mesh) -> int:
+    """How many stages a mesh has: one without an axis for them."""
+    return dict(mesh.axes).get(PIPE, 1)
+
+
+def stage_of(mesh: Mesh, rank: int) -> int:
+    """The stage of a device."""
+    return mesh.coordinates(rank).get(PIPE, 0)
 
 
 @dataclass(frozen=True)

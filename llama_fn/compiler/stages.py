@@ -38,7 +38,7 @@ from llama_fn.tree import Tree
 from sharding import P, collectives_table
 from sharding.mesh import Mesh
 from sharding.rules import Rules
-from sharding.stages import PIPE, Pipeline
+from sharding.stages import Pipeline, stage_of
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Lowered(_Graph):
 
     def of_rank(self, rank: int) -> Lowered:
         """The same of a device's stage."""
-        return replace(self, stage=self.mesh.coordinates(rank).get(PIPE, 0))
+        return replace(self, stage=stage_of(self.mesh, rank))
 
     @property
     def signature(self) -> Signature:

@@ -117,11 +117,8 @@ def _gradients(cfg: Config) -> Callable[..., tuple[torch.Tensor, llama.Params]]:
             return loss, weights.reduce_layers(grads, infos, dtype)
 
     def gradients(params: llama.Params, batch: Batch, cotangent: torch.Tensor) -> tuple[torch.Tensor, llama.Params]:
-        parts, gathered, often = (
-            _microbatches(batch),
-            weights.gather_rest(params, infos),
-            cfg.optim.reduce_per_microbatch,
-        )
+        parts, often = _microbatches(batch), cfg.optim.reduce_per_microbatch
+        gathered = weights.gather_rest(params, infos)
         gathered = gathered if often else weights.gather_layers(gathered, infos)
         loss, grads = accumulate(alone if often else grad_fn, gathered, parts, cotangent=cotangent)
         with phase("backward"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
+from llama_fn import tree
 from llama_fn.compiler import passes, stages
 from llama_fn.compiler.passes.partition import rules_named
 from llama_fn.compiler.passes.remat_regions import Remat
@@ -11,9 +13,11 @@ from llama_fn.config import Config
 from llama_fn.config_checks import whole_number
 from llama_fn.errors import UserError
 from llama_fn.model import train_step
+from llama_fn.tree import Tree
 from sharding import Mesh
+from sharding.errors import local_shape
 from sharding.rules import Rules
-from sharding.stages import PIPE, Pipeline
+from sharding.stages import Pipeline, stage_count
 
 
 def mesh(cfg: Config) -> Mesh:
@@ -38,7 +42,7 @@ def pipeline(cfg: Config) -> Pipeline:
     for stages of a mesh that has none."""
     asked = [f"--mesh.chunks={cfg.mesh.chunks}"] if cfg.mesh.chunks > 1 else []
     asked += [f"--mesh.stage_layers={cfg.mesh.stage_layers}"] if cfg.mesh.stage_layers else []
-    if asked and dict(mesh(cfg).axes).get(PIPE, 1) == 1:
+    if asked and stage_count(mesh(cfg)) == 1:
         raise UserError(
             f"{' '.join(asked)} deals layers out to the stages of a pipeline, and --mesh.axes={cfg.mesh.axes} has "
             "none: add pipe:N to the mesh, or leave this out"
@@ -49,6 +53,15 @@ def pipeline(cfg: Config) -> Pipeline:
             f"--mesh.stage_layers={cfg.mesh.stage_layers}: expected the number of layers of each stage, such as 20,20"
         )
     return Pipeline(cfg.mesh.schedule, cfg.mesh.chunks, tuple(n for n in held if n is not None))
+
+
+def local_bytes(infos: Tree, name: str, mesh: Mesh, rules: Rules) -> dict[str, int]:
+    """Bytes of one device's part of every leaf of a tree, by its path below `name`."""
+    sizes = {}
+    for path, info in zip(tree.paths(infos, name), tree.leaves(infos), strict=True):
+        layout = rules.layout(info.axes or (None,) * len(info.shape), info.table, mesh)
+        sizes[path] = prod(local_shape(info.shape, layout, mesh, path, True)) * info.dtype.itemsize
+    return sizes
 
 
 def _listed(names: str) -> list[str]:

@@ -79,11 +79,10 @@ def _schedule_parts(plt: Any, plan: Plan) -> list[str]:
     made = plan.pipeline
     if made is None:
         return []
-    rest = plan.peak_bytes - max(stage.temporary_bytes for stage in made.stages)
     rows = [
-        (i, s.layers, f"{s.busy_s:.3f}", f"{s.idle_s:.3f}", f"{(rest + s.temporary_bytes) / GB:.2f}",
+        (i, s.layers, f"{s.busy_s:.3f}", f"{s.idle_s:.3f}", f"{peak / GB:.2f}",
          f"{s.kept_bytes / GB:.2f}", s.peak_at)
-        for i, s in enumerate(made.stages)
+        for i, (s, peak) in enumerate(zip(made.stages, plan.stage_peaks, strict=True))
     ]  # fmt: skip
     said = (
         f"{plan.cfg.mesh.schedule}: between the first and the last microbatch, stages are idle for "

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
 
 from kernels.registry import tensor_bytes
 from kernels.scope_names import MICROBATCH
-from llama_fn import tree
 from llama_fn.compat import node_value
 from llama_fn.compiler import calls, ir, liveness, stages
 from llama_fn.config import Config
@@ -31,7 +29,6 @@ from llama_fn.planner.streams import Spent, spent
 from llama_fn.planner.survey import Survey
 from llama_fn.planner.survey import spent as surveyed
 from sharding import Mesh
-from sharding.errors import local_shape
 from sharding.messages import sends_bytes
 from sharding.rules import Rules
 from sharding.schedules import Order, Work, order_of
@@ -126,16 +123,11 @@ def _few(cfg: Config, held: Stages) -> int:
     return cfg.data.microbatches if cfg.mesh.schedule == "gpipe" else min(cfg.data.microbatches, 2 * held.count)
 
 
-def argument_bytes(cfg: Config, rules: Rules, mesh: Mesh, held: Stages) -> dict[str, int]:
+def argument_bytes(cfg: Config, rules: Rules, mesh: Mesh) -> dict[str, int]:
     """Of a device, by path: the same on every stage, as each has room for the layers of the one with most."""
-    rules = replace(rules, blocks=held.sizes)
-    sizes = {}
-    trees = (("state", train_step.abstract_state(cfg)), ("batch", train_step.abstract_batch(cfg)))
-    for name, infos in trees:
-        for path, info in zip(tree.paths(infos, name), tree.leaves(infos), strict=True):
-            layout = rules.layout(info.axes or (None,) * len(info.shape), info.table, mesh)
-            sizes[path] = prod(local_shape(info.shape, layout, mesh, path, True)) * info.dtype.itemsize
-    return sizes
+    state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
+    local = config_stages.local_bytes
+    return local(state, "state", mesh, rules) | local(batch, "batch", mesh, rules)
 
 
 def predicted(
@@ -146,9 +138,8 @@ def predicted(
     each = []
     for stage, (a, b) in enumerate(zip(small.by_stage, larger.by_stage, strict=True)):
         more = held.sizes[stage] - SMALL
-        padded = (
-            held.slots // (len(held.sizes) // held.count) - SMALL
-        )  # what is stacked has as many rows on every stage
+        # What is stacked has as many rows on every stage.
+        padded = held.slots // (len(held.sizes) // held.count) - SMALL
         each.append(_extrapolated(_costs(a, hardware), _costs(b, hardware), more, padded))
     message_s = max(_message_bytes(one) for one in small.by_stage) / bandwidth(PIPE, small.mesh, hardware)
 

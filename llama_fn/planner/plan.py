@@ -38,7 +38,7 @@ from llama_fn.planner.survey import (
     total,
 )
 from sharding import Mesh, collectives_table
-from sharding.stages import PIPE
+from sharding.stages import stage_count
 
 Traces = dict[Any, stages.Traced]
 
@@ -102,6 +102,12 @@ class Plan:
     )
 
     @property
+    def stage_peaks(self) -> list[int]:
+        """The peak of a device of each stage of a pipeline; their arguments are alike."""
+        taken = [stage.temporary_bytes for stage in self.pipeline.stages] if self.pipeline else []
+        return [self.peak_bytes - max(taken) + size for size in taken]
+
+    @property
     def reserved_bytes(self) -> int:
         """What the runtime takes: a communicator for each group that a collective names, and one of the world."""
         groups = {t.row.axis for t in self.transfers}
@@ -146,7 +152,7 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
     smaller graphs, and the peak of some plans inexact."""
     began = time.perf_counter()
     traces = {} if traces is None else traces
-    if dict(mesh.axes).get(PIPE, 1) > 1:
+    if stage_count(mesh) > 1:
         return _piped(cfg, mesh, hardware, traces, began)
     layers, microbatches = cfg.model.num_layers, cfg.data.microbatches
     repeats = layers > 2 * ends + 1 and cfg.mesh.remat != "budget"  # which keeps values in some layers only
@@ -169,7 +175,7 @@ def _piped(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces, began: f
     held, order = piped.work(cfg, mesh)
     smalls = [_lowered(piped.small(cfg, held, piped.SMALL + more), mesh, traces) for more in (0, 1)]
     made, costs = piped.predicted(smalls[0], smalls[1], held, order, hardware, cfg)
-    arguments = piped.argument_bytes(cfg, smalls[0].rules, mesh, held)
+    arguments = piped.argument_bytes(cfg, replace(smalls[0].rules, blocks=held.sizes), mesh)
     fullest = max(range(held.count), key=lambda stage: made.stages[stage].temporary_bytes)
     most = made.stages[fullest]
     return _plan(

@@ -96,7 +96,6 @@ def _pipeline(plan: Plan) -> list[str]:
     made, m = plan.pipeline, plan.cfg.mesh
     if made is None:
         return []
-    rest = plan.peak_bytes - max(stage.temporary_bytes for stage in made.stages)
     head = f"{'stage':>5} {'layers':>6} {'s busy':>8} {'s idle':>8} {'peak GB':>8} {'kept GB':>8}  the peak is at"
     chunks = f", {m.chunks} chunks" if m.chunks > 1 else ""
     return [
@@ -105,9 +104,8 @@ def _pipeline(plan: Plan) -> list[str]:
         f"{made.message_s * 1e3:.2f} ms",
         head,
         *(
-            f"{i:5} {s.layers:6} {s.busy_s:8.3f} {s.idle_s:8.3f} {(rest + s.temporary_bytes) / GB:8.2f} "
-            f"{s.kept_bytes / GB:8.2f}  {s.peak_at}"
-            for i, s in enumerate(made.stages)
+            f"{i:5} {s.layers:6} {s.busy_s:8.3f} {s.idle_s:8.3f} {peak / GB:8.2f} {s.kept_bytes / GB:8.2f}  {s.peak_at}"
+            for i, (s, peak) in enumerate(zip(made.stages, plan.stage_peaks, strict=True))
         ),
         "",
         f"of stage {made.slowest}, the slowest:",

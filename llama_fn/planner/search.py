@@ -20,10 +20,10 @@ from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
-from llama_fn.model import arrays, train_step
+from llama_fn.model import train_step
 from llama_fn.planner import config_stages, piped, plan, survey
 from llama_fn.planner.report import GB
-from sharding.errors import ShardingError, local_shape
+from sharding.errors import ShardingError
 from sharding.rules import PRESETS
 
 SEQUENCES = (1, 2, 4)  # of a microbatch on a device
@@ -239,11 +239,7 @@ def _why_not(cfg: Config, hardware: Hardware) -> str:
 
 def _local_bytes(cfg: Config, infos: Any) -> int:
     """Of one device's part of a tree."""
-    mesh, rules, size = config_stages.mesh(cfg), PRESETS[cfg.mesh.rules], 0
-    for path, info in zip(tree.paths(infos, "state"), tree.leaves(infos), strict=True):
-        layout = rules.layout(info.axes or (None,) * len(info.shape), info.table, mesh)
-        size += arrays.total_bytes(replace(info, shape=local_shape(info.shape, layout, mesh, path, True)))
-    return size
+    return sum(config_stages.local_bytes(infos, "state", config_stages.mesh(cfg), PRESETS[cfg.mesh.rules]).values())
 
 
 def as_text(tried: Sequence[Tried], best: int = 10) -> str:

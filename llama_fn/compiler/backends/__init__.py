@@ -18,7 +18,7 @@ from llama_fn.distributed import Processes
 from llama_fn.errors import UserError, nearest
 from sharding import Mesh, P
 from sharding.simulate import COLLECTIVES, FUSED
-from sharding.stages import PIPE
+from sharding.stages import PIPE, stage_of
 
 BACKENDS = ("eager", "inductor", "interpret", "npu")
 
@@ -40,11 +40,11 @@ class Program:
 
     def graph_of(self, processes: Processes | None) -> torch.fx.GraphModule:
         """The graph that this process runs: of a pipeline, that of its stage."""
-        return self.graphs[self.mesh.coordinates(processes.rank if processes else 0).get(PIPE, 0)]
+        return self.graphs[stage_of(self.mesh, processes.rank if processes else 0)]
 
     def ranks(self, stage: int) -> list[int]:
         """The devices of a stage, in the order of their ranks."""
-        return [rank for rank in range(self.mesh.size) if self.mesh.coordinates(rank).get(PIPE, 0) == stage]
+        return [rank for rank in range(self.mesh.size) if stage_of(self.mesh, rank) == stage]
 
     @property
     def stage_mesh(self) -> Mesh:

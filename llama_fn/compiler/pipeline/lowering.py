@@ -20,7 +20,7 @@ from sharding.mesh import Mesh
 from sharding.partition import Partitioned
 from sharding.rules import Rules
 from sharding.schedules import WEIGHT, Order, order_of
-from sharding.stages import PIPE, Pipeline, Stages, stages_of
+from sharding.stages import Pipeline, Stages, stage_count, stages_of
 
 # What works on the ops of one stage, once the graph is cut: where collectives stand, and what is written at the end.
 OF_A_STAGE = (passes.bucket, passes.overlap, passes.schedule, passes.donation)
@@ -30,7 +30,7 @@ OF_NO_PIPELINE = (passes.regather, passes.roll)  # the cut does what they do
 def stages_for(signature: Signature, mesh: Mesh, pipeline: Pipeline) -> Stages | None:
     """The parts of the model that the signature's stacked parameters are of, None on a mesh without stages; UserError
     where nothing is stacked, or the layers do not go."""
-    count = dict(mesh.axes).get(PIPE, 1)
+    count = stage_count(mesh)
     if count == 1:
         return None
     stacked = {info.shape[0] for info in signature.in_infos if info.axes[:1] == ("layers",)}
