@@ -20,6 +20,12 @@ def job(mesh: str = "", ranks: int = 1, rules: str = "fsdp_tp", fuse: bool = Fal
     return {"config": {**TINY, **where, **named}, "ranks": list(range(ranks))}
 
 
+def in_microbatches(mesh: str, ranks: int, count: int, **values) -> dict:
+    """Of one short sequence each."""
+    sizes = {"data__seq_len": 32, "data__microbatches": count, "data__global_batch_size": count}
+    return job(mesh, ranks, model__num_layers=2, **sizes, **values)
+
+
 def config_of(given: dict) -> config.Config:
     values = dict(given["config"])
     cfg = config.Config(model=presets.preset(values.pop("model.preset")))
@@ -32,34 +38,9 @@ JOBS = {
     "tiny_2_ranks": job("model:2", 2, data__seq_len=64),
     "tiny_4_ranks": job("data:2,model:2", 4, data__seq_len=64),
     "tiny_ulysses": job("context:2", 2, "fsdp_tp_ulysses", data__seq_len=64, model__num_layers=2),
-    "tiny_calls": job(
-        "model:2",
-        2,
-        data__seq_len=32,
-        data__microbatches=6,
-        data__global_batch_size=6,
-        model__num_layers=2,
-        run__npu_form="calls",
-    ),
-    "tiny_pipeline": job(
-        "pipe:2,model:2",
-        4,
-        data__seq_len=32,
-        data__microbatches=4,
-        data__global_batch_size=4,
-        model__num_layers=2,
-        run__npu_form="calls",
-    ),
-    "tiny_pipeline_whole": job(
-        "pipe:2,model:2",
-        4,
-        data__seq_len=32,
-        data__microbatches=3,
-        data__global_batch_size=3,
-        model__num_layers=2,
-        mesh__schedule="zb_h1",
-        run__npu_form="whole",
-    ),
+    "tiny_calls": in_microbatches("model:2", 2, 6, run__npu_form="calls"),
+    "tiny_pipeline": in_microbatches("pipe:2,model:2", 4, 4, run__npu_form="calls"),
+    "tiny_pipeline_whole": in_microbatches("pipe:2,model:2", 4, 3, mesh__schedule="zb_h1", run__npu_form="whole"),
     "tiny_fp16_gqa": job(
         model__compute_dtype="fp16", model__num_kv_heads=2, model__num_layers=2, data__seq_len=16, data__microbatches=2
     ),
