@@ -9,7 +9,7 @@ demo: $(VENV)/.base
 	$(BIN)/python train.py --flagfile=configs/tiny_cpu.flags
 
 test: $(VENV)/.test lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 nightly: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m "slow or not slow"

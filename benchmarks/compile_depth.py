@@ -23,8 +23,8 @@ from llama_fn.model.presets import preset
 from llama_fn.model import train_step
 cfg = Config(model=replace(preset("llama_tiny"), num_layers=int(sys.argv[1]), compute_dtype=sys.argv[3]))
 start = time.perf_counter()
-args = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-stages.jit(train_step.make_train_step(cfg), donate=0).trace(*args).lower().compile("inductor", cache=Path(sys.argv[2]))
+traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(*train_step.abstract_arguments(cfg))
+traced.lower().compile("inductor", cache=Path(sys.argv[2]))
 print(time.perf_counter() - start)
 """
 

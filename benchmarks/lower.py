@@ -44,8 +44,8 @@ def main() -> None:
         optim=OptimConfig(reduce_per_microbatch=args.reduce_per_microbatch),
     )
     start = time.perf_counter()
-    state = train_step.abstract_state(cfg)
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(state, train_step.abstract_batch(cfg))
+    arguments = train_step.abstract_arguments(cfg)
+    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(*arguments)
     between = time.perf_counter()
     lowered = traced.lower(mesh, args.rules)
     end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -72,7 +72,7 @@ def main() -> None:
         bytes_here = sum(
             n.meta["val"].numel() * i.dtype.itemsize for n, i in nodes if n.meta["path"].startswith("state")
         )
-        print(f"{name:<16} {bytes_here / 1e9:>10.3f} {bytes_here / arrays.total_bytes(state):>13.4f}")
+        print(f"{name:<16} {bytes_here / 1e9:>10.3f} {bytes_here / arrays.total_bytes(arguments[0]):>13.4f}")
     print(f"\n{collectives_table.as_text(lowered.collectives())}")
 
 

@@ -57,7 +57,7 @@ def time_steps(microbatches: int, rounds: int, sequences: int) -> None:
     flat = replace(called, graph_module=calls.inlined(called.graph_module))
     batch = train_step.abstract_batch(cfg)
     ids = [torch.randint(cfg.model.vocab_size, batch.tokens.shape) for _ in range(2)]
-    given = train_step.Batch(*ids, torch.ones(batch.loss_mask.shape))
+    given = train_step.Batch(*ids, torch.ones(batch.loss_mask.shape)), train_step.hyperparameters(cfg)
     steps, states, seconds = {}, {}, {}
     for name, lowered in (("calls", called), ("written out", flat)):
         steps[name], seconds[name] = lowered.compile("inductor"), list[float]()
@@ -65,7 +65,7 @@ def time_steps(microbatches: int, rounds: int, sequences: int) -> None:
     for _ in range(rounds + 2):  # the first two warm up
         for name, step in steps.items():
             start = time.perf_counter()
-            states[name], metrics = step(states[name], given)
+            states[name], metrics = step(states[name], *given)
             metrics["lm_loss"].item()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(each[2:]) for name, each in seconds.items()}

@@ -50,20 +50,20 @@ def main() -> None:
         model=replace(preset(args.preset), compute_dtype=args.dtype),
         data=DataConfig(seq_len=seq, global_batch_size=batch), run=RunConfig(steps=1000),
     )  # fmt: skip
-    state, inputs = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    lowered = stages.jit(train_step.make_train_step(cfg), donate=0).trace(state, inputs).lower(mesh, args.rules)
+    state, *inputs = train_step.abstract_arguments(cfg)
+    lowered = stages.jit(train_step.make_train_step(cfg), donate=0).trace(state, *inputs).lower(mesh, args.rules)
     with tempfile.TemporaryDirectory() as cache:
         step = lowered.compile("inductor", cache=Path(cache), processes=members)
     count = len(tree.leaves(state))
     held = arrays.materialize(state, random.key(0), parts=members.parts(state, lowered.inputs[:count]))
     ids = torch.randint(0, cfg.model.vocab_size, (1, batch, seq + 1), generator=torch.Generator().manual_seed(0))
     whole = train_step.Batch(ids[..., :-1], ids[..., 1:], torch.ones(1, batch, seq))
-    mine = members.local(whole, lowered.inputs[count:])
+    mine = members.local((whole, train_step.hyperparameters(cfg)), lowered.inputs[count:])
     seconds, share = [], 0.0
     for i in range(args.steps + 2):
         start = time.perf_counter()
         with torch.profiler.profile() if i > args.steps else contextlib.nullcontext() as profile:
-            held, _ = step(held, mine)
+            held, _ = step(held, *mine)
         if i and i <= args.steps:
             seconds.append(time.perf_counter() - start)
         elif i:

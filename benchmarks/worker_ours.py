@@ -26,9 +26,7 @@ def main() -> None:
     model = replace(preset(spec["preset"]), compute_dtype=spec["dtype"])
     data = DataConfig(seq_len=spec["seq"], global_batch_size=spec["batch"])
     cfg = Config(model=model, data=data, run=RunConfig(steps=1000))
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
-        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    )
+    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(*train_step.abstract_arguments(cfg))
     lowered = traced.lower()
     step = lowered.compile(
         "inductor", device=spec["device"], attention=spec["attention"], cache=Path(os.environ["BENCH_CACHE"]) / "ours"
@@ -37,10 +35,11 @@ def main() -> None:
     tokens = contender.batch(model.vocab_size, spec["batch"], spec["seq"], spec["device"])[None]
     mask = torch.ones(tokens[..., 1:].shape, device=spec["device"])
     batch = train_step.Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), mask)
+    hyper = train_step.hyperparameters(cfg, spec["device"])
     held = [state]
 
     def run() -> None:
-        held[0], metrics = step(held[0], batch)
+        held[0], metrics = step(held[0], batch, hyper)
         metrics["lm_loss"].item()
 
     first = {"flops": lowered.cost_analysis().total_flops, "from_cache": step.from_cache}

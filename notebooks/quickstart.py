@@ -48,9 +48,10 @@ step = lowered.compile("inductor", cache=Path("work/notebook/compiled"))
 state = arrays.materialize(train_step.abstract_state(cfg), random.key(0))
 d = cfg.data
 batches = BatchIterator(train_data, d.global_batch_size, d.microbatches, cfg.model.vocab_size)
+hyper = train_step.hyperparameters(cfg)  # learning rates and the like: other numbers need no other graph
 losses = []
 for _ in range(STEPS):
-    state, metrics = step(state, next(batches))
+    state, metrics = step(state, next(batches), hyper)
     losses.append(metrics["lm_loss"].item())
 batches.close()
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

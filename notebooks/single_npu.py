@@ -37,9 +37,10 @@ step = config_stages.train(cfg).lower().compile(backend, **options)
 state = arrays.materialize(train_step.abstract_state(cfg), random.key(0), device)
 ids = torch.randint(0, cfg.model.vocab_size, (1, cfg.data.global_batch_size, cfg.data.seq_len + 1)).to(device)
 batch = train_step.Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), torch.ones_like(ids[..., 1:]).float())
+hyper = train_step.hyperparameters(cfg, device)
 losses = []
 for _ in range(20):
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, hyper)
     losses.append(metrics["lm_loss"].item())
 print(f"loss on one batch {losses[0]:.3f} -> {losses[-1]:.3f}")
 assert losses[-1] < losses[0]

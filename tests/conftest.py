@@ -46,8 +46,9 @@ def tiny_config():
 
 
 @pytest.fixture
-def random_batch():
-    from llama_fn.model.train_step import Batch
+def random_inputs():
+    """What a step takes besides its state: a batch of random tokens, and the hyper-parameters."""
+    from llama_fn.model.train_step import Batch, hyperparameters
 
     def make(cfg, seed=0):
         m, size = cfg.data.microbatches, cfg.data.global_batch_size
@@ -55,7 +56,7 @@ def random_batch():
         shape = (m, size // m, cfg.data.seq_len + 1)
         ids = torch.randint(0, cfg.model.vocab_size, shape, generator=generator)
         mask = (torch.rand(ids[..., 1:].shape, generator=generator) > 0.1).float()
-        return Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), mask)
+        return Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), mask), hyperparameters(cfg)
 
     return make
 

@@ -28,8 +28,7 @@ cfg = Config(model=model, data=DataConfig(seq_len=16, global_batch_size=4))
 infos = llama.abstract_params(model)
 assert infos.layers.q_norm.shape == (2, 8) and not optim.matrices(infos).layers.k_norm
 traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
-    train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-)
+    *train_step.abstract_arguments(cfg))
 ids = torch.randint(0, 64, (1, 4, 17), generator=torch.Generator().manual_seed(0))
 batch = train_step.Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), torch.ones(1, 4, 16))
 
@@ -38,7 +37,7 @@ def trained(mesh):
     step = traced.lower(Mesh.parse(mesh), "fsdp_tp").compile("interpret")
     state = arrays.materialize(train_step.abstract_state(cfg), random.key(0))
     for _ in range(3):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, train_step.hyperparameters(cfg))
     return state, metrics
 
 

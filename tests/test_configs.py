@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama_fn import config, config_fields
-from llama_fn.model import optim
+from llama_fn.model import hyper, optim
 from llama_fn.run import metrics
 from sharding import Mesh
 from sharding.rules import PRESETS
@@ -79,7 +79,7 @@ def test_one_npu_takes_either_set_of_hyper_parameters(hyper, b2):
 
 def test_the_slice_logs_the_numbers_of_ascendspeeds_recipe():
     cfg = load("--flagfile=configs/llama_65b_8layers_8npu.flags")
-    rate = optim.warmup_decay(cfg.optim, cfg.run.steps)(torch.tensor(3.0)).item()
+    rate = optim.warmup_decay("cosine")(torch.tensor(3.0), hyper.hyperparameters(cfg)).item()
     values = {
         "lm_loss": 12.0, "learning_rate": rate, "grad_norm": 1.0, "loss_scale": 1.0, "skipped_iterations": 0,
         "nan_iterations": 0, "nonfinite_params": 0,

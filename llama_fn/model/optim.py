@@ -1,6 +1,7 @@
 """Optimizers as (init, update) pairs over trees, in the manner of optax. Schedules run inside the graph.
 
-`update(updates, state, params, grad_norm=...)` returns (updates, state); only :func:`apply_updates` adds.
+`update(updates, state, params, hyper=..., grad_norm=...)` returns (updates, state); only :func:`apply_updates` adds.
+Numbers that may change from run to run come in `hyper` (hyper.py), as scalar tensors.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 
 from kernels.rms_norm import upcast
 from llama_fn import tree
-from llama_fn.config import Config, OptimConfig
+from llama_fn.config import Config
 from llama_fn.model.arrays import ArrayInfo, Init
+from llama_fn.model.hyper import Hyper
 from llama_fn.tree import Leaf, Tree
 from sharding import P, constrain, reshard_as
 
-Schedule = Callable[[torch.Tensor], torch.Tensor]
+Schedule = Callable[[torch.Tensor, Hyper], torch.Tensor]
 
 
 class Optimizer(NamedTuple):
@@ -60,11 +62,11 @@ def global_norm(grads: Tree) -> torch.Tensor:
     return torch.sqrt(torch.stack(squares).sum())
 
 
-def clip_by_global_norm(limit: float) -> Optimizer:
-    """Scale all updates by min(1, limit / (norm + 1e-6)) (Pascanu et al. 2013, with torch's epsilon)."""
+def clip_by_global_norm() -> Optimizer:
+    """Scale all updates by min(1, clip / (norm + 1e-6)) (Pascanu et al. 2013, with torch's epsilon)."""
 
-    def clip(updates: Tree, params: Tree, grad_norm: torch.Tensor, **extra: Any) -> Tree:
-        factor = torch.clamp(limit / (grad_norm + 1e-6), max=1.0)
+    def clip(updates: Tree, params: Tree, hyper: Hyper, grad_norm: torch.Tensor, **extra: Any) -> Tree:
+        factor = torch.clamp(hyper.clip / (grad_norm + 1e-6), max=1.0)
         return tree.map(lambda g: g * factor, updates)
 
     return _stateless(clip)
@@ -78,33 +80,32 @@ class AdamState(NamedTuple):
     count: Leaf
 
 
-def scale_by_adam(b1: float, b2: float, eps: float) -> Optimizer:
+def scale_by_adam() -> Optimizer:
     """Adam's direction with bias correction (Kingma and Ba 2015, algorithm 1)."""
 
     def init(params: Tree) -> AdamState:
         zeros = tree.map(lambda info: replace(info, init=Init(), table="moments"), params)
         return AdamState(zeros, zeros, _count())
 
-    def update(updates: Tree, state: AdamState, params: Tree, **extra: Any) -> tuple[Tree, AdamState]:
-        count = state.count + 1
-        mu = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = tree.map(lambda v, g: b2 * v + (1 - b2) * (g * g), state.nu, updates)
-        correct1, correct2 = 1 - _power(b1, count), 1 - _power(b2, count)
-        direction = tree.map(lambda m, v: (m / correct1) / (torch.sqrt(v / correct2) + eps), mu, nu)
+    def update(updates: Tree, state: AdamState, params: Tree, hyper: Hyper, **extra: Any) -> tuple[Tree, AdamState]:
+        h, count = hyper, state.count + 1
+        mu = tree.map(lambda m, g: h.b1 * m + h.b1_rest * g, state.mu, updates)
+        nu = tree.map(lambda v, g: h.b2 * v + h.b2_rest * (g * g), state.nu, updates)
+        correct1, correct2 = 1 - torch.exp(count * h.b1_log), 1 - torch.exp(count * h.b2_log)
+        direction = tree.map(lambda m, v: (m / correct1) / (torch.sqrt(v / correct2) + h.eps), mu, nu)
         return direction, AdamState(mu, nu, count)
 
     return Optimizer(init, update)
 
 
-def _power(base: float, exponent: torch.Tensor) -> torch.Tensor:
-    return torch.exp(exponent * math.log(base)) if base > 0 else torch.zeros_like(exponent)
-
-
-def add_decayed_weights(rate: float, mask: Tree) -> Optimizer:
+def add_decayed_weights(mask: Tree) -> Optimizer:
     """Decoupled weight decay (Loshchilov and Hutter 2019) where `mask`, a tree of bool like params, is True."""
 
-    def decay(updates: Tree, params: Tree, **extra: Any) -> Tree:
-        return tree.map(lambda u, p, decayed: u + rate * reshard_as(p, u) if decayed else u, updates, params, mask)
+    def decay(updates: Tree, params: Tree, hyper: Hyper, **extra: Any) -> Tree:
+        def one(u: torch.Tensor, p: torch.Tensor, decayed: bool) -> torch.Tensor:
+            return u + hyper.weight_decay * reshard_as(p, u) if decayed else u
+
+        return tree.map(one, updates, params, mask)
 
     return _stateless(decay)
 
@@ -117,29 +118,30 @@ def matrices(params: Tree) -> Tree:
 def scale_by_schedule(schedule: Schedule) -> Optimizer:
     """Multiply by -schedule(count), count being 1 in the first update."""
 
-    def update(updates: Tree, state: Tree, params: Tree, **extra: Any) -> tuple[Tree, Tree]:
+    def update(updates: Tree, state: Tree, params: Tree, hyper: Hyper, **extra: Any) -> tuple[Tree, Tree]:
         count = state + 1
-        rate = schedule(count)
+        rate = schedule(count, hyper)
         return tree.map(lambda u: -rate * u, updates), count
 
     return Optimizer(lambda params: _count(), update)
 
 
-def warmup_decay(cfg: OptimConfig, total_steps: int) -> Schedule:
-    """Linear warmup to lr over warmup_steps, then cosine or linear to min_lr at decay_steps, then constant.
+def warmup_decay(kind: str) -> Schedule:
+    """Linear warmup to lr over warmup_steps, then `kind`, cosine or linear, to min_lr at decay_steps, then constant.
+    Of kind constant it stays at lr.
 
     Count i is the i-th update, so it uses lr * i / warmup_steps: the value that Megatron logs at iteration i.
     """
-    warmup, end = cfg.warmup_steps, max(cfg.decay_steps or total_steps, cfg.warmup_steps + 1)
 
-    def schedule(count: torch.Tensor) -> torch.Tensor:
-        done = torch.clamp((count - warmup) / (end - warmup), 0.0, 1.0)
-        if cfg.schedule == "constant":
-            rate = torch.full_like(count, cfg.lr)
+    def schedule(count: torch.Tensor, hyper: Hyper) -> torch.Tensor:
+        h = hyper
+        if kind == "constant":
+            rate = h.lr
         else:
-            left = 0.5 * (1 + torch.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - done
-            rate = cfg.min_lr + (cfg.lr - cfg.min_lr) * left
-        return torch.where(count < warmup, cfg.lr * count / warmup, rate) if warmup else rate
+            done = torch.clamp((count - h.warmup_steps) / h.decay_steps, 0.0, 1.0)
+            left = 0.5 * (1 + torch.cos(math.pi * done)) if kind == "cosine" else 1 - done
+            rate = h.min_lr + (h.lr - h.min_lr) * left
+        return torch.where(count < h.warmup_steps, count * h.warmup_lr, rate)
 
     return schedule
 
@@ -149,21 +151,18 @@ class AdamW(NamedTuple):
 
     init: Callable[[Tree], Tree]
     update: Callable[..., tuple[Tree, Tree]]
-    learning_rate: Callable[[Tree], torch.Tensor]
+    learning_rate: Callable[[Tree, Hyper], torch.Tensor]
 
 
 def adamw(cfg: Config, params: Tree) -> AdamW:
     """The optimizer of a training run on parameters declared as `params`: clip, Adam, weight decay, schedule."""
-    o = cfg.optim
-    schedule = warmup_decay(o, cfg.run.steps)
-    parts = [clip_by_global_norm(o.clip)] if o.clip else []
-    parts += [scale_by_adam(o.b1, o.b2, o.eps)]
-    parts += [add_decayed_weights(o.weight_decay, matrices(params))] if o.weight_decay else []
-    whole = chain(*parts, scale_by_schedule(schedule))
+    schedule = warmup_decay(cfg.optim.schedule)
+    parts = clip_by_global_norm(), scale_by_adam(), add_decayed_weights(matrices(params)), scale_by_schedule(schedule)
+    whole = chain(*parts)
 
-    def learning_rate(state: Tree) -> torch.Tensor:
+    def learning_rate(state: Tree, hyper: Hyper) -> torch.Tensor:
         *_, updates_made = state  # scale_by_schedule is the chain's last part, and its state is this count
-        return schedule(updates_made + 1)
+        return schedule(updates_made + 1, hyper).to(updates_made.dtype)
 
     return AdamW(whole.init, whole.update, learning_rate)
 

@@ -1,6 +1,7 @@
-"""The pure training step: (state, batch) -> (state, metrics), everything of one iteration in one function.
+"""The pure training step: (state, batch, hyper) -> (state, metrics), everything of one iteration in one function.
 
 batch: tokens, targets int64 [M, B, T] and loss_mask float32 [M, B, T] (M microbatches of B samples).
+hyper: scalars that may change from run to run (hyper.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from llama_fn.config import Config
 from llama_fn.config_checks import check
 from llama_fn.model import llama, optim, weights
 from llama_fn.model.arrays import DTYPES, ArrayInfo, Init
+from llama_fn.model.hyper import Hyper, abstract_hyper
+from llama_fn.model.hyper import hyperparameters as hyperparameters  # for callers of the step
 from llama_fn.model.transforms import accumulate, fold, named_scope, phase, repeated, value_and_grad
 from llama_fn.tree import Leaf, Tree
 from sharding import P, constrain
@@ -84,6 +87,11 @@ def abstract_batch(cfg: Config) -> Batch:
     return Batch(ids, ids, ArrayInfo(shape, torch.float32, axes, table="compute"))
 
 
+def abstract_arguments(cfg: Config) -> tuple[TrainState, Batch, Hyper]:
+    """The declarations of what a training step takes: state, batch and hyper-parameters."""
+    return abstract_state(cfg), abstract_batch(cfg), abstract_hyper(cfg)
+
+
 def _microbatches(batch: Batch) -> list[Batch]:
     fields = (k.unbind(batch.tokens), k.unbind(batch.targets), k.unbind(batch.loss_mask))
     return [Batch(*parts) for parts in zip(*fields, strict=True)]
@@ -133,15 +141,15 @@ def _cast(params: llama.Params, cfg: Config) -> llama.Params:
         return tree.map(lambda p: p.to(DTYPES[cfg.model.compute_dtype]), params)
 
 
-def next_guard(guard: Guard, ok: torch.Tensor, numbers: torch.Tensor, cfg: Config) -> Guard:
+def next_guard(guard: Guard, ok: torch.Tensor, numbers: torch.Tensor, hyper: Hyper, dtype: str) -> Guard:
     """Counts of this iteration added; in fp16 the scale halves on overflow, doubles after a window of good ones."""
     one = torch.ones_like(guard.skipped)
     skipped = guard.skipped + torch.where(ok, 0.0 * one, one)
     nan = guard.nan + torch.where(numbers, 0.0 * one, one)
-    if cfg.model.compute_dtype != "fp16":
+    if dtype != "fp16":
         return Guard(guard.loss_scale, guard.good_steps, skipped, nan)
     good = torch.where(ok, guard.good_steps + 1, 0.0 * one)
-    grow = good >= cfg.optim.loss_scale_window
+    grow = good >= hyper.loss_scale_window
     factor = torch.where(ok, torch.where(grow, 2.0 * one, one), 0.5 * one)
     scale = torch.clamp(guard.loss_scale * factor, 1.0, MAX_LOSS_SCALE)
     return Guard(scale, torch.where(grow, 0.0 * one, good), skipped, nan)
@@ -158,7 +166,7 @@ def _all_finite(params: llama.Params) -> torch.Tensor:
     return _finite(torch.stack([constrain(torch.sum(upcast(p)), P()) for p in tree.leaves(params)]).sum())
 
 
-def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, torch.Tensor]]]:
+def make_train_step(cfg: Config) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, torch.Tensor]]]:
     """The step for cfg. An iteration whose loss or gradients are not finite leaves params and moments as they were.
 
     metrics, all float32 scalars: lm_loss (mean nats per unmasked token), grad_norm (before clipping),
@@ -171,7 +179,7 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
     optimizer = optim.adamw(cfg, llama.abstract_params(cfg.model))
     gradients = _gradients(cfg)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, torch.Tensor]]:
+    def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, torch.Tensor]]:
         guard = state.opt_state.guard
         compute_params = _cast(state.params, cfg)
         with named_scope("loss"):
@@ -184,18 +192,18 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch], tuple[TrainSta
             norm = optim.global_norm(grads)
             loss_ok = _finite(loss)
             ok = loss_ok & _finite(norm)
-            updates, chain = optimizer.update(grads, state.opt_state.chain, state.params, grad_norm=norm)
-            params = optim.apply_updates(state.params, updates)
             old = (state.params, state.opt_state.chain)
+            updates, chain = optimizer.update(grads, old[1], state.params, hyper=hyper, grad_norm=norm)
+            params = optim.apply_updates(state.params, updates)
             params, chain = tree.map(lambda new, was: torch.where(ok, new, was), (params, chain), old)
             metrics = {
                 "lm_loss": loss,
                 "grad_norm": norm,
-                "learning_rate": optimizer.learning_rate(state.opt_state.chain),
+                "learning_rate": optimizer.learning_rate(state.opt_state.chain, hyper),
                 "loss_scale": guard.loss_scale,
             }
             params_ok = _all_finite(params)
-            guard = next_guard(guard, ok, loss_ok & params_ok, cfg)
+            guard = next_guard(guard, ok, loss_ok & params_ok, hyper, cfg.model.compute_dtype)
             metrics |= {
                 "skipped_iterations": guard.skipped,
                 "nan_iterations": guard.nan,

@@ -71,7 +71,7 @@ def _listed(names: str) -> list[str]:
 def train(cfg: Config) -> stages.Traced:
     """The training step, its state donated."""
     wrapped = stages.jit(train_step.make_train_step(cfg), donate=0)
-    return wrapped.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    return wrapped.trace(*train_step.abstract_arguments(cfg))
 
 
 def evaluation(cfg: Config) -> stages.Traced:

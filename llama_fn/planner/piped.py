@@ -125,9 +125,9 @@ def _few(cfg: Config, held: Stages) -> int:
 
 def argument_bytes(cfg: Config, rules: Rules, mesh: Mesh) -> dict[str, int]:
     """Of a device, by path: the same on every stage, as each has room for the layers of the one with most."""
-    state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    local = config_stages.local_bytes
-    return local(state, "state", mesh, rules) | local(batch, "batch", mesh, rules)
+    named = zip(("state", "batch", "hyper"), train_step.abstract_arguments(cfg), strict=True)
+    each = [config_stages.local_bytes(infos, name, mesh, rules) for name, infos in named]
+    return {path: size for sizes in each for path, size in sizes.items()}
 
 
 def predicted(

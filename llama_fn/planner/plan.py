@@ -223,7 +223,7 @@ def _lowered(cfg: Config, mesh: Mesh, traces: Traces) -> stages.Lowered:
     if key not in traces:
         traces[key] = traces[sized] = config_stages.train(cfg)
     if sized not in traces:
-        traces[sized] = traces[key].resized(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+        traces[sized] = traces[key].resized(*train_step.abstract_arguments(cfg))
     return config_stages.lower(traces[sized], cfg, mesh)
 
 

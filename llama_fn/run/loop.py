@@ -40,6 +40,7 @@ class Run:
 
     step: stages.Compiled
     evaluate: stages.Compiled | None
+    hyper: train_step.Hyper
     to_device: ToDevice
     batches: BatchIterator
     validation: list[train_step.Batch]
@@ -151,10 +152,11 @@ def _run(
             if part is not None:
                 held.callback(part.close)
         held.callback(store.settle)
+        hyper = train_step.hyperparameters(cfg, cfg.run.device)
         monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = Run(
-            step, evaluate, to_device, batches, validation, data, store, writer, display, stop, hardware, members,
-            profiler, monitor, mesh,
+            step, evaluate, hyper, to_device, batches, validation, data, store, writer, display, stop, hardware,
+            members, profiler, monitor, mesh,
         )  # fmt: skip
         if display:
             display.start()
@@ -203,7 +205,7 @@ def _train(cfg: Config, start: int, state: train_step.TrainState, run: Run) -> i
             run.processes.watchdog.begin(iteration)
         run.profiler.before(iteration + 1)
         try:
-            state, values = run.step(state, batch)
+            state, values = run.step(state, batch, run.hyper)
         except NonFinite as error:  # the state holds old and new values: the end
             run.health.stopped_by = f"in iteration {iteration + 1} {error}"
             break

@@ -51,14 +51,15 @@ def losses(cfg: Config, device: str) -> list[float]:
     from llama_fn.model import arrays, random, train_step
 
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    lowered = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg)).lower()
+    lowered = step.trace(*train_step.abstract_arguments(cfg)).lower()
     compiled = lowered.compile("npu") if device == "npu" else lowered.compile("eager")
     state = arrays.materialize(train_step.abstract_state(cfg), random.key(0), device)
     ids = torch.arange(8 * 129).reshape(1, 8, 129) % cfg.model.vocab_size
     batch = train_step.Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), torch.ones(1, 8, 128))
+    inputs = tree.map(lambda x: x.to(device), (batch, train_step.hyperparameters(cfg)))
     per_step = []
     for _ in range(2):
-        state, metrics = compiled(state, tree.map(lambda x: x.to(device), batch))
+        state, metrics = compiled(state, *inputs)
         per_step.append(metrics["lm_loss"].item())
     return per_step
 

@@ -43,11 +43,11 @@ def ran(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     profiler = Profiler(cfg, 0, steps["cuda"], TABLE["h100"])
     metrics = {}
     for i in range(1, job["steps"] + 1):
-        batch = batch_of(cfg, i)
+        inputs = batch_of(cfg, i), train_step.hyperparameters(cfg)
         profiler.before(i)
-        states["cuda"], values = steps["cuda"](states["cuda"], batch)
+        states["cuda"], values = steps["cuda"](states["cuda"], *inputs)
         profiler.after(i)
-        states["eager"], expected = steps["eager"](states["eager"], batch)
+        states["eager"], expected = steps["eager"](states["eager"], *inputs)
         metrics = {name: [values[name].item(), expected[name].item()] for name in expected}
     pairs = zip(*map(tree.leaves, states.values()), strict=True)
     products = [node for node in ir.calls(lowered.graph_module.graph) if cost.flops_of(node)]

@@ -42,8 +42,17 @@ MAKERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MAKERS)
+COMPILED = ("ones", "mask", "none", "no_arguments")  # of the makers, on every commit; the rest by `make nightly`
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, b, marks=pytest.mark.slow if b == "inductor" and name not in COMPILED else ())
+        for name in MAKERS
+        for b in BACKENDS
+    ],
+)
 def test_functions_that_make_tensors_give_what_the_plain_call_gives(name, backend):
     fn = MAKERS[name]
     arguments = () if name == "no_arguments" else (torch.ones(3, 3) if name == "mask" else x.clone(),)

@@ -200,7 +200,7 @@ def test_another_order_of_mesh_axes_is_found(plain):
 def test_a_lost_donation_is_found(plain):
     cfg = config(Path("unused"))
     step = stages.jit(train_step.make_train_step(cfg))
-    traced = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    traced = step.trace(*train_step.abstract_arguments(cfg))
     kept = json.loads(json.dumps(dump.summary(config_stages.lower(traced, cfg, config_stages.mesh(cfg)))))
     first = next(overview(changes(plain, kept)))
     assert first.startswith("donation: ") and "is no longer overwritten in place" in first

@@ -20,16 +20,16 @@ from sharding import Mesh
 
 @pytest.mark.parametrize("backend, mesh", [("eager", ""), ("interpret", ""), ("interpret", "data:2,model:2")])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_good_step_passes(backend, mesh, dtype, tiny_config, random_batch, fresh_state):
+def test_a_good_step_passes(backend, mesh, dtype, tiny_config, random_inputs, fresh_state):
     cfg = tiny_config(compute_dtype=dtype)
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    lowered = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg)).lower(Mesh.parse(mesh))
-    _, metrics = lowered.compile(backend, check_finite=True)(fresh_state(cfg), random_batch(cfg, 0))
+    lowered = step.trace(*train_step.abstract_arguments(cfg)).lower(Mesh.parse(mesh))
+    _, metrics = lowered.compile(backend, check_finite=True)(fresh_state(cfg), *random_inputs(cfg, 0))
     assert torch.isfinite(metrics["lm_loss"])
 
 
 @pytest.mark.parametrize("backend, mesh, device", [("eager", "", ""), ("interpret", "data:2,model:2", " on device 0")])
-def test_an_op_that_makes_nan_is_named(backend, mesh, device, tiny_config, random_batch, fresh_state, monkeypatch):
+def test_an_op_that_makes_nan_is_named(backend, mesh, device, tiny_config, random_inputs, fresh_state, monkeypatch):
     """A product of the second layer whose result is divided by zero in one place."""
     swiglu, calls = llama.k.swiglu, []
 
@@ -41,9 +41,9 @@ def test_an_op_that_makes_nan_is_named(backend, mesh, device, tiny_config, rando
     monkeypatch.setattr(llama.k, "swiglu", poisoned)
     cfg = tiny_config(num_layers=3)
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    lowered = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg)).lower(Mesh.parse(mesh))
+    lowered = step.trace(*train_step.abstract_arguments(cfg)).lower(Mesh.parse(mesh))
     with pytest.raises(NonFinite) as error:
-        lowered.compile(backend, check_finite=True)(fresh_state(cfg), random_batch(cfg, 0))
+        lowered.compile(backend, check_finite=True)(fresh_state(cfg), *random_inputs(cfg, 0))
     where = r"aten.log.default in microbatch/0/layers/1/mlp, forward, test_finite.py:\d+"
     given = r"gave \d+ nan among \d+ values of f32\[.*\]. Its operands are finite: f32\[.*\] from -1e\+09 to -1e\+09"
     assert re.fullmatch(f"{where}{device} {given}", str(error.value)), error.value

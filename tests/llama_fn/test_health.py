@@ -89,7 +89,7 @@ def test_a_record_is_json_whatever_its_numbers():
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_the_step_sees_parameters_that_its_update_ruins(backend, tiny_config, random_batch, fresh_state):
+def test_the_step_sees_parameters_that_its_update_ruins(backend, tiny_config, random_inputs, fresh_state):
     from dataclasses import replace
 
     from llama_fn import tree
@@ -99,13 +99,13 @@ def test_the_step_sees_parameters_that_its_update_ruins(backend, tiny_config, ra
     cfg = tiny_config(num_layers=1)
     cfg = replace(cfg, optim=replace(cfg.optim, lr=3.3e38, schedule="constant", weight_decay=1e3))
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    compiled = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg)).lower().compile(backend)
-    state, seen = compiled(fresh_state(cfg), random_batch(cfg))
+    compiled = step.trace(*train_step.abstract_arguments(cfg)).lower().compile(backend)
+    state, seen = compiled(fresh_state(cfg), *random_inputs(cfg))
     finite = all(torch.isfinite(x).all() for x in tree.leaves(state.params))
     assert not finite and math.isfinite(seen["lm_loss"]) and seen["skipped_iterations"] == 0
     assert seen["nonfinite_params"] == 1 and seen["nan_iterations"] == 1
     good = replace(cfg, optim=replace(cfg.optim, lr=1e-3, weight_decay=0.1))
     step = stages.jit(train_step.make_train_step(good), donate=0)
-    compiled = step.trace(train_step.abstract_state(good), train_step.abstract_batch(good)).lower().compile(backend)
-    _, seen = compiled(fresh_state(good), random_batch(good))
+    compiled = step.trace(*train_step.abstract_arguments(good)).lower().compile(backend)
+    _, seen = compiled(fresh_state(good), *random_inputs(good))
     assert seen["nonfinite_params"] == 0 and seen["nan_iterations"] == 0

@@ -110,10 +110,10 @@ def test_gradients_are_added_in_place_from_the_second_microbatch_on():
     flat = [x.clone() for x in tree.leaves(arguments(cfg))]
     results = in_turns(made, watch)(list(flat))
     assert len(memory) == 5 and all(each == memory[0] for each in memory)
-    state, batch = arguments(cfg)
-    after, metrics = step.compile("eager")(state, batch)
+    state, *inputs = arguments(cfg)
+    after, metrics = step.compile("eager")(state, *inputs)
     assert all(map(torch.equal, results, tree.leaves(metrics)))
-    assert all(map(torch.equal, flat, tree.leaves((after, batch))))
+    assert all(map(torch.equal, flat, tree.leaves((after, inputs))))
 
 
 def folded(first, more=lambda total: ()):

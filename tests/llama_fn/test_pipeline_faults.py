@@ -160,10 +160,10 @@ def permuted_layers(monkeypatch, _):
         (None, Pipeline("interleaved", 2)),
     ],
 )
-def test_a_fault_in_a_pipeline_is_seen(fault, pipeline, random_batch, monkeypatch):
+def test_a_fault_in_a_pipeline_is_seen(fault, pipeline, random_inputs, monkeypatch):
     """Each by the check, by stages that disagree, or by numbers that are not those of one device."""
     cfg, step = traced(4, 4)
-    want = on_one_device((4, 4, "fp64", 2, False, False), random_batch)
+    want = on_one_device((4, 4, "fp64", 2, False, False), random_inputs)
 
     def equal():
         if fault in (swapped_entries, permuted_layers):
@@ -173,7 +173,7 @@ def test_a_fault_in_a_pipeline_is_seen(fault, pipeline, random_batch, monkeypatc
             fault(monkeypatch, lowered.graphs)
         return all(
             torch.allclose(a, b, rtol=0, atol=1e-10)
-            for a, b in zip(trained(lowered, cfg, random_batch), want, strict=True)
+            for a, b in zip(trained(lowered, cfg, random_inputs), want, strict=True)
         )
 
     try:

@@ -70,17 +70,15 @@ def test_times_follow_from_the_hardware():
     ("name", "microbatches"),
     [("llama_tiny", 1), ("llama_tiny", 2), pytest.param("llama_60m", 2, marks=pytest.mark.slow)],
 )
-def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_batch, fresh_state):
+def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_inputs, fresh_state):
     from llama_fn.compiler import stages
     from llama_fn.model import train_step
 
     cfg = replace(CFG, model=preset(name), data=replace(CFG.data, microbatches=microbatches))
     found = plan.make(cfg, Mesh(), NPU)
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
-        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    )
+    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(*train_step.abstract_arguments(cfg))
     step = traced.lower().compile("interpret")
-    step(fresh_state(cfg), random_batch(cfg))
+    step(fresh_state(cfg), *random_inputs(cfg))
     assert found.peak_bytes == pytest.approx(step.memory_analysis().peak_bytes, rel=0.05)
     assert max(moment.bytes for moment in found.timeline) == found.peak_bytes
 

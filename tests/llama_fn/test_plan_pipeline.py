@@ -31,12 +31,17 @@ def config(layers=8, microbatches=8, often=False, **mesh):
 
 
 CONFIGS = [
-    config(axes="pipe:2", schedule="gpipe"),
     config(axes="pipe:2,model:2", schedule="1f1b", remat="full"),
     config(axes="pipe:2,data:2", schedule="zb_h1", rules="fsdp"),
-    config(16, axes="pipe:2,model:2", schedule="interleaved", chunks=2),
-    config(12, axes="pipe:2", schedule="1f1b", stage_layers="7,5"),
-    config(axes="pipe:2,data:2", often=True, remat="dots"),
+    *(
+        pytest.param(cfg, marks=pytest.mark.slow)
+        for cfg in (
+            config(axes="pipe:2", schedule="gpipe"),
+            config(16, axes="pipe:2,model:2", schedule="interleaved", chunks=2),
+            config(12, axes="pipe:2", schedule="1f1b", stage_layers="7,5"),
+            config(axes="pipe:2,data:2", often=True, remat="dots"),
+        )
+    ),
 ]
 
 

@@ -34,7 +34,7 @@ def tiny_run(tiny_config, tmp_path):
 
 
 @pytest.fixture
-def profile(fresh_state, random_batch):
+def profile(fresh_state, random_inputs):
     """Runs a step under its profiler: the events of the trace, the text of the table, and the last state."""
 
     def go(cfg, step, steps, rank=0):
@@ -42,7 +42,7 @@ def profile(fresh_state, random_batch):
         for i in range(1, steps + 1):
             profiler.before(i)
             with torch.profiler.record_function(f"step {i}"):
-                state, metrics = step(state, random_batch(cfg, i))
+                state, metrics = step(state, *random_inputs(cfg, i))
             profiler.after(i)
         profiler.close()
         if not profiler.table.exists():

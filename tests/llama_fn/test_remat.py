@@ -36,30 +36,30 @@ def traced(tiny_config, with_data):
     return trace
 
 
-def run(step, cfg, fresh_state, random_batch):
+def run(step, cfg, fresh_state, random_inputs):
     state = fresh_state(cfg)
     for i in range(2):
-        state, metrics = step(state, random_batch(cfg, i))
+        state, metrics = step(state, *random_inputs(cfg, i))
     return [*tree.leaves(state), *tree.leaves(metrics)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("mesh", "rules"), [("", "dp"), ("data:2,model:2", "fsdp_tp")])
-def test_numbers_stay_bitwise(policy, mesh, rules, traced, fresh_state, random_batch):
+def test_numbers_stay_bitwise(policy, mesh, rules, traced, fresh_state, random_inputs):
     cfg, step = traced()
     mesh = Mesh.parse(mesh)
     plain = step.lower(mesh, rules).compile("interpret")
     again = step.lower(mesh, rules, remat=POLICIES[policy]).compile("interpret")
-    pairs = zip(*(run(s, cfg, fresh_state, random_batch) for s in (plain, again)), strict=True)
+    pairs = zip(*(run(s, cfg, fresh_state, random_inputs) for s in (plain, again)), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("policy", ["full", pytest.param("budget", marks=pytest.mark.slow)])
-def test_compiled_numbers_stay_bitwise(policy, traced, fresh_state, random_batch, compile_cache):
+def test_compiled_numbers_stay_bitwise(policy, traced, fresh_state, random_inputs, compile_cache):
     cfg, step = traced(microbatches=1)
     plain = step.lower().compile("inductor", cache=compile_cache)
     again = step.lower(remat=POLICIES[policy]).compile("inductor", cache=compile_cache)
-    pairs = zip(*(run(s, cfg, fresh_state, random_batch) for s in (plain, again)), strict=True)
+    pairs = zip(*(run(s, cfg, fresh_state, random_inputs) for s in (plain, again)), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -156,20 +156,20 @@ def test_a_budget_is_kept_to_and_used(traced):
     assert len(set(flops)) > 4, "more room, less to recompute"
 
 
-def test_peak_memory_falls_and_is_predicted(traced, fresh_state, random_batch):
+def test_peak_memory_falls_and_is_predicted(traced, fresh_state, random_inputs):
     cfg, step = traced(seq_len=128)
     peaks = {}
     for policy in ("none", "dots", "full"):
         lowered = step.lower(remat=policy)
         compiled = lowered.compile("interpret")
-        compiled(fresh_state(cfg), random_batch(cfg))
+        compiled(fresh_state(cfg), *random_inputs(cfg))
         peaks[policy] = compiled.memory_analysis().temporary_bytes
         assert lowered.memory_analysis().peak_bytes == pytest.approx(compiled.memory_analysis().peak_bytes, rel=0.05)
     assert peaks["full"] < peaks["dots"] < peaks["none"]
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_weights_are_gathered_again_one_layer_ahead(policy, traced, fresh_state, random_batch, monkeypatch):
+def test_weights_are_gathered_again_one_layer_ahead(policy, traced, fresh_state, random_inputs, monkeypatch):
     monkeypatch.setattr(sys.modules["llama_fn.compiler.passes.regather"], "SMALL", 0)
     cfg, step = traced()
     mesh = Mesh.parse("data:2")
@@ -198,7 +198,7 @@ def test_weights_are_gathered_again_one_layer_ahead(policy, traced, fresh_state,
         at = f"microbatch/{microbatch}"
         assert begins[f"{at}/layers/2"] > starts[f"{at}/gather/layers/1/wq"] > begins.get(f"{at}/final_norm", 0)
         assert begins[f"{at}/layers/1"] > starts[f"{at}/gather/layers/0/wq"] > begins[f"{at}/layers/2"]
-    results = [run(x.compile("interpret"), cfg, fresh_state, random_batch) for x in (plain, again)]
+    results = [run(x.compile("interpret"), cfg, fresh_state, random_inputs) for x in (plain, again)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

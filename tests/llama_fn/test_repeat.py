@@ -23,8 +23,14 @@ def tiny(microbatches=3, per_microbatch=False, **model):
     return replace(cfg, data=data, optim=replace(cfg.optim, reduce_per_microbatch=per_microbatch))
 
 
-@pytest.mark.parametrize("per_microbatch", [False, True])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "per_microbatch"),
+    [
+        ("bf16", False), ("fp32", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in
+          (("fp32", False), ("bf16", True), ("fp16", False), ("fp16", True))),
+    ],
+)  # fmt: skip
 def test_a_step_is_as_if_every_microbatch_had_been_traced(monkeypatch, per_microbatch, dtype):
     cfg = tiny(per_microbatch=per_microbatch, compute_dtype=dtype, fused_head=per_microbatch)
     calls, real = [], transforms.repeated

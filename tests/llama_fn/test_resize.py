@@ -23,7 +23,7 @@ def sized(batch, per_microbatch=False, fused_head=False, seq_len=64):
 @pytest.mark.parametrize("fused_head", [False, True])
 def test_a_resized_step_is_as_if_traced(per_microbatch, fused_head):
     small, large = (sized(batch, per_microbatch, fused_head) for batch in (8, 24))
-    given = config_stages.train(small).resized(train_step.abstract_state(large), train_step.abstract_batch(large))
+    given = config_stages.train(small).resized(*train_step.abstract_arguments(large))
     wanted = config_stages.train(large)
     assert given.as_text() == wanted.as_text() and given.signature == wanted.signature
     mesh, rules = Mesh.parse("data:2,model:2"), "fsdp_tp"
@@ -42,7 +42,7 @@ def test_an_op_that_names_the_size_is_refused():
 def test_more_than_another_batch_size_is_refused():
     traced, longer = config_stages.train(sized(8)), sized(8, seq_len=128)
     with pytest.raises(ValueError, match=r"batch.tokens .* traced for .*\[2,4,64\].* given is .*\[2,4,128\]"):
-        traced.resized(train_step.abstract_state(longer), train_step.abstract_batch(longer))
+        traced.resized(*train_step.abstract_arguments(longer))
     double = stages.jit(lambda x: x * 2).trace(ArrayInfo((4,), torch.float32, ("batch",)))
     with pytest.raises(ValueError, match="x differs in more"):
         double.resized(ArrayInfo((4,), torch.bfloat16, ("batch",)))

@@ -53,14 +53,14 @@ def arguments(cfg, seed=0):
     state = arrays.materialize(train_step.abstract_state(cfg), random.key(1))
     batch = train_step.abstract_batch(cfg)
     ids = [torch.randint(cfg.model.vocab_size, batch.tokens.shape, generator=rng) for _ in range(2)]
-    return state, train_step.Batch(*ids, torch.ones(batch.loss_mask.shape))
+    return state, train_step.Batch(*ids, torch.ones(batch.loss_mask.shape)), train_step.hyperparameters(cfg)
 
 
 def run(lowered, cfg, backend, steps=2, **options):
     compiled = lowered.compile(backend, **options)
-    state, batch = arguments(cfg)
+    state, *inputs = arguments(cfg)
     for _ in range(steps):
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, *inputs)
     return compiled, tree.leaves((state, metrics))
 
 
@@ -124,7 +124,7 @@ def test_validation_too(monkeypatch):
     cfg = tiny(8, mesh="fsdp_tp")
     rolled, flat = both(monkeypatch, cfg, config_stages.evaluation)
     assert called(rolled)
-    state, batch = arguments(cfg)
+    state, batch, _ = arguments(cfg)
     results = [each.compile("interpret")(state.params, batch) for each in (rolled, flat)]
     assert torch.equal(*results)
 

@@ -23,7 +23,7 @@ from sharding import Mesh
 
 def traced_step(cfg):
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    return step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    return step.trace(*train_step.abstract_arguments(cfg))
 
 
 def equal(a, b):
@@ -32,27 +32,27 @@ def equal(a, b):
 
 @pytest.mark.parametrize("backend", ["eager", "interpret"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_traced_equals_eager_bitwise(backend, dtype, tiny_config, random_batch, fresh_state, with_data):
+def test_traced_equals_eager_bitwise(backend, dtype, tiny_config, random_inputs, fresh_state, with_data):
     cfg = with_data(tiny_config(compute_dtype=dtype), microbatches=2)
     compiled = traced_step(cfg).lower().compile(backend)
     step = train_step.make_train_step(cfg)
     state, want = fresh_state(cfg), fresh_state(cfg)
     for i in range(3):
-        state, metrics = compiled(state, random_batch(cfg, i))
-        want, want_metrics = step(want, random_batch(cfg, i))
+        state, metrics = compiled(state, *random_inputs(cfg, i))
+        want, want_metrics = step(want, *random_inputs(cfg, i))
         assert equal((state, metrics), (want, want_metrics))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_batch, fresh_state, tmp_path):
+def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_inputs, fresh_state, tmp_path):
     cfg = tiny_config(compute_dtype=dtype, num_layers=3)
     lowered = traced_step(cfg).lower()
     eager, fast = lowered.compile("eager"), lowered.compile("inductor", cache=tmp_path)
     a, b = fresh_state(cfg), fresh_state(cfg)
     tolerance = 1e-5 if dtype == "fp32" else 2e-2
     for i in range(2):
-        a, want = eager(a, random_batch(cfg, i))
-        b, got = fast(b, random_batch(cfg, i))
+        a, want = eager(a, *random_inputs(cfg, i))
+        b, got = fast(b, *random_inputs(cfg, i))
         for name in want:
             assert got[name].item() == pytest.approx(want[name].item(), rel=tolerance), name
     again = lowered.compile("inductor", cache=tmp_path)
@@ -63,28 +63,28 @@ def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_batch, fr
     assert str(second) == f"code {first.key[:12]}, compiled 2 h ago, {first.file}"
     c = fresh_state(cfg)
     for i in range(2):
-        c, _ = again(c, random_batch(cfg, i))
+        c, _ = again(c, *random_inputs(cfg, i))
     assert equal(c, b)
 
 
-def test_donated_state_lives_in_the_old_buffers(tiny_config, random_batch, fresh_state):
+def test_donated_state_lives_in_the_old_buffers(tiny_config, random_inputs, fresh_state):
     cfg = tiny_config()
     state = fresh_state(cfg)
-    new, _ = traced_step(cfg).lower().compile("interpret")(state, random_batch(cfg))
+    new, _ = traced_step(cfg).lower().compile("interpret")(state, *random_inputs(cfg))
     pointers = [x.data_ptr() for x in tree.leaves(state)]
     assert [x.data_ptr() for x in tree.leaves(new)] == pointers
     assert new.step.item() == 1
 
 
 @pytest.mark.parametrize("backend", ["eager", "interpret"])
-def test_the_loss_scale_reported_is_the_one_used(backend, tiny_config, random_batch, fresh_state):
+def test_the_loss_scale_reported_is_the_one_used(backend, tiny_config, random_inputs, fresh_state):
     """It is an input that the step overwrites: a result that shared its buffer would show the next step's."""
     cfg = tiny_config(compute_dtype="fp16")
     cfg = replace(cfg, optim=replace(cfg.optim, loss_scale_window=1, initial_loss_scale=256.0))
     step, state = traced_step(cfg).lower().compile(backend), fresh_state(cfg)
     seen = []
     for i in range(3):
-        state, metrics = step(state, random_batch(cfg, i))
+        state, metrics = step(state, *random_inputs(cfg, i))
         seen.append(metrics["loss_scale"])
     assert [x.item() for x in seen] == [256.0, 512.0, 1024.0]
 
@@ -127,17 +127,17 @@ def test_costs_are_those_counted_by_hand(tiny_config):
     assert flops["optimizer"] == 0
 
 
-def test_predicted_peak_memory_is_what_the_interpreter_measures(tiny_config, random_batch, fresh_state):
+def test_predicted_peak_memory_is_what_the_interpreter_measures(tiny_config, random_inputs, fresh_state):
     cfg = replace(tiny_config(vocab_size=512, embed_dim=64), data=replace(tiny_config().data, seq_len=64))
     lowered = traced_step(cfg).lower()
     compiled = lowered.compile("interpret")
-    compiled(fresh_state(cfg), random_batch(cfg))
+    compiled(fresh_state(cfg), *random_inputs(cfg))
     measured, predicted = compiled.memory_analysis(), lowered.memory_analysis()
     assert predicted.temporary_bytes == pytest.approx(measured.temporary_bytes, rel=0.05)
     assert predicted.argument_bytes == measured.argument_bytes
 
 
-def test_repeated_layers_are_outlined_and_compute_the_same(tiny_config, random_batch, fresh_state, with_data):
+def test_repeated_layers_are_outlined_and_compute_the_same(tiny_config, random_inputs, fresh_state, with_data):
     from llama_fn.compiler import passes
     from llama_fn.compiler.passes.outline import outline
 
@@ -146,17 +146,17 @@ def test_repeated_layers_are_outlined_and_compute_the_same(tiny_config, random_b
     outlined = outline(passes.copy_graph(lowered.graph_module), None)
     calls = [n for n in ir.calls(outlined.graph) if "invoke_subgraph" in str(n.target)]
     assert len(calls) == 2 * 2 * 4 and len(list(outlined.children())) == 2
-    inputs = lambda: [*tree.leaves(fresh_state(cfg)), *tree.leaves(random_batch(cfg))]  # noqa: E731
+    inputs = lambda: [*tree.leaves(fresh_state(cfg)), *tree.leaves(random_inputs(cfg))]  # noqa: E731
     a, b = inputs(), inputs()
     with torch.no_grad():
         want, got = lowered.graph_module(*a), outlined(*b)
     assert equal((want, a), (got, b))
 
 
-def test_a_compiled_step_names_every_leaf_that_differs(tiny_config, random_batch, fresh_state):
+def test_a_compiled_step_names_every_leaf_that_differs(tiny_config, random_inputs, fresh_state):
     cfg = tiny_config()
     compiled = traced_step(cfg).lower().compile("eager")
-    batch = random_batch(cfg)
+    batch = random_inputs(cfg)[0]
     wrong = train_step.Batch(batch.tokens[..., :-1], batch.targets.int(), batch.loss_mask)
     with pytest.raises(ValueError) as error:
         compiled(fresh_state(cfg), wrong)
@@ -168,7 +168,7 @@ def test_a_compiled_step_names_every_leaf_that_differs(tiny_config, random_batch
 def test_a_step_is_traced_once(tiny_config):
     cfg = tiny_config()
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    args = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
+    args = train_step.abstract_arguments(cfg)
     step.trace(*args)
     assert step.trace_count == 1
     with pytest.raises(ValueError, match="already traced"):

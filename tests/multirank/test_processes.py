@@ -65,7 +65,7 @@ def alone(corpus, tmp_path_factory):
     ("mesh", "rules", "backend"),
     [
         pytest.param("data:2", "fsdp", "inductor --optim.reduce_per_microbatch", marks=pytest.mark.slow),
-        ("model:2", "tp_sp", "inductor"),
+        pytest.param("model:2", "tp_sp", "inductor", marks=pytest.mark.slow),
         ("data:2,model:2", "fsdp_tp", "eager"),
         ("pipe:2", "fsdp_tp", "inductor"),
         ("pipe:2,data:2", "fsdp", "eager --mesh.schedule=zb_h1"),

@@ -50,13 +50,14 @@ def meshes(rules: str, world: int) -> list[str]:
     return [",".join(f"{name}:{n}" for name, n in zip(names, s, strict=True)) for s in sizes]
 
 
-def batch(cfg: Config, seed: int) -> train_step.Batch:
+def inputs(cfg: Config, seed: int) -> tuple[train_step.Batch, train_step.Hyper]:
     generator = torch.Generator().manual_seed(seed)
     d = cfg.data
     shape = (d.microbatches, d.global_batch_size // d.microbatches, d.seq_len + 1)
     ids = torch.randint(0, cfg.model.vocab_size, shape, generator=generator)
     mask = (torch.rand(ids[..., 1:].shape, generator=generator) > 0.1).float()
-    return train_step.Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), mask)
+    batch = train_step.Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), mask)
+    return batch, train_step.hyperparameters(cfg)
 
 
 def numbers(metrics: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -68,7 +69,7 @@ def alone(traced: stages.Traced, cfg: Config, cache: Path) -> tuple[torch.Tensor
     step = traced.lower().compile("inductor", cache=cache)
     state, rows = arrays.materialize(train_step.abstract_state(cfg), random.key(0)), []
     for i in range(STEPS):
-        state, metrics = step(state, batch(cfg, i))
+        state, metrics = step(state, *inputs(cfg, i))
         rows.append(numbers(metrics))
     return torch.stack(rows), tree.leaves(state.params)
 
@@ -80,8 +81,8 @@ def together(traced: stages.Traced, cfg: Config, rules: str, members: processes.
     layouts = lowered.inputs[: len(tree.leaves(infos))]
     state, rows = arrays.materialize(infos, random.key(0), parts=members.parts(infos, layouts)), []
     for i in range(STEPS):
-        mine = members.local(batch(cfg, i), lowered.inputs[len(layouts) :])
-        state, metrics = step(state, mine)
+        mine = members.local(inputs(cfg, i), lowered.inputs[len(layouts) :])
+        state, metrics = step(state, *mine)
         rows.append(numbers(metrics))
     return torch.stack(rows), members.gathered(state, infos, layouts)
 
@@ -89,9 +90,7 @@ def together(traced: stages.Traced, cfg: Config, rules: str, members: processes.
 def check(cfg: Config, rules: str, members: processes.Processes, cache: Path) -> None:
     dtype = cfg.model.compute_dtype
     case = f"{rules} on {members.mesh}, {dtype}, {cfg.model.num_kv_heads} kv heads"
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
-        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    )
+    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(*train_step.abstract_arguments(cfg))
     try:
         traced.lower(members.mesh, rules)
     except UserError as error:

@@ -35,8 +35,8 @@ def config_of(given: dict) -> config.Config:
 JOBS = {
     **{f"tiny_{d}": job(model__compute_dtype=d, data__seq_len=64) for d in DTYPES},
     **{f"tiny_{d}_data2_model4": job("data:2,model:4", model__compute_dtype=d) for d in ("fp32", "bf16")},
-    "tiny_2_ranks": job("model:2", 2, data__seq_len=64),
-    "tiny_4_ranks": job("data:2,model:2", 4, data__seq_len=64),
+    "tiny_2_ranks": job("model:2", 2, data__seq_len=64, model__num_layers=2),
+    "tiny_4_ranks": job("data:2,model:2", 4, data__seq_len=64, model__num_layers=2),
     "tiny_ulysses": job("context:2", 2, "fsdp_tp_ulysses", data__seq_len=64, model__num_layers=2),
     "tiny_calls": in_microbatches("model:2", 2, 6, run__npu_form="calls"),
     "tiny_pipeline": in_microbatches("pipe:2,model:2", 4, 4, run__npu_form="calls"),
@@ -45,8 +45,8 @@ JOBS = {
         model__compute_dtype="fp16", model__num_kv_heads=2, model__num_layers=2, data__seq_len=16, data__microbatches=2
     ),
     "tiny_remat": job(
-        "data:2,model:2",
-        4,
+        "data:2",
+        2,
         data__seq_len=64,
         data__microbatches=2,
         model__num_layers=2,

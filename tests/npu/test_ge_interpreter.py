@@ -97,7 +97,7 @@ def _by_rank(results, ranks):
     return [[values[r] for values in results] for r in range(ranks)]
 
 
-def steps_of_ge(folder, cfg, lowered, ranks, random_batch):
+def steps_of_ge(folder, cfg, lowered, ranks, random_inputs):
     """Metrics of every step, and the state after the last."""
     ge = in_form(folder, cfg, lowered, ranks)
     leaves, spec = tree.flatten(arrays.materialize(train_step.abstract_state(cfg), random.key(0)))
@@ -105,8 +105,8 @@ def steps_of_ge(folder, cfg, lowered, ranks, random_batch):
     held = [[part(x, p, mesh, r) for x, p in zip(leaves, layouts, strict=True)] for r in range(ranks)]
     rows = []
     for i in range(STEPS):
-        batch = list(zip(tree.leaves(random_batch(cfg, i)), lowered.inputs[len(leaves) :], strict=True))
-        results = ge([mine + [part(x, p, mesh, r) for x, p in batch] for r, mine in enumerate(held)])
+        inputs = list(zip(tree.leaves(random_inputs(cfg, i)), lowered.inputs[len(leaves) :], strict=True))
+        results = ge([mine + [part(x, p, mesh, r) for x, p in inputs] for r, mine in enumerate(held)])
         assert all(torch.equal(a, b) for other in results for a, b in zip(other, results[0], strict=True))
         rows.append(torch.stack(results[0]))
     whole = [
@@ -115,11 +115,11 @@ def steps_of_ge(folder, cfg, lowered, ranks, random_batch):
     return torch.stack(rows), tree.unflatten(spec, whole)
 
 
-def steps_of_eager(traced, cfg, random_batch):
+def steps_of_eager(traced, cfg, random_inputs):
     step = traced.lower().compile("eager")
     state, rows = arrays.materialize(train_step.abstract_state(cfg), random.key(0)), []
     for i in range(STEPS):
-        state, metrics = step(state, random_batch(cfg, i))
+        state, metrics = step(state, *random_inputs(cfg, i))
         rows.append(torch.stack(tree.leaves(metrics)))
     return torch.stack(rows), state
 
@@ -140,10 +140,10 @@ def apart(a, b):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_ulysses", "tiny_remat")),
     ],
 )
-def test_ge_graph_computes_the_step_in_float32(name, lowered, random_batch):
+def test_ge_graph_computes_the_step_in_float32(name, lowered, random_inputs):
     cfg, traced, parts, ranks = prepared(name)
-    want, want_state = steps_of_eager(traced, cfg, random_batch)
-    got, state = steps_of_ge(lowered[name], cfg, parts, ranks, random_batch)
+    want, want_state = steps_of_eager(traced, cfg, random_inputs)
+    got, state = steps_of_ge(lowered[name], cfg, parts, ranks, random_inputs)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     for path, a, b in zip(tree.paths(state, "state"), tree.leaves(state), tree.leaves(want_state), strict=True):
         # In the norm: Adam turns the round-off of a gradient near its epsilon into a step of any size.
@@ -151,11 +151,11 @@ def test_ge_graph_computes_the_step_in_float32(name, lowered, random_batch):
 
 
 @pytest.mark.parametrize("name", ["tiny_bf16", "tiny_fp16_gqa", "tiny_fused"])
-def test_ge_graph_computes_the_step_to_the_round_off_of_narrow_floats(name, lowered, random_batch):
+def test_ge_graph_computes_the_step_to_the_round_off_of_narrow_floats(name, lowered, random_inputs):
     """Half of the digits differ, as the fused ops round at other places: the loss agrees to bfloat16's epsilon."""
     cfg, traced, parts, ranks = prepared(name)
-    want, want_state = steps_of_eager(traced, cfg, random_batch)
-    got, state = steps_of_ge(lowered[name], cfg, parts, ranks, random_batch)
+    want, want_state = steps_of_eager(traced, cfg, random_inputs)
+    got, state = steps_of_ge(lowered[name], cfg, parts, ranks, random_inputs)
     torch.testing.assert_close(got, want, rtol=2e-3, atol=0)
     for path, a, b in zip(
         tree.paths(state, "params"), tree.leaves(state.params), tree.leaves(want_state.params), strict=False

@@ -32,7 +32,7 @@ def traced():
     model = replace(preset("llama_65b"), compute_dtype="bf16")
     cfg = Config(model=model, data=DataConfig(seq_len=2048, global_batch_size=96))
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    return step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    return step.trace(*train_step.abstract_arguments(cfg))
 
 
 @pytest.mark.parametrize("rules", MESHES)

@@ -35,11 +35,11 @@ def meshes(names):
     return [Mesh(tuple(zip(names, s, strict=True))) for s in sizes if prod(s) <= 8]
 
 
-def train(lowered, cfg, random_batch):
+def train(lowered, cfg, random_inputs):
     step = lowered.compile("interpret")
     state, rows = arrays.materialize(train_step.abstract_state(cfg), random.key(0)), []
     for i in range(STEPS):
-        state, metrics = step(state, random_batch(cfg, i))
+        state, metrics = step(state, *random_inputs(cfg, i))
         rows.append(torch.stack([metrics["lm_loss"], metrics["grad_norm"]]))
     return torch.stack(rows), tree.leaves(state.params)
 
@@ -47,7 +47,7 @@ def train(lowered, cfg, random_batch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-10), ("fp32", 1e-5)])
-def test_llama_tiny_on_every_mesh_equals_one_device(dtype, tolerance, kv_heads, random_batch):
+def test_llama_tiny_on_every_mesh_equals_one_device(dtype, tolerance, kv_heads, random_inputs):
     cfg = Config()
     cfg = replace(
         cfg,
@@ -55,10 +55,8 @@ def test_llama_tiny_on_every_mesh_equals_one_device(dtype, tolerance, kv_heads, 
         data=replace(cfg.data, seq_len=32),
         optim=replace(cfg.optim, warmup_steps=2),
     )
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
-        train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    )
-    want, want_params = train(traced.lower(), cfg, random_batch)
+    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(*train_step.abstract_arguments(cfg))
+    want, want_params = train(traced.lower(), cfg, random_inputs)
     done, refused = 0, []
     for rules, names in AXES.items():
         for mesh in meshes(names):
@@ -68,7 +66,7 @@ def test_llama_tiny_on_every_mesh_equals_one_device(dtype, tolerance, kv_heads, 
                 assert "do not divide" in str(error)
                 refused.append(f"{rules} {mesh}")
                 continue
-            got, params = train(lowered, cfg, random_batch)
+            got, params = train(lowered, cfg, random_inputs)
             torch.testing.assert_close(got, want, rtol=tolerance, atol=0)
             for a, b in zip(params, want_params, strict=True):
                 # In the norm: Adam turns the round-off of a gradient near its epsilon into a step of any size.

@@ -18,21 +18,21 @@ def traced(tiny_config, with_data):
     shape = {"embed_dim": 256, "mlp_dim": 512, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 64}
     cfg = with_data(tiny_config(compute_dtype="bf16", **shape), global_batch_size=1, seq_len=16)
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    return cfg, step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    return cfg, step.trace(*train_step.abstract_arguments(cfg))
 
 
-def ran(cfg, lowered, random_batch):
+def ran(cfg, lowered, random_inputs):
     step, state = lowered.compile("interpret"), arrays.materialize(train_step.abstract_state(cfg), random.key(0))
     for i in range(2):
-        state, metrics = step(state, random_batch(cfg, i))
+        state, metrics = step(state, *random_inputs(cfg, i))
     return metrics, tree.leaves(state.params)
 
 
-def test_fused_equals_unfused(traced, random_batch):
+def test_fused_equals_unfused(traced, random_inputs):
     cfg, trace = traced
     plain, fused = (trace.lower(Mesh.parse("model:2"), "tp_sp", fuse=f) for f in (False, True))
-    want, want_params = ran(cfg, plain, random_batch)
-    got, params = ran(cfg, fused, random_batch)
+    want, want_params = ran(cfg, plain, random_inputs)
+    got, params = ran(cfg, fused, random_inputs)
     for name in want:
         assert got[name].item() == pytest.approx(want[name].item(), rel=5e-3), name
     for a, b in zip(params, want_params, strict=True):
@@ -59,6 +59,6 @@ def test_the_dump_says_what_was_fused_and_why_not(traced, tiny_config, with_data
     assert "not fused: what it sums is not a product" in text
     cfg = replace(with_data(tiny_config(), global_batch_size=4))
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    trace = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    trace = step.trace(*train_step.abstract_arguments(cfg))
     text = trace.lower(Mesh.parse("model:2"), "tp_sp", fuse=True).as_text()
     assert "not fused: float32, and the fused op takes float16 and bfloat16" in text

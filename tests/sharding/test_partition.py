@@ -35,12 +35,12 @@ def step_config(tiny_config, with_data, dtype, kv_heads, **optim):
     return replace(cfg, optim=replace(cfg.optim, warmup_steps=2, **optim))
 
 
-def train(traced, cfg, random_batch, mesh, rules, steps=5):
+def train(traced, cfg, random_inputs, mesh, rules, steps=5):
     compiled = traced.lower(Mesh.parse(mesh), copies(rules, Mesh.parse(mesh))).compile("interpret")
     state = arrays.materialize(train_step.abstract_state(cfg), random.key(0))
     rows = []
     for i in range(steps):
-        state, metrics = compiled(state, random_batch(cfg, i))
+        state, metrics = compiled(state, *random_inputs(cfg, i))
         rows.append(torch.stack([metrics["lm_loss"], metrics["grad_norm"]]))
     return torch.stack(rows), state
 
@@ -49,13 +49,13 @@ def train(traced, cfg, random_batch, mesh, rules, steps=5):
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "kv_heads"), [("fp64", 1e-10, 4), pytest.param("fp32", 1e-5, 4, marks=pytest.mark.slow)]
 )
-def test_steps_on_every_mesh_equal_the_single_device(dtype, tolerance, kv_heads, tiny_config, with_data, random_batch):
+def test_steps_on_every_mesh_equal_the_single_device(dtype, tolerance, kv_heads, tiny_config, with_data, random_inputs):
     cfg = step_config(tiny_config, with_data, dtype, kv_heads)
     traced = traced_step(cfg)
-    want, want_state = train(traced, cfg, random_batch, "", "dp")
+    want, want_state = train(traced, cfg, random_inputs, "", "dp")
     for rules, meshes in MESHES.items():
         for mesh in meshes:
-            got, state = train(traced, cfg, random_batch, mesh, rules)
+            got, state = train(traced, cfg, random_inputs, mesh, rules)
             torch.testing.assert_close(got, want, rtol=tolerance, atol=0)
             for a, b in zip(tree.leaves(state.params), tree.leaves(want_state.params), strict=True):
                 # In the norm: Adam turns the round-off of a gradient near its epsilon into a step of any size.
@@ -64,26 +64,26 @@ def test_steps_on_every_mesh_equal_the_single_device(dtype, tolerance, kv_heads,
 
 def traced_step(cfg):
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    return step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    return step.trace(*train_step.abstract_arguments(cfg))
 
 
-def test_the_fused_head_is_vocabulary_parallel(tiny_config, with_data, random_batch):
+def test_the_fused_head_is_vocabulary_parallel(tiny_config, with_data, random_inputs):
     cfg = step_config(tiny_config, with_data, "fp64", 8)
-    want, _ = train(traced_step(cfg), cfg, random_batch, "", "dp", steps=2)
+    want, _ = train(traced_step(cfg), cfg, random_inputs, "", "dp", steps=2)
     fused = replace(cfg, model=replace(cfg.model, fused_head=True))
     for mesh in ("model:2", "data:2,model:4"):
-        got, _ = train(traced_step(fused), fused, random_batch, mesh, "fsdp_tp", steps=2)
+        got, _ = train(traced_step(fused), fused, random_inputs, mesh, "fsdp_tp", steps=2)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
 
 
-def test_reducing_for_every_microbatch_gives_the_same(tiny_config, with_data, random_batch):
+def test_reducing_for_every_microbatch_gives_the_same(tiny_config, with_data, random_inputs):
     results = {}
     for each in (False, True):
         cfg = step_config(tiny_config, with_data, "fp64", 8, reduce_per_microbatch=each)
         lowered = traced_step(cfg).lower(Mesh.parse("data:2,model:2"), "fsdp_tp", without=["bucket"])
         rows = [r for r in lowered.collectives() if r.scope.endswith("reduce/layers/*/wq")]
         assert sum(r.count for r in rows) == cfg.model.num_layers * (2 if each else 1)
-        results[each] = train(traced_step(cfg), cfg, random_batch, "data:2,model:2", "fsdp_tp", steps=2)[0]
+        results[each] = train(traced_step(cfg), cfg, random_inputs, "data:2,model:2", "fsdp_tp", steps=2)[0]
     torch.testing.assert_close(results[True], results[False], rtol=1e-12, atol=0)
 
 

@@ -21,7 +21,7 @@ PLAIN = ("bucket", "overlap", "schedule")
 
 def lower(cfg, without=()):
     step = stages.jit(train_step.make_train_step(cfg), donate=0)
-    traced = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+    traced = step.trace(*train_step.abstract_arguments(cfg))
     return traced.lower(MESH, "fsdp_tp", without=without)
 
 
@@ -88,7 +88,7 @@ def test_small_collectives_travel_together(tiny_config, with_data):
     assert sent[0] == sent[1]
 
 
-def test_the_numbers_stay_and_the_peak_hardly_grows(tiny_config, with_data, random_batch):
+def test_the_numbers_stay_and_the_peak_hardly_grows(tiny_config, with_data, random_inputs):
     cfg = with_data(tiny_config(num_layers=4, embed_dim=64, mlp_dim=128), microbatches=1)
     results = []
     for without in (PLAIN, (), ("bucket",), ("overlap",), ("schedule",)):
@@ -96,7 +96,7 @@ def test_the_numbers_stay_and_the_peak_hardly_grows(tiny_config, with_data, rand
         compiled = lowered.compile("interpret")
         state = arrays.materialize(train_step.abstract_state(cfg), random.key(0))
         for i in range(2):
-            state, metrics = compiled(state, random_batch(cfg, i))
+            state, metrics = compiled(state, *random_inputs(cfg, i))
         results.append((state, metrics, lowered.memory_analysis().peak_bytes))
     want, want_metrics, plain_peak = results[0]
     for state, metrics, _ in results[1:]:
@@ -117,7 +117,7 @@ def test_gathering_for_every_microbatch_takes_less_memory(tiny_config, with_data
         cfg = with_data(tiny_config(num_layers=6, embed_dim=128, mlp_dim=512), microbatches=4, global_batch_size=32)
         cfg = replace(cfg, optim=replace(cfg.optim, reduce_per_microbatch=each))
         step = stages.jit(train_step.make_train_step(cfg), donate=0)
-        traced = step.trace(train_step.abstract_state(cfg), train_step.abstract_batch(cfg))
+        traced = step.trace(*train_step.abstract_arguments(cfg))
         lowered = traced.lower(Mesh.parse("data:8"), "fsdp")
         peaks[each] = lowered.memory_analysis().temporary_bytes
     assert peaks[True] < 0.8 * peaks[False]
