@@ -45,8 +45,20 @@ ROWS = [
 
 
 def main() -> None:
-    names = ("whose", "model", "mesh", "hardware", "remat", "GB", "computing", "sending", "hidden", "not", "published")
-    print("| " + " | ".join(names) + " | published / hidden |\n|" + " --- |" * (len(names) + 1))
+    names = (
+        "whose",
+        "model",
+        "mesh",
+        "hardware",
+        "remat",
+        "GB",
+        "computing",
+        "sending",
+        "simulated",
+        "alone",
+        "published",
+    )
+    print("| " + " | ".join(names) + " | published / simulated |\n|" + " --- |" * (len(names) + 1))
     for who, preset, axes, rules, hardware, sequences, microbatches, length, remat, published in ROWS:
         laid, _, chunks = axes.partition(" x ")
         mesh = Mesh.parse(laid)

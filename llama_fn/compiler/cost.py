@@ -56,6 +56,8 @@ def moved(node: torch.fx.Node) -> int:
     """Bytes of HBM that an op reads and writes, each operand once; none for views and for what goes over links."""
     if is_view(node) or collectives_table.kind_of(node):
         return 0
+    if node.target is wait.op:  # which puts pieces together; its other operand only has to live until then
+        return 2 * tensor_bytes(node_value(node))
     return tensor_bytes([node_value(n) for n in ir.operands(node)]) + tensor_bytes(node_value(node))
 
 

@@ -31,8 +31,9 @@ def page(plan: Plan) -> str:
         ("parameters, optimizer, gradients, GB", " + ".join(
             f"{size / GB:.2f}" for size in (plan.parameters_bytes, plan.optimizer_bytes, plan.gradients_bytes))),
         ("kept for the backward of a microbatch, GB", f"{plan.activations_bytes / GB:.2f}"),
-        ("step, s", f"{plan.step_time_s:.3f} if sending hides behind computing, {plan.step_time_alone_s:.3f} if not"),
-        ("tokens/s of a device, MFU", f"{plan.tokens_per_second_per_device:,.0f}, {plan.mfu:.3f} when hidden"),
+        ("step, s", f"{plan.step_time_s:.3f} as simulated, {plan.one_stream_s:.3f} with one stream for all "
+         f"collectives, {plan.step_time_alone_s:.3f} if no sending hides"),
+        ("tokens/s of a device, MFU", f"{plan.tokens_per_second_per_device:,.0f}, {plan.mfu:.3f} as simulated"),
         ("FLOPs of a device", f"{plan.hardware_flops:.4g} in the graph, {plan.model_flops:.4g} of the model"),
     ]  # fmt: skip
     rows = [

@@ -8,7 +8,7 @@ A few microbatches are enough, too, but for a schedule that keeps what all of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from llama_fn.model import train_step
 from llama_fn.planner import config_stages
 from llama_fn.planner.links import bandwidth
 from llama_fn.planner.pipeline import Timeline, simulate, stashes
-from llama_fn.planner.streams import Spent, spent
+from llama_fn.planner.streams import NOTHING, Spent, spent
 from llama_fn.planner.survey import Survey
 from llama_fn.planner.survey import spent as surveyed
 from sharding import Mesh
@@ -64,7 +64,7 @@ class StagePlan:
 @dataclass(frozen=True)
 class PipelinePlan:
     """The simulated step: `timeline` of the microbatches, from `before_s` on; `alone_s`: the step if no sending hides
-    behind computing."""
+    behind computing, `one_stream_s`: with one stream for all collectives of a piece of work (streams.py)."""
 
     timeline: Timeline
     stages: tuple[StagePlan, ...]
@@ -72,6 +72,7 @@ class PipelinePlan:
     after_s: float
     message_s: float
     alone_s: float
+    one_stream_s: float
 
     @property
     def step_s(self) -> float:
@@ -143,15 +144,18 @@ def predicted(
         each.append(_extrapolated(_costs(a, hardware), _costs(b, hardware), more, padded))
     message_s = max(_message_bytes(one) for one in small.by_stage) / bandwidth(PIPE, small.mesh, hardware)
 
-    def timeline(alone: bool) -> Timeline:
+    def timeline(seconds: Callable[[Spent], float]) -> Timeline:
         def takes(stage: int, work: Work) -> float:
-            body = each[stage].bodies.get(_name(work, stage, held.count), Spent(0.0, 0.0, 0.0))
-            return body.compute_s + body.comms_s if alone else body.elapsed_s
+            return seconds(each[stage].bodies.get(_name(work, stage, held.count), NOTHING))
 
         return simulate(order, takes, message_s)
 
-    before, after = (max(one.bodies[name].elapsed_s for one in each) for name in (BEFORE, AFTER))
-    line, in_flight = timeline(False), stashes(order)
+    def around(seconds: Callable[[Spent], float]) -> tuple[float, float]:
+        before, after = (max(seconds(one.bodies[name]) for one in each) for name in (BEFORE, AFTER))
+        return before, after
+
+    line, in_flight = timeline(lambda spent: spent.elapsed_s), stashes(order)
+    before, after = around(lambda spent: spent.elapsed_s)
     plans = [
         StagePlan(
             sum(held.sizes[stage :: held.count]), sum(event.end_s - event.begin_s for event in line.stages[stage]),
@@ -159,8 +163,9 @@ def predicted(
         )
         for stage, costs in enumerate(each)
     ]  # fmt: skip
-    alone = before + timeline(True).step_s + after
-    made = PipelinePlan(line, tuple(plans), before, after, message_s, alone)
+    alone = before + timeline(lambda spent: spent.compute_s + spent.comms_s).step_s + after
+    one = sum(around(lambda spent: spent.one_stream_s)) + timeline(lambda spent: spent.one_stream_s).step_s
+    made = PipelinePlan(line, tuple(plans), before, after, message_s, alone, one)
     return made, [_of_all(one.costs, cfg.data.microbatches / _few(cfg, held)) for one in each]
 
 

@@ -2,8 +2,8 @@
 
 Times are a roofline: an op takes the larger of its FLOPs over the peak and its bytes over the HBM bandwidth, as if
 alone and perfect, every pointwise op reading and writing memory once (compilers fuse them, so this part is an upper
-bound); a collective takes its bytes over the slowest link that its mesh axes cross. Of a pipeline the step is
-simulated, with these times for its ops (piped.py).
+bound); a collective takes its bytes over the slowest link that its mesh axes cross. The step is simulated with these
+times: its ops in their order on the streams of a device (streams.py), and the stages of a pipeline (piped.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama_fn.config import Config
 from llama_fn.hardware import Hardware
 from llama_fn.model import arrays, train_step
 from llama_fn.model.flops import model_flops_per_token
-from llama_fn.planner import config_stages, piped
+from llama_fn.planner import config_stages, piped, streams
 from llama_fn.planner.links import bandwidth
 from llama_fn.planner.piped import PipelinePlan
 from llama_fn.planner.survey import (
@@ -96,6 +96,8 @@ class Plan:
     comms_s: float
     transfers: list[Transfer]
     scopes: list[ScopeCost]
+    step_time_s: float  # as simulated, collectives of each axis on a stream of their own
+    one_stream_s: float  # the same with one stream for all collectives
     seconds: float  # that planning took
     pipeline: PipelinePlan | None = (
         None  # of several stages: peaks are of the one that takes most, times of the slowest
@@ -124,24 +126,18 @@ class Plan:
         return self.spare_bytes >= 0
 
     @property
-    def step_time_s(self) -> float:
-        """Communication behind computation as far as it goes, or of a pipeline as simulated; step_time_alone_s: one
-        after the other."""
-        return max(self.compute_s, self.comms_s) if self.pipeline is None else self.pipeline.step_s
-
-    @property
     def step_time_alone_s(self) -> float:
         """Seconds of a step whose sending hides behind nothing."""
         return self.compute_s + self.comms_s if self.pipeline is None else self.pipeline.alone_s
 
     @property
     def tokens_per_second_per_device(self) -> float:
-        """With sending hidden behind computing."""
+        """As simulated."""
         return self.cfg.data.global_batch_size * self.cfg.data.seq_len / self.mesh.size / self.step_time_s
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs of a step over the peak, with sending hidden behind computing."""
+        """Model FLOPs of a step over the peak, as simulated."""
         return self.model_flops / self.step_time_s / self.hardware.peak_flops_per_s
 
 
@@ -159,11 +155,16 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
     sizes = (2 * ends, 2 * ends + 1) if repeats else (layers,)
     lowered = [_lowered(_small(cfg, n, min(microbatches, MICROBATCHES)), mesh, traces) for n in sizes]
     surveys = [survey(each, hardware, microbatches, ends) for each in lowered]
+    times = [streams.of_step(each, hardware, microbatches) for each in lowered]
+    spent = times[-1].beyond(times[0], layers - 2 * ends - 1) if repeats else times[0]
     costs = extrapolated(surveys[0], surveys[1], layers - 2 * ends) if repeats else surveys[0]
     arguments = {key[1]: round(size) for key, size in costs.items() if key[0] == "argument"}
     temporary, peak_at = peak(costs)
+    # The survey tells the ops of a microbatch apart exactly, by their scopes; the clock by their order.
+    computing = total(costs, "seconds")
     return _plan(
         cfg, mesh, hardware, costs, arguments, began, round(costs[("saved",)]),
+        step_time_s=computing + spent.waiting_s, one_stream_s=computing + spent.waiting_on_one_stream_s,
         peak_bytes=sum(arguments.values()) + round(temporary), peak_at=peak_at,
         timeline=timeline(costs, sum(arguments.values()), layers, ends),
     )  # fmt: skip
@@ -180,6 +181,7 @@ def _piped(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces, began: f
     most = made.stages[fullest]
     return _plan(
         cfg, mesh, hardware, costs[made.slowest], arguments, began, most.kept_bytes,
+        step_time_s=made.step_s, one_stream_s=made.one_stream_s,
         peak_bytes=sum(arguments.values()) + most.temporary_bytes, peak_at=f"{most.peak_at}, stage {fullest}",
         timeline=[], pipeline=made,
     )  # fmt: skip

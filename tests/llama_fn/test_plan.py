@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from llama_fn.compiler import calls
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from llama_fn.hardware import TABLE, Reserved
 from llama_fn.model.presets import preset
-from llama_fn.planner import plan, report
+from llama_fn.planner import plan, report, streams
 from sharding import Mesh
+from sharding.collectives import all_gather_start
 
 ROOT = Path(__file__).resolve().parents[2]
 NPU = replace(TABLE["ascend_910b1"], reserved=Reserved())
@@ -55,12 +58,23 @@ def test_an_axis_takes_the_link_that_its_devices_share(mesh, axes, inside):
     assert plan.bandwidth(axes, Mesh.parse(mesh), NPU) == wanted
 
 
+def by_axis(made):
+    """Seconds of sending over each axis."""
+    totals = defaultdict(float)
+    for transfer in made.transfers:
+        totals[transfer.row.axis] += transfer.seconds
+    return totals
+
+
 def test_times_follow_from_the_hardware():
     mesh = Mesh.parse("data:2,model:2")
     slow = replace(NPU, link_bytes_per_s=NPU.link_bytes_per_s / 10)
     a, b = plan.make(CFG, mesh, NPU), plan.make(CFG, mesh, slow)
     assert b.comms_s == pytest.approx(10 * a.comms_s) and b.compute_s == pytest.approx(a.compute_s)
-    assert a.step_time_s == max(a.compute_s, a.comms_s) and a.step_time_alone_s == a.compute_s + a.comms_s
+    for each in (a, b):
+        assert each.step_time_alone_s == each.compute_s + each.comms_s
+        at_least = max([each.compute_s, *by_axis(each).values()])
+        assert at_least <= each.step_time_s <= each.one_stream_s <= each.step_time_alone_s * (1 + 1e-9)
     assert a.comms_s == pytest.approx(sum(t.row.bytes * t.row.count for t in a.transfers) / NPU.link_bytes_per_s)
     assert a.mfu == pytest.approx(a.model_flops / a.step_time_s / NPU.peak_flops_per_s)
     assert sum(p.flops for p in a.scopes) == a.hardware_flops
@@ -108,6 +122,9 @@ def test_a_deep_model_is_planned_from_shallow_ones_exactly(mesh, rules, microbat
     assert found.peak_bytes == memory.peak_bytes and max(m.bytes for m in found.timeline) == memory.peak_bytes
     assert found.hardware_flops == lowered.cost_analysis().total_flops
     assert sorted(t.row for t in found.transfers) == sorted(lowered.collectives())
+    whole = streams.spent([node for node, _ in calls.counted(lowered.graph_module)], lowered.mesh, NPU)
+    assert found.step_time_s == pytest.approx(whole.elapsed_s, rel=0.01)
+    assert found.one_stream_s == pytest.approx(whole.one_stream_s, rel=0.01)
 
 
 @pytest.mark.slow
@@ -148,7 +165,9 @@ def test_flops_are_those_that_torch_counts():
     state = arrays.materialize(train_step.abstract_state(CFG), random.key(0))
     plain = expand(passes.copy_graph(config_stages.train(CFG).lower().graph_module), {}, forms.finder({}), {})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plain(*tree.leaves((state, train_step.Batch(ids, ids, torch.ones(ids.shape)))))
+        plain(*tree.leaves((
+            state, train_step.Batch(ids, ids, torch.ones(ids.shape)), train_step.hyperparameters(CFG)
+        )))  # fmt: skip
     half = 7 * d.global_batch_size * m.num_heads * m.head_dim * d.seq_len**2 * m.num_layers
     assert counter.get_total_flops() == plan.make(CFG, Mesh(), NPU).hardware_flops + half
 
@@ -291,3 +310,25 @@ def test_what_the_runtime_takes_is_not_the_steps():
     assert not short.fits and "GB are missing" in report.as_text(short)
     assert "fits with" in report.as_text(replace(found, hardware=TABLE["ascend_910b1"]))
     assert all(h.reserved.runtime_bytes > 0 and h.reserved.communicator_bytes > 0 for h in TABLE.values())
+
+
+MESH_2 = Mesh.parse("data:2,model:2")
+
+
+def begun_at_once(*ops):
+    """Gathers over (axes, milliseconds), none of which is waited for."""
+    graph = torch.fx.Graph()
+    for i, (axes, ms) in enumerate(ops):
+        x = graph.placeholder(f"x{i}")
+        size = round(ms * 1e-3 * plan.bandwidth(axes, MESH_2, NPU))
+        x.meta["val"] = torch.empty(size, dtype=torch.uint8, device="meta")
+        graph.call_function(all_gather_start.op, (x, axes, 2, 0)).meta["val"] = torch.empty(0)
+    return [node for node in graph.nodes if node.op == "call_function"]
+
+
+def test_collectives_of_different_axes_overlap_and_those_of_one_axis_do_not():
+    of = lambda *ops: streams.spent(begun_at_once(*ops), MESH_2, NPU)  # noqa: E731
+    apart = of(("data", 3), ("model", 2))
+    assert apart.elapsed_s == pytest.approx(3e-3) and apart.one_stream_s == pytest.approx(5e-3)
+    together = of(("data", 3), ("data", 2))
+    assert together.elapsed_s == together.one_stream_s == pytest.approx(5e-3) == together.comms_s
