@@ -170,6 +170,12 @@ class RunConfig:
         "backend npu: whole makes one GE graph of the step, calls one of the microbatch that is run again and again, "
         "auto takes calls where the step has over 20,000 ops",
     )
+    npu_streams: Literal["by_axis", "one"] = opt(
+        "by_axis",
+        "backend npu: by_axis gives the collectives of each mesh axis, and the messages of each direction, a stream of "
+        "their own; one leaves all on one stream, where each waits for the one before",
+        False,
+    )
     log_every: int = number(1, "iterations between log lines", 1, numbers=False)
     checkpoint_every: int = number(100, "iterations between checkpoints", 1, numbers=False)
     keep_latest: int = number(2, "how many of the newest checkpoints to keep", 1, numbers=False)

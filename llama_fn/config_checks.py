@@ -148,6 +148,7 @@ def without_effect(cfg: Config) -> Iterator[str]:
         ("run.dump_ranks", not r.dump_dir, "nothing is dumped without --run.dump_dir"),
         ("run.attention", r.backend != "inductor", f"backend {r.backend} has one form of attention"),
         ("run.npu_form", r.backend != "npu", f"backend {r.backend} makes no GE graphs"),
+        ("run.npu_streams", r.backend != "npu", f"backend {r.backend} makes no GE graphs"),
         ("run.compile_cache", r.backend != "inductor", f"backend {r.backend} keeps no compiled code"),
         ("run.keep_every", bool(r.keep_every % r.checkpoint_every),
          f"only multiples of --run.checkpoint_every={r.checkpoint_every} are saved, and few or none of these"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+STREAM = "_user_stream_label"
 SCOPE = "nn_module_stack"  # the attribute that carries "phase scope"
 _TRACED = "_fx_tensor_name"  # "node-target.OUTPUT.result" of the traced node that an op's result is
 
@@ -27,8 +28,9 @@ def _line(op: Any, shapes: Mapping[str, list[int]]) -> str:
     attributes = "".join(f" {k}={_value(v)}" for k, v in named)
     edges = [given.removesuffix(":-1") for given in op.input if given.endswith(":-1")]
     after = f" after {', '.join(f'%{name}' for name in edges)}" if edges else ""
+    stream = f" stream={op.attr[STREAM].s.decode()}" if STREAM in op.attr else ""
     scope = f"  # {op.attr[SCOPE].s.decode()}" if SCOPE in op.attr else ""
-    return f"%{op.name}: {results} = {op.type}({operands}){attributes}{after}{scope}"
+    return f"%{op.name}: {results} = {op.type}({operands}){attributes}{stream}{after}{scope}"
 
 
 def _operands(op: Any) -> Iterator[str]:

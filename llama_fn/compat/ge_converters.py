@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torchair
 from torchair._ge_concrete_graph import ge_apis as ge
+from torchair._ge_concrete_graph.compat_ir import ge_op
 from torchair._ge_concrete_graph.ge_converter import custom  # noqa: F401  (loaded late, it would replace ours)
 from torchair._ge_concrete_graph.hcom_utils import get_group_name_and_record
+from torchair.ge import attr
 from torchair.ge._ge_graph import ControlTensor, DataType, get_default_ge_graph, torch_type_to_ge_type
 
 
@@ -56,26 +58,18 @@ def hcom_name(group_name: str) -> str:
     return str(get_group_name_and_record(distributed._get_group_tag(group), ranks, len(ranks)))
 
 
-def _follow(group: str) -> list[ControlTensor]:
-    """The last message of this direction in the graph that is being made: HCCL pairs messages in their order."""
-    last = vars(get_default_ge_graph()).setdefault("llama_fn_messages", {})
-    return [last[group]] if group in last else []
-
-
-def _on_stream(group: str, op: Any) -> None:
-    """Put a message behind the others of its direction, on a stream of their own; it is kept though nobody reads it."""
-    graph = get_default_ge_graph()
-    graph.llama_fn_messages[group] = ControlTensor(op)
-    graph.dont_prune_me(ControlTensor(op))
-    op.attr["_user_stream_label"].s = f"messages_{group}".encode()
+def _bits(x: Any, kind: int) -> Any:
+    """The same bits as another dtype. (torchair's own Bitcast asks CANN for the op's definition.)"""
+    return ge_op("Bitcast", inputs={"x": x}, outputs=["y"], attrs={"type": attr.DataType(kind)})
 
 
 @torchair.register_fx_node_ge_converter(torch.ops.llama_fn.send.default)
 def send(x: Any, group_name: str, n: int, target: int, tag: int, meta_outputs: Any = None) -> Any:
     """HcomSend; `group_name` of the direction, and the other's number in it, stand where our op has axes and step."""
-    group = hcom_name(group_name)
-    ge.HcomSend(x, group=group, sr_tag=tag, dest_rank=target, dependencies=_follow(group))
-    _on_stream(group, get_default_ge_graph().op[-1])
+    # No definition of HcomSend and HcomReceive up to CANN 9.0 lists bf16, and a message only moves bits.
+    sent = _bits(x, DataType.DT_INT16) if x.dtype == DataType.DT_BF16 else x
+    ge.HcomSend(sent, group=hcom_name(group_name), sr_tag=tag, dest_rank=target)
+    get_default_ge_graph().dont_prune_me(ControlTensor(get_default_ge_graph().op[-1]))  # though nobody reads it
     return ge.Const([0.0], dtype=DataType.DT_FLOAT)  # our op's result, which nobody reads
 
 
@@ -85,16 +79,16 @@ def receive(
     meta_outputs: Any = None,
 ) -> Any:  # fmt: skip
     """HcomReceive, as :func:`send`."""
-    group, kind = hcom_name(group_name), torch_type_to_ge_type(dtype)
-    got = ge.HcomReceive(group=group, sr_tag=tag, src_rank=source, shape=shape, dtype=kind, dependencies=_follow(group))
-    _on_stream(group, got.node)
+    kind = DataType.DT_INT16 if dtype == torch.bfloat16 else torch_type_to_ge_type(dtype)
+    got = ge.HcomReceive(group=hcom_name(group_name), sr_tag=tag, src_rank=source, shape=shape, dtype=kind)
+    get_default_ge_graph().dont_prune_me(ControlTensor(got.node))
     return got
 
 
 @torchair.register_fx_node_ge_converter(torch.ops.llama_fn.received.default)
 def received(pending: Any, axes: str, n: int, step: int, tag: int, meta_outputs: Any = None) -> Any:
-    """GE waits by itself where a value is read."""
-    return ge.Identity(pending)
+    """GE waits by itself where a value is read: here, so that bits are bf16 again no sooner."""
+    return _bits(pending, DataType.DT_BF16) if meta_outputs.dtype == DataType.DT_BF16 else ge.Identity(pending)
 
 
 @torchair.register_fx_node_ge_converter(torch.ops._c10d_functional.all_to_all_single.default)

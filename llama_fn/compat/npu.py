@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from llama_fn.compat import ge_streams
+
 TORCH_NPU = "2.13.0"
 # Our ops that ge_converters.py converts as they are
 CONVERTED = ("matmul", "barrier", "send", "receive", "received")
@@ -112,8 +114,11 @@ class GeGraph:
         }  # fmt: skip
 
 
-def ge_convert(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], scopes: Mapping[str, str]) -> GeGraph:
-    """`gm`, whose inputs are like the fake `inputs`, as one GE graph; `scopes` by node name are written on its ops."""
+def ge_convert(
+    gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], scopes: Mapping[str, str], streams: Mapping[str, str]
+) -> GeGraph:
+    """`gm`, whose inputs are like the fake `inputs`, as one GE graph; `scopes` by node name are written on its ops,
+    `streams` by group on its collectives (ge_streams.py)."""
     torchair = load_torchair()
     compiler = torchair.get_compiler(_config(torchair))
     for node in gm.graph.nodes:
@@ -124,6 +129,7 @@ def ge_convert(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], scopes:
     gm.recompile()
     with inputs[0].fake_mode:  # type: ignore[attr-defined]
         run = compiler(gm, list(inputs))
+    ge_streams.arrange(run.runner.graph, streams)
     return GeGraph(run.runner, run, _shapes(gm))
 
 

@@ -36,7 +36,7 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
     if cfg.run.check_finite:
         options |= {"check_finite": True}
     if cfg.run.backend == "npu":
-        options |= {"device": cfg.run.device, "form": cfg.run.npu_form}
+        options |= {"device": cfg.run.device, "form": cfg.run.npu_form, "streams": cfg.run.npu_streams}
     return options
 
 

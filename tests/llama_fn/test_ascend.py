@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_fn import config, config_checks, config_fields, launch
+from llama_fn import compat, config, config_checks, config_fields, launch
 from llama_fn.ascend import environment
 from llama_fn.errors import UserError
 
@@ -42,7 +42,8 @@ def test_the_environment_is_defaulted_and_what_is_set_stays():
     environ = {"TASK_QUEUE_ENABLE": "2"}
     lines = environment.set_environment(replace(RUN, deterministic=True), None, environ)
     assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and environ["TASK_QUEUE_ENABLE"] == "2"
-    assert environ["HCCL_EXEC_TIMEOUT"] == "544", "the largest multiple of 68 below --run.timeout_s - 30"
+    assert environ["HCCL_EXEC_TIMEOUT"] == "570", "30 below --run.timeout_s"
+    assert environ["MAX_COMPILE_CORE_NUMBER"] == str(compat.physical_cores()) and "HCCL_BUFFSIZE" not in environ
     assert "TASK_QUEUE_ENABLE=2" in lines and "HCCL_DETERMINISTIC=true (default of llama_fn)" in lines
     assert "NPU_ASD_ENABLE" not in environ
 
@@ -52,12 +53,30 @@ def test_the_environment_is_defaulted_and_what_is_set_stays():
     [
         ({"HCCL_CONNECT_TIMEOUT": "3"}, r"HCCL_CONNECT_TIMEOUT=3: expected an integer of 120\.\.7200"),
         ({"HCCL_DETERMINISTIC": "yes"}, "expected false or true or strict"),
+        ({"HCCL_OP_EXPANSION_MODE": "AICPU"}, "expected AI_CPU or AIV or HOST or HOST_TS"),
+        ({"HCCL_OP_EXPANSION_MODE": "AIV", "HCCL_DETERMINISTIC": "true"}, "sums in no fixed order"),
+        ({"HCCL_OP_EXPANSION_MODE": "AIV", "HCCL_EXEC_TIMEOUT": "1200"}, "waits 1091 seconds at most"),
+        ({"MAX_COMPILE_CORE_NUMBER": "0"}, r"expected an integer of 1\.\.1024"),
         ({"HEEL_CONNECT_TIMEOUT": "600"}, r"HEEL_CONNECT_TIMEOUT does nothing\. Did you mean HCCL_CONNECT_TIMEOUT\?"),
     ],
 )
 def test_a_wrong_environment_is_refused(environ, said):
     with pytest.raises(UserError, match=said):
         environment.set_environment(RUN, None, environ)
+
+
+def test_collectives_on_vector_cores_take_one_group_inside_of_a_machine(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    aiv = {"HCCL_OP_EXPANSION_MODE": "AIV"}
+    environment.check_groups("model:8", {"model": range(8)}, aiv)
+    environment.check_groups("data:2,model:8", {"model": range(8), "data": (0, 8)}, {})
+    with pytest.raises(UserError, match="on mesh data:2,model:4 this step has 2: data, model"):
+        environment.check_groups("data:2,model:4", {"data": (0, 4), "model": range(4)}, aiv)
+    with pytest.raises(UserError, match="on mesh data:2,model:8 data joins machines"):
+        environment.check_groups("data:2,model:8", {"data": (0, 8)}, aiv)
+    environ = dict(aiv)
+    environment.set_environment(replace(RUN, timeout_s=7200), None, environ)
+    assert environ["HCCL_EXEC_TIMEOUT"] == "1091"
 
 
 def test_cann_dumps_into_the_folder_that_is_given(tmp_path):

@@ -21,7 +21,8 @@ from llama_fn.inspect import dump
 
 PROTO_DTYPES = {
     "DT_FLOAT": torch.float32, "DT_FLOAT16": torch.float16, "DT_BF16": torch.bfloat16, "DT_INT64": torch.int64,
-    "DT_INT32": torch.int32, "DT_BOOL": torch.bool, "DT_UINT8": torch.uint8, "DT_INT8": torch.int8,
+    "DT_INT32": torch.int32, "DT_INT16": torch.int16, "DT_BOOL": torch.bool,
+    "DT_UINT8": torch.uint8, "DT_INT8": torch.int8,
 }  # fmt: skip
 Group = list[torch.Tensor]
 
@@ -172,6 +173,7 @@ class GeInterpreter:
         members = [rank.groups.get(each["group"], []) for rank, each in zip(self.ranks, attrs, strict=True)]
         if kind == "HcomSend":
             for number, group, each, (x,) in zip(self.numbers, members, attrs, args, strict=True):
+                assert x.dtype != torch.bfloat16, "the definition of HcomSend lists no bf16"
                 mailbox.put(Pending(number, group[each["dest_rank"]], each["sr_tag"]), x.clone())
             return [None] * len(self.ranks)
         if kind == "HcomReceive":

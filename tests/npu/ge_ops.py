@@ -64,6 +64,11 @@ def Axpy(attrs, x1, x2):
 
 
 @op
+def Bitcast(attrs, x):
+    return x.view(DTYPES[attrs["type"]])
+
+
+@op
 def Cast(attrs, x):
     return x.to(DTYPES[attrs["dst_type"]])
 

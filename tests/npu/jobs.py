@@ -41,6 +41,10 @@ JOBS = {
     "tiny_calls": in_microbatches("model:2", 2, 6, run__npu_form="calls"),
     "tiny_pipeline": in_microbatches("pipe:2,model:2", 4, 4, run__npu_form="calls"),
     "tiny_pipeline_whole": in_microbatches("pipe:2,model:2", 4, 3, mesh__schedule="zb_h1", run__npu_form="whole"),
+    "tiny_pipeline_bf16": in_microbatches(
+        "pipe:2", 2, 2, model__compute_dtype="bf16", run__npu_form="whole", mesh__schedule="gpipe"
+    ),
+    "tiny_one_stream": in_microbatches("model:2", 2, 1, run__npu_streams="one"),
     "tiny_fp16_gqa": job(
         model__compute_dtype="fp16", model__num_kv_heads=2, model__num_layers=2, data__seq_len=16, data__microbatches=2
     ),

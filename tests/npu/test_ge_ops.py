@@ -118,6 +118,7 @@ def test_shapes_slices_and_small_ops():
     close(OPS["ClipByValueV2"]({}, x, i(-0.1), i(0.2)), x.clamp(-0.1, 0.2))
     close(OPS["MaskedFill"]({}, x, x > 0, i(0.0)), x.masked_fill(x > 0, 0))
     assert OPS["Cast"]({"dst_type": 27}, x).dtype == torch.bfloat16
+    assert torch.equal(OPS["Bitcast"]({"type": 6}, x.bfloat16()), x.bfloat16().view(torch.int16))
     assert OPS["Range"]({}, i(0), i(5), i(2)).tolist() == [0, 2, 4]
 
 

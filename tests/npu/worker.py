@@ -44,7 +44,8 @@ def lower(job: dict[str, Any]) -> None:
     for rank in job["ranks"]:
         folder = rank_folder(Path(job["out"]), rank)
         write = functools.partial(write_ge, folder)
-        options = {"processes": member(lowered.mesh, rank), "write": write, "form": cfg.run.npu_form}
+        named = {"form": cfg.run.npu_form, "streams": cfg.run.npu_streams}
+        options = {"processes": member(lowered.mesh, rank), "write": write, **named}
         compiled = lowered.of_rank(rank).compile(compile, device="npu:0", **options)
         scopes = compiled.executable.scopes
         unnamed = [

@@ -10,7 +10,6 @@ operator without a converter is an error before anything compiles. GE itself com
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,26 +17,20 @@ from typing import Any
 
 import torch
 
-from kernels.barrier import barrier
 from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.ascend.ge_text import ge_scopes, ge_text
 from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends import CodeOrigin, Executable, Program, communication, forms
 from llama_fn.compiler.backends.in_turn import between_stages, in_turn
+from llama_fn.compiler.backends.npu_forms import laid_out
 from llama_fn.compiler.passes.constants import constants
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.in_place import COPY, add_in_place
 from llama_fn.compiler.passes.place import place
-from llama_fn.compiler.pieces import in_pieces
 from llama_fn.distributed import Messages, Processes
 from llama_fn.errors import UserError
 from sharding.mesh import Mesh
-from sharding.messages import is_message, over_stages, received, send, way
-
-log = logging.getLogger("llama_fn.npu")
-# Pangu-13B's 20,000 nodes took GE 20 minutes, its 135,000 nodes about 3 hours (MindSpore's guide to lazy inlining).
-WHOLE_OPS = 20_000
 
 
 def compile(
@@ -45,16 +38,19 @@ def compile(
     device: str = "npu",
     processes: Processes | None = None,
     form: str = "auto",
+    streams: str = "by_axis",
     write: Callable[[str, str, str, str], None] | None = None,
 ) -> Executable:
     """`form`: whole is one GE graph, calls one for each body and what stands between its calls, auto by their size;
-    `write` gets the name, GE graph, torchair's options and a readable text of each before anything runs
-    (inspect/dump.py)."""
-    # By all stages, as messages inside of a GE graph do not reach a process that receives outside of one.
-    ops = max(sum(times for _, times in calls.counted(each)) for each in program.graphs)
+    `streams`: by_axis puts the collectives of each mesh axis, and the messages of each direction, on a stream of their
+    own, one leaves all of them on GE's one stream; `write` gets the name, GE graph, torchair's options and a readable
+    text of each before anything runs (inspect/dump.py).
+
+    UserError where an op has no converter, and where the stages of a pipeline would wait for ever on one stream.
+    """
     messages = Messages(processes, device) if processes and len(program.graphs) > 1 else None
-    gm = _in_form(program.graph_of(processes), form, ops, messages)
-    graphs = convert(program, gm, device, processes)
+    gm, on_streams = laid_out(program, processes, form, messages, streams == "by_axis")
+    graphs = convert(program, gm, device, processes, on_streams)
     texts = {body: ge_text(graph.ge.proto, graph.ge.shapes) for body, graph in graphs.items()}
     names = {body: "" if body is gm else name for body, name in {**ir.subgraphs(gm), gm: ""}.items()}
     if write is not None:
@@ -83,40 +79,6 @@ def _unambiguous(scopes: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {name: next(iter(each)) for name, each in several.items() if len(each) == 1}
 
 
-def _in_form(gm: torch.fx.GraphModule, form: str, ops: int, messages: Messages | None) -> torch.fx.GraphModule:
-    """The graph written out, or in pieces; `ops`: of the largest graph of a stage."""
-    called = form == "calls" or (form == "auto" and ops > WHOLE_OPS)
-    if form == "calls" and not calls.bodies(gm):
-        log.warning(
-            "--run.npu_form=calls: this step is one GE graph, as only steps of five microbatches or more call them"
-        )
-    elif called and calls.bodies(gm):
-        log.info("npu_form: calls, a GE graph for each piece of the step, which has %d ops in all", ops)
-        return in_pieces(passes.copy_graph(gm))
-    whole = calls.inlined(gm)
-    return whole if messages is None else _with_messages(whole, messages)
-
-
-def _with_messages(gm: torch.fx.GraphModule, messages: Messages) -> torch.fx.GraphModule:
-    """`gm` with its messages named by their groups, and with nothing that other stages wait for and torchair, or GE,
-    would leave out as nobody here reads it."""
-    for node in filter(is_message, ir.calls(gm.graph)):
-        _, step, tag = way(node)
-        if node.target is not received.op:
-            group, other = messages.named(step, node.target is send.op)
-            node.args = (*node.args[:-4], group, 2, other, tag)
-    together = [node for node in ir.calls(gm.graph) if node.target is send.op or over_stages(node)]
-    out, unread = ir.output_node(gm.graph), [node for node in together if not node.users]
-    first, *others = ir.results(gm.graph)
-    with gm.graph.inserting_before(out):
-        for node in unread:
-            held = gm.graph.call_function(barrier.op, (first, node))
-            held.meta = {"val": compat.node_value(first), "custom": dict(compat.labels(node))}
-            first = held
-    out.args = ([first, *others],)
-    return gm
-
-
 @dataclass(frozen=True)
 class _Graph:
     """A GE graph. `kept`: which of its inputs are, overwritten, which of its results."""
@@ -133,10 +95,14 @@ class _Graph:
 
 
 def convert(
-    program: Program, gm: torch.fx.GraphModule, device: str, processes: Processes | None
+    program: Program,
+    gm: torch.fx.GraphModule,
+    device: str,
+    processes: Processes | None,
+    streams: Mapping[str, str],
 ) -> dict[torch.fx.GraphModule, _Graph]:
-    """The GE graphs of `gm`, if it calls bodies those of the bodies; UserError listing every operator that Ascend has
-    none for."""
+    """The GE graphs of `gm`, if it calls bodies those of the bodies; `streams` of collectives, by their groups.
+    UserError listing every operator that Ascend has none for."""
     collectives = {**communication(program, "npu", processes), **_named_groups(processes)}
     compat.load_torchair()
     for each in (*ir.subgraphs(gm), gm):
@@ -151,10 +117,10 @@ def convert(
         add_in_place(gm)
     for body, scope in bodies.items():
         calls.put_in_scope(body, scope)
-    return {body: _converted(body) for body in bodies or [gm]}
+    return {body: _converted(body, streams) for body in bodies or [gm]}
 
 
-def _converted(gm: torch.fx.GraphModule) -> _Graph:
+def _converted(gm: torch.fx.GraphModule, streams: Mapping[str, str]) -> _Graph:
     inputs, out = ir.placeholders(gm.graph), ir.output_node(gm.graph)
     kept = {k: inputs.index(x.args[0]) for k, x in enumerate(ir.results(gm.graph)) if x.target is COPY}
     out.args = ([x for k, x in enumerate(ir.results(gm.graph)) if k not in kept],)
@@ -163,7 +129,7 @@ def _converted(gm: torch.fx.GraphModule) -> _Graph:
     refuse_unsupported(gm)
     values = [compat.node_value(node) for node in inputs]
     scopes = {n.name: f"{ir.phase_of(n)} {ir.scope_of(n)}" for n in ir.calls(gm.graph)}
-    return _Graph(compat.ge_convert(gm, values, scopes), kept)
+    return _Graph(compat.ge_convert(gm, values, scopes, streams), kept)
 
 
 def _named_groups(processes: Processes | None) -> dict[str, Callable[..., Any]]:

@@ -30,7 +30,8 @@ def check(programs: Sequence[torch.fx.GraphModule]) -> None:
     _check_order(together)
 
 
-def _key(node: Node, stage: int) -> Key:
+def message_key(node: Node, stage: int) -> Key:
+    """Which message a node sends, asks for or takes, on this stage."""
     n, step, tag = way(node)
     other = (stage + step) % n
     return (stage, other, tag) if node.target is send.op else (other, stage, tag)
@@ -45,9 +46,9 @@ def _check_messages(programs: list[list[Node]]) -> None:
             side = {send.op: sent, receive.op: asked}.get(node.target)
             if side is None:
                 continue
-            key = _key(node, stage)
+            key = message_key(node, stage)
             if key in side[key[:2]]:
-                raise UserError(f"stage {stage}: {_told(node)} and {_told(side[key[:2]][key])} have one tag, {key[2]}")
+                raise UserError(f"stage {stage}: {told(node)} and {told(side[key[:2]][key])} have one tag, {key[2]}")
             side[key[:2]][key] = node
     for pair in sorted({*sent, *asked}):
         one, other = sent[pair], asked[pair]
@@ -56,18 +57,18 @@ def _check_messages(programs: list[list[Node]]) -> None:
                 node, lacks = (
                     (one[key], f"stage {pair[1]} asks") if key in one else (other[key], f"stage {pair[0]} sends")
                 )
-                raise UserError(f"{_way(pair)}: {_told(node)} has tag {key[2]}, and {lacks} nothing with that tag")
+                raise UserError(f"{_way(pair)}: {told(node)} has tag {key[2]}, and {lacks} nothing with that tag")
             _check_alike(one[key], other[key], key)
         for a, b in zip(one, other, strict=True):
             if a != b:
-                raise UserError(f"{_way(pair)}: {_told(one[a])} sends what comes after {_told(other[b])} has asked")
+                raise UserError(f"{_way(pair)}: {told(one[a])} sends what comes after {told(other[b])} has asked")
 
 
 def _check_alike(sent: Node, asked: Node, key: Key) -> None:
     value = compat.node_value(sent.args[0])  # type: ignore[arg-type]
     if describe(value) != describe(compat.node_value(asked)):
         raise UserError(
-            f"{_way(key)}, tag {key[2]}: {_told(sent)} sends {describe(value)}, and {_told(asked)} "
+            f"{_way(key)}, tag {key[2]}: {told(sent)} sends {describe(value)}, and {told(asked)} "
             f"asks for {describe(compat.node_value(asked))}"
         )
 
@@ -82,7 +83,7 @@ def _check_order(programs: list[list[Node]]) -> None:
         for stage, nodes in enumerate(programs):
             while at[stage] < len(nodes) and not over_stages(nodes[at[stage]]):
                 node = nodes[at[stage]]
-                key = _key(node, stage)
+                key = message_key(node, stage)
                 if node.target is send.op:
                     there.add(key)
                 elif node.target is not receive.op and key not in there:
@@ -95,7 +96,7 @@ def _check_order(programs: list[list[Node]]) -> None:
             at, moved = [i + 1 for i in at], True
     stuck = [(stage, node) for stage, node in enumerate(now) if node is not None]
     if stuck:
-        told = "; ".join(f"stage {stage} at {_told(node)[:-1]}" for stage, node in stuck)
+        told = "; ".join(f"stage {stage} at {told(node)[:-1]}" for stage, node in stuck)
         raise UserError(f"the stages of this pipeline would wait for ever: {told}")
 
 
@@ -105,7 +106,7 @@ def _check_same(met: list[Node]) -> None:
     for stage, node in enumerate(others, 1):
         if _collective(node) != _collective(first):
             raise UserError(
-                f"stage 0 comes to {_told(first)} when stage {stage} comes to {_told(node)}: {_collective(first)} is "
+                f"stage 0 comes to {told(first)} when stage {stage} comes to {told(node)}: {_collective(first)} is "
                 f"not {_collective(node)}"
             )
 
@@ -120,5 +121,6 @@ def _way(pair: tuple[int, ...]) -> str:
     return f"from stage {pair[0]} to {pair[1]}"
 
 
-def _told(node: Node) -> str:
+def told(node: Node) -> str:
+    """An op and where it stands, for an error."""
     return f"%{node.name}, {where(node)},"
