@@ -168,7 +168,7 @@ class RunConfig:
     npu_form: Literal["auto", "whole", "calls"] = opt(
         "auto",
         "backend npu: whole makes one GE graph of the step, calls one of the microbatch that is run again and again, "
-        "auto takes calls where the step has over 20,000 ops",
+        "auto takes calls where one graph might not load, or would take GE over half an hour (docs/ascend.md)",
     )
     npu_streams: Literal["by_axis", "one"] = opt(
         "by_axis",

@@ -33,6 +33,7 @@ from llama_fn.compat.npu import (
     load_torchair,
     without_converter,
 )
+from llama_fn.compat.npu_schemas import define_npu_ops
 from llama_fn.compat.repeat import add_body
 from llama_fn.compat.tracing import (
     INVOKE_SUBGRAPH,
@@ -57,6 +58,7 @@ __all__ = [
     "check_torch_version",
     "collective_forms",
     "cpu_model",
+    "define_npu_ops",
     "flash_attention",
     "flash_attention_backward",
     "ge_convert",

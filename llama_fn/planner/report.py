@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from llama_fn.ascend.budget import STREAMS, TASKS, Budget, as_lines
 from llama_fn.planner.plan import Plan
 from sharding import collectives_table
 
 GB = 1e9
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The keys that other programs may rely on; bytes, FLOPs and seconds are per device and step."""
+def as_json(plan: Plan, ge: tuple[Budget, str] | None = None) -> dict[str, Any]:
+    """The keys that other programs may rely on; bytes, FLOPs and seconds are per device and step. `ge`: of
+    ge_budget.py."""
     return {
         "devices": plan.mesh.size,
         "mesh": str(plan.mesh),
@@ -42,6 +44,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "scopes": [asdict(p) | {"bound": p.bound} for p in plan.scopes],
         "planning_s": plan.seconds,
         "pipeline": _pipeline_json(plan),
+        "ge": _ge_json(*ge) if ge else None,
     }
 
 
@@ -57,8 +60,19 @@ def _pipeline_json(plan: Plan) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def as_text(plan: Plan) -> str:
-    """The plan as the tool prints it."""
+def _ge_json(budget: Budget, why: str) -> dict[str, Any]:
+    return {
+        "form": budget.form, "why": why, "compile_s": budget.compile_s,
+        "streams": {mode: budget.streams(mode) for mode in TASKS}, "streams_of_a_device": STREAMS,
+        "graphs": [
+            {"name": g.name, "runs": g.runs, "ops": dict(g.ops), "collectives": dict(g.collectives)}
+            for g in budget.graphs
+        ],
+    }  # fmt: skip
+
+
+def as_text(plan: Plan, ge: tuple[Budget, str] | None = None) -> str:
+    """The plan as the tool prints it; `ge`: of ge_budget.py."""
     h = plan.hardware
     lines = [
         f"{plan.cfg.model.preset}, {plan.parameters:,} parameters, {plan.cfg.model.compute_dtype}, batch "
@@ -90,6 +104,8 @@ def as_text(plan: Plan) -> str:
     rows = [t.row for t in plan.transfers]
     if rows:
         lines += [collectives_table.as_text(rows), *_by_axis(plan), ""]
+    if ge is not None:
+        lines += [*as_lines(ge[0]), f"because {ge[1]}", ""]
     return "\n".join([*lines, f"planned in {plan.seconds:.1f} s"])
 
 

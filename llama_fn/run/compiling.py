@@ -16,7 +16,7 @@ from llama_fn.distributed import Processes
 from llama_fn.hardware import Hardware, named
 from llama_fn.inspect import dump
 from llama_fn.model import arrays, train_step
-from llama_fn.planner import config_stages, plan, report
+from llama_fn.planner import config_stages, ge_budget, plan, report
 from llama_fn.run.resume import refuse_too_large
 from sharding import Mesh
 
@@ -107,7 +107,7 @@ def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:
     """Say what a step takes and needs on `hardware` (None: Ascend 910B1 for backend npu, else this CPU, measured), dump
     the graphs of one device where that is asked for, and compile where it can be done without other processes."""
     hardware = hardware or named("ascend_910b1" if cfg.run.backend == "npu" else "cpu", cfg.model.compute_dtype)
-    log.info("%s", report.as_text(plan.make(cfg, mesh, hardware)))
+    log.info("%s", report.as_text(plan.make(cfg, mesh, hardware), ge_budget.make(cfg, mesh, hardware)))
     if mesh.size == 1 and cfg.run.backend != "npu":
         compile(cfg, mesh, hardware, None, bool(cfg.run.eval_every))
         return

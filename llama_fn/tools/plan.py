@@ -58,15 +58,16 @@ def make_plan(argv: list[str]) -> int:
     if FLAGS.search:
         _start_imports()
     from llama_fn import hardware
-    from llama_fn.planner import config_stages, page, plan, report, trace
+    from llama_fn.planner import config_stages, ge_budget, page, plan, report, trace
 
     if FLAGS.search:
         return _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
-    planned = plan.make(cfg, config_stages.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
-    print(report.as_text(planned))
+    mesh, device = config_stages.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype)
+    planned, ge = plan.make(cfg, mesh, device), ge_budget.make(cfg, mesh, device)
+    print(report.as_text(planned, ge))
     if FLAGS.json:
         with atomic(Path(FLAGS.json)) as f:
-            json.dump(report.as_json(planned), f, indent=1, allow_nan=False)
+            json.dump(report.as_json(planned, ge), f, indent=1, allow_nan=False)
     if FLAGS.page:
         with atomic(Path(FLAGS.page)) as f:
             f.write(page.page(planned))

@@ -20,17 +20,13 @@ import torch
 from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.ascend.ge_text import ge_scopes, ge_text
-from llama_fn.compiler import calls, ir, passes
-from llama_fn.compiler.backends import CodeOrigin, Executable, Program, communication, forms
+from llama_fn.compiler import ir
+from llama_fn.compiler.backends import CodeOrigin, Executable, Program, communication
 from llama_fn.compiler.backends.in_turn import between_stages, in_turn
 from llama_fn.compiler.backends.npu_forms import laid_out
-from llama_fn.compiler.passes.constants import constants
-from llama_fn.compiler.passes.expand import expand
-from llama_fn.compiler.passes.in_place import COPY, add_in_place
-from llama_fn.compiler.passes.place import place
+from llama_fn.compiler.backends.npu_graphs import NpuGraph, npu_graphs
 from llama_fn.distributed import Messages, Processes
 from llama_fn.errors import UserError
-from sharding.mesh import Mesh
 
 
 def compile(
@@ -105,31 +101,15 @@ def convert(
     UserError listing every operator that Ascend has none for."""
     collectives = {**communication(program, "npu", processes), **_named_groups(processes)}
     compat.load_torchair()
-    for each in (*ir.subgraphs(gm), gm):
-        place(each, device)
-        _refuse_float64(each)
-    chosen = dict.fromkeys(KERNELS, "npu") | dict.fromkeys(collectives, "functional")
-    chosen = {name: form for name, form in chosen.items() if name not in compat.CONVERTED}
-    bodies, expanded = calls.bodies(gm), dict[str, torch.fx.GraphModule]()
-    for body in bodies or [gm]:
-        expand(body, chosen, forms.finder(collectives), {}, expanded)
-    if bodies:
-        add_in_place(gm)
-    for body, scope in bodies.items():
-        calls.put_in_scope(body, scope)
-    return {body: _converted(body, streams) for body in bodies or [gm]}
+    made = npu_graphs(gm, collectives, device)
+    return {body: _converted(graph, streams) for body, graph in made.items()}
 
 
-def _converted(gm: torch.fx.GraphModule, streams: Mapping[str, str]) -> _Graph:
-    inputs, out = ir.placeholders(gm.graph), ir.output_node(gm.graph)
-    kept = {k: inputs.index(x.args[0]) for k, x in enumerate(ir.results(gm.graph)) if x.target is COPY}
-    out.args = ([x for k, x in enumerate(ir.results(gm.graph)) if k not in kept],)
-    gm = constants(gm, passes.Context(Mesh(), []))
-    gm.recompile()
-    refuse_unsupported(gm)
-    values = [compat.node_value(node) for node in inputs]
-    scopes = {n.name: f"{ir.phase_of(n)} {ir.scope_of(n)}" for n in ir.calls(gm.graph)}
-    return _Graph(compat.ge_convert(gm, values, scopes, streams), kept)
+def _converted(graph: NpuGraph, streams: Mapping[str, str]) -> _Graph:
+    refuse_unsupported(graph.gm)
+    values = [compat.node_value(node) for node in ir.placeholders(graph.gm.graph)]
+    scopes = {n.name: f"{ir.phase_of(n)} {ir.scope_of(n)}" for n in ir.calls(graph.gm.graph)}
+    return _Graph(compat.ge_convert(graph.gm, values, scopes, streams), graph.kept)
 
 
 def _named_groups(processes: Processes | None) -> dict[str, Callable[..., Any]]:
@@ -141,16 +121,6 @@ def _named_groups(processes: Processes | None) -> dict[str, Callable[..., Any]]:
         return lambda a, b, axes, n, transposed: op(a, b, processes.groups([axes])[axes].name, n, transposed)
 
     return {name: form(KERNELS[name].op) for name in compat.CONVERTED_IN_GROUP}
-
-
-def _refuse_float64(gm: torch.fx.GraphModule) -> None:
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
-            raise UserError(
-                f"{node.meta.get('path', node.name)} is float64, which Ascend's matrix units do not compute: use "
-                "--model.compute_dtype=fp32, bf16 or fp16 with --run.backend=npu"
-            )
 
 
 def refuse_unsupported(gm: torch.fx.GraphModule) -> None:

@@ -13,8 +13,10 @@ import torch
 from kernels.barrier import barrier
 from llama_fn import compat
 from llama_fn.ascend import environment
+from llama_fn.ascend.budget import refuse
 from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends import Program, communication
+from llama_fn.compiler.backends.ge_counts import choose, counted
 from llama_fn.compiler.pieces import in_pieces
 from llama_fn.compiler.pipeline.blocking import check_streams
 from llama_fn.distributed import Messages, Processes
@@ -22,8 +24,6 @@ from sharding.collectives import axes_of
 from sharding.messages import is_message, over_stages, received, send, way
 
 log = logging.getLogger("llama_fn.npu")
-# Pangu-13B's 20,000 nodes took GE 20 minutes, its 135,000 nodes about 3 hours (MindSpore's guide to lazy inlining).
-WHOLE_OPS = 20_000
 
 
 def laid_out(
@@ -51,19 +51,17 @@ def laid_out(
 
 
 def chosen(program: Program, form: str) -> str:
-    """whole or calls. By the largest of all stages: messages inside of a GE graph do not reach a process that receives
-    outside of one."""
-    ops = max(sum(times for _, times in calls.counted(each)) for each in program.graphs)
-    if form == "whole" or (form == "auto" and ops <= WHOLE_OPS):
-        return "whole"
-    if not any(calls.bodies(gm) for gm in program.graphs):
-        if form == "calls":
-            log.warning(
-                "--run.npu_form=calls: this step is one GE graph, as only steps of five microbatches or more call them"
-            )
-        return "whole"
-    log.info("npu_form: calls, a GE graph for each piece of the step, which has %d ops in all", ops)
-    return "calls"
+    """whole or calls, with a word why. By the largest of all stages: messages inside of a GE graph do not reach a
+    process that receives outside of one. UserError for graphs that no device has streams for."""
+    largest = max(program.graphs, key=lambda gm: sum(times for _, times in calls.counted(gm)))
+    if form == "calls" and not calls.bodies(largest):
+        log.warning(
+            "--run.npu_form=calls: this step is one GE graph, as only steps of five microbatches or more call them"
+        )
+    made, why = choose(counted(largest), form)
+    log.info("npu_form %s: %s", made.form, why)
+    refuse(made)
+    return made.form
 
 
 def _name_messages(gm: torch.fx.GraphModule, messages: Messages) -> dict[str, str]:

@@ -1,0 +1,120 @@
+"""What GE graphs ask of a device: tasks, streams, time to compile, against what the device and GE have.
+
+Each number is marked: exact, as counted in the graph that torchair makes; bound, at most this; estimate, from figures
+that others published. Sources: GE's public sources (hicann/ge: compiler/graph/build/stream, and for collectives
+compiler/engines/hccl_engine), and MindSpore's guide to lazy inlining.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+from llama_fn.errors import UserError
+
+STREAMS = 2024  # of 2038 that a 910B has, GE uses so many at most
+TASKS_PER_STREAM = 2013  # GE begins a new stream 27 tasks before the 2040 that one holds
+TASKS = {"AIV": 3, "HOST": 245}  # of one collective, by HCCL_OP_EXPANSION_MODE: exact, and what an older GE assumed
+EVENT_TASKS = 2  # one records and one waits, where work of one stream needs another's
+# Pangu-13B's 20,000 nodes took GE 20 minutes, its 135,000 nodes about 3 hours.
+_NODES, _SECONDS = (20_000, 135_000), (20 * 60, 3 * 3600)
+LONG_S = 1800  # longer than this is no time to wait for a graph where pieces compile sooner
+_POWER = math.log(_SECONDS[1] / _SECONDS[0]) / math.log(_NODES[1] / _NODES[0])
+
+
+@dataclass(frozen=True)
+class GraphCounts:
+    """A GE graph: how often it runs in a step, its ops that leave work for the device by type, and its collectives by
+    the stream on which they stand."""
+
+    name: str
+    runs: int
+    ops: Counter[str]
+    collectives: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        """Ops, collectives included."""
+        return sum(self.ops.values())
+
+    def streams(self, tasks_per_collective: int) -> dict[str, int]:
+        """Physical streams by logical one, "" being that which computes."""
+        crossing = EVENT_TASKS * sum(self.collectives.values())
+        tasks = {"": self.total - sum(self.collectives.values()) + crossing}
+        tasks |= {name: n * (tasks_per_collective + EVENT_TASKS) for name, n in self.collectives.items()}
+        return {name: math.ceil(n / TASKS_PER_STREAM) for name, n in tasks.items()}
+
+    @property
+    def compile_s(self) -> float:
+        """An estimate, with one thread."""
+        return float(_SECONDS[0] * (self.total / _NODES[0]) ** _POWER)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of the GE graphs of one device, which it holds at the same time."""
+
+    form: str
+    graphs: tuple[GraphCounts, ...]
+
+    @property
+    def total(self) -> int:
+        """Ops of all graphs."""
+        return sum(graph.total for graph in self.graphs)
+
+    @property
+    def collectives(self) -> int:
+        """Of all graphs."""
+        return sum(sum(graph.collectives.values()) for graph in self.graphs)
+
+    def streams(self, mode: str) -> int:
+        """Physical streams of all graphs in an expansion mode."""
+        return sum(sum(graph.streams(TASKS[mode]).values()) for graph in self.graphs)
+
+    @property
+    def compile_s(self) -> float:
+        """An estimate, with one thread."""
+        return sum(graph.compile_s for graph in self.graphs)
+
+    @property
+    def loads(self) -> bool:
+        """Whether a device surely has streams enough."""
+        return self.streams("HOST") <= STREAMS
+
+    @property
+    def never_loads(self) -> bool:
+        """Whether a device surely has not."""
+        return self.streams("AIV") > STREAMS
+
+
+def as_lines(budget: Budget) -> list[str]:
+    """For people: a line for each graph, and for all together."""
+    head = f"{'graph':>14} {'runs':>5} {'ops':>8} {'collectives':>11} {'streams, AIV':>12} {'HOST':>6} {'min':>6}"
+    rows = [
+        f"{graph.name or 'step':>14} {graph.runs:5} {graph.total:8,} {sum(graph.collectives.values()):11,} "
+        f"{sum(graph.streams(TASKS['AIV']).values()):12,} {sum(graph.streams(TASKS['HOST']).values()):6,} "
+        f"{graph.compile_s / 60:6.1f}"
+        for graph in budget.graphs
+    ]
+    share = budget.streams("HOST") / STREAMS
+    return [
+        f"GE graphs of a device, form {budget.form}: {budget.total:,} ops (exact), {budget.streams('AIV'):,} to "
+        f"{budget.streams('HOST'):,} of {STREAMS} streams (bounds: {TASKS['AIV']} and {TASKS['HOST']} tasks for a "
+        f"collective; at most {share:.1%}), {budget.compile_s / 60:.0f} min to compile with one thread (estimate)",
+        head,
+        *rows,
+    ]
+
+
+def refuse(budget: Budget) -> None:
+    """UserError for graphs that no device has streams for, whichever way collectives become tasks."""
+    if not budget.never_loads:
+        return
+    ops: Counter[str] = sum((graph.ops for graph in budget.graphs), Counter())
+    most = ", ".join(f"{n:,} {kind}" for kind, n in ops.most_common(4))
+    raise UserError(
+        f"GE graphs of form {budget.form} need at least {budget.streams('AIV'):,} streams of a device, which has "
+        f"{STREAMS}. They have {budget.total:,} ops, most of them {most}. Fewer and larger --data.microbatches, stages "
+        "(pipe:N in --mesh.axes), or --run.npu_form=calls, whose graphs do not grow with the microbatches, need fewer"
+    )

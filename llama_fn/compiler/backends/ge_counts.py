@@ -1,0 +1,163 @@
+"""What ops the GE graphs of a step have, counted without torch_npu from the operators that torchair is given.
+
+Each operator becomes the GE ops that torchair's converter for it makes. Ops that GE carries out while it compiles, and
+that leave no work for the device, are not counted: constants, inputs, reshapes. tests/npu/test_budget.py compares with
+the graphs that the real torchair makes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.registry import KERNELS
+from llama_fn import compat
+from llama_fn.ascend.budget import LONG_S, STREAMS, Budget, GraphCounts
+from llama_fn.compiler import calls, ir, passes
+from llama_fn.compiler.backends.npu_graphs import npu_graphs
+from llama_fn.compiler.pieces import in_pieces
+from sharding.messages import receive, send, way
+
+# Carried out by GE's local engine (hicann/ge, compiler/engines/local_engine/ops_kernel_store), or inputs and results.
+NO_WORK = frozenset({
+    "Bitcast", "Const", "Data", "ExpandDims", "Identity", "NetOutput", "RefData", "Reshape", "Squeeze", "Unsqueeze",
+})  # fmt: skip
+_TURNS = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
+_ATEN = {
+    "_to_copy.default": "Cast", "_unsafe_view.default": "", "add.Tensor": "Add", "arange.default": "Cast Range",
+    "arange.start_step": "Cast Range", "bitwise_and.Tensor": "LogicalAnd", "cat.default": "ConcatV2",
+    "clamp.default": "ClipByValueV2", "copy_.default": "", "cos.default": "Cos", "div.Tensor": "RealDiv",
+    "embedding.default": "GatherV2", "embedding_dense_backward.default": "EmbeddingDenseGrad", "eq.Scalar": "Equal",
+    "eq.Tensor": "Equal", "exp.default": "Exp", "expand.default": "BroadcastTo", "gather.default": "GatherElements",
+    "ge.Scalar": "GreaterEqual", "ge.Tensor": "GreaterEqual", "log.default": "Log",
+    "logsumexp.default": "Abs Add Equal MaskedFill ReduceLogSumExp ReduceMax Sub", "lt.Scalar": "Cast Less",
+    "lt.Tensor": "Less", "mul.Tensor": "Cast Mul", "neg.default": "Neg", "ones.default": "Fill",
+    "ones_like.default": "OnesLike", "permute.default": "", "pow.Scalar": "Pow", "pow.Tensor_Scalar": "Pow",
+    "reciprocal.default": "Reciprocal", "reshape.default": "", "rsub.Scalar": "Sxpy", "select.int": "GatherV2",
+    "sin.default": "Sin", "slice.Tensor": "StridedSliceV2", "split.Tensor": "Cast Pack SplitV",
+    "sqrt.default": "Sqrt", "squeeze.dim": "", "stack.default": "Pack", "sub.Tensor": "Sub",
+    "sum.default": "Cast ReduceSum", "transpose.int": "", "triu.default": "Triu", "unbind.int": "Unpack",
+    "unsqueeze.default": "", "view.default": "", "where.self": "SelectV2", "zeros_like.default": "ZerosLike",
+}  # fmt: skip
+_C10D = {
+    "all_gather_into_tensor.default": "HcomAllGather", "all_reduce.default": "HcomAllReduce",
+    "all_to_all_single.default": "HcomAllToAll", "reduce_scatter_tensor.default": "HcomReduceScatter",
+    "wait_tensor.default": "",
+}  # fmt: skip
+_NPU = {
+    "npu_fusion_attention.default": "FlashAttentionScore",
+    "npu_fusion_attention_grad.default": "FlashAttentionScoreGrad", "npu_rms_norm.default": "RmsNorm",
+    "npu_rms_norm_backward.default": "RmsNormGrad", "npu_rotary_mul.default": "RotaryMul",
+    "npu_swiglu.default": "SwiGlu", "npu_swiglu_backward.default": "SwiGluGrad",
+}  # fmt: skip
+_OURS = {
+    "all_gather_matmul.default": "AllGatherMatmul", "barrier.default": "", "matmul.default": "MatMul",
+    "matmul_reduce_scatter.default": "MatmulReduceScatter", "receive.default": "HcomReceive", "received.default": "",
+    "send.default": "HcomSend",
+}  # fmt: skip
+# By operator, the GE ops that its converter makes; an empty text is none that leaves work.
+CONVERTED: Mapping[str, tuple[str, ...]] = {
+    f"{namespace}.{name}": tuple(kinds.split())
+    for namespace, ops in (("aten", _ATEN), ("_c10d_functional", _C10D), ("npu", _NPU), ("llama_fn", _OURS))
+    for name, kinds in ops.items()
+}
+
+
+def ge_ops(node: torch.fx.Node) -> tuple[str, ...]:
+    """The GE ops, in any order, that an operator becomes; one of its own name where that is not known."""
+    name = str(node.target)
+    if name == "aten.clone.default":  # what splits and expands is contiguous in GE, what turns is not
+        source: Any = node.args[0]
+        turned = source.target in _TURNS and not compat.node_value(source).is_contiguous()
+        return ("Transpose",) if turned else ()
+    if name == "aten.full.default":
+        return ("Fill",) if node.args[0] else ()
+    return () if node.target is operator.getitem else CONVERTED.get(name, (name,))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What stands in the GE graphs of a device in form calls, and `between` them: what stages do together."""
+
+    each: tuple[GraphCounts, ...]
+    between: GraphCounts
+
+    def in_form(self, form: str) -> Budget:
+        """The graphs of a form. Constants of a step that is written out are counted once for each piece, where the one
+        graph has them once."""
+        if form == "calls":
+            return Budget(form, self.each)
+        whole = GraphCounts("", 1, Counter(), Counter())
+        for piece in (*self.each, self.between):
+            for mine, its in ((whole.ops, piece.ops), (whole.collectives, piece.collectives)):
+                for kind, n in its.items():
+                    mine[kind] += n * piece.runs
+        return Budget(form, (whole,))
+
+
+def counted(gm: torch.fx.GraphModule) -> Pieces:
+    """Of one device, from its lowered graph. A step that calls nothing is one piece."""
+    compat.define_npu_ops()
+    root = passes.copy_graph(gm)
+    if not calls.bodies(root):
+        (alone,) = npu_graphs(root, _collective_forms(), "cpu").values()
+        return Pieces((_of_graph(alone.gm, "", 1),), GraphCounts("", 1, Counter()))
+    root = in_pieces(root)
+    names, runs = ir.subgraphs(root), Counter(calls.body_of(root, n) for n in ir.calls(root.graph) if calls.is_call(n))
+    made = npu_graphs(root, _collective_forms(), "cpu")
+    each = tuple(_of_graph(graph.gm, names[body], runs[body]) for body, graph in made.items())
+    return Pieces(each, _of_graph(root, "", 1))
+
+
+def choose(pieces: Pieces, form: str) -> tuple[Budget, str]:
+    """The GE graphs in the form that is asked for, auto being whole where that surely loads and GE compiles it in less
+    than half an hour; and why."""
+    whole, called = (pieces.in_form(each) for each in ("whole", "calls"))
+    told = (
+        f"written out, the step has {whole.total:,} ops and needs {whole.streams('AIV'):,} to "
+        f"{whole.streams('HOST'):,} of {STREAMS} streams; GE would compile it in some {whole.compile_s / 60:.0f} min"
+    )
+    if len(pieces.each) == 1:
+        return whole, f"{told}. It calls nothing"
+    if form != "auto":
+        return {"whole": whole, "calls": called}[form], f"{told}. Asked for by --run.npu_form"
+    if whole.loads and whole.compile_s <= LONG_S:
+        return whole, told
+    return called, f"{told}, in pieces {called.total:,} ops in {called.compile_s / 60:.0f} min"
+
+
+def _of_graph(gm: torch.fx.GraphModule, name: str, runs: int) -> GraphCounts:
+    """Of the ops that are no calls, nor pack what calls take."""
+    counts = GraphCounts(name, runs, Counter())
+    for node in ir.calls(gm.graph):
+        if calls.is_call(node) or calls.is_packing(node):
+            continue
+        for kind in ge_ops(node):
+            counts.ops[kind] += 1
+            if kind.startswith("Hcom"):
+                counts.collectives[_stream(node)] += 1
+    return counts
+
+
+def _stream(node: torch.fx.Node) -> str:
+    """The stream of a collective: its axes, which stand for its group here, or a message's direction and side."""
+    if node.target in (send.op, receive.op):
+        return f"{'send' if node.target is send.op else 'receive'}_{'next' if way(node)[1] > 0 else 'previous'}"
+    return next(a for a in reversed(node.args) if isinstance(a, str))
+
+
+class _Groups(dict[str, compat.Group]):
+    """Groups named by their axes."""
+
+    def __missing__(self, axes: str) -> compat.Group:
+        return compat.Group(axes, 0)
+
+
+def _collective_forms() -> dict[str, Callable[..., Any]]:
+    """Those of a process, without one."""
+    return {**compat.collective_forms(_Groups()), **{name: KERNELS[name].op for name in compat.CONVERTED_IN_GROUP}}

@@ -1,0 +1,98 @@
+"""The budget of GE graphs (ascend/budget.py) for a step of any depth and number of microbatches, from small ones.
+
+Layers are alike, so each count grows by the same from layer to layer; from five microbatches on a further one is a
+further run of the same pieces.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from llama_fn.ascend.budget import Budget, GraphCounts
+from llama_fn.compiler.backends.ge_counts import Pieces, choose, counted
+from llama_fn.compiler.stages import Lowered
+from llama_fn.config import Config
+from llama_fn.errors import UserError
+from llama_fn.hardware import Hardware
+from llama_fn.planner import config_stages, piped
+from llama_fn.planner.survey import ENDS
+from sharding import Mesh
+from sharding.stages import stage_count
+
+ROLLED = 6  # microbatches of which those between the first and the last are runs of one graph
+
+
+def make(cfg: Config, mesh: Mesh, hardware: Hardware) -> tuple[Budget, str] | None:
+    """Of the device whose graphs have most ops, in the form that --run.npu_form chooses, and why; None for hardware
+    without a graph engine."""
+    if not hardware.name.startswith("ascend"):
+        return None
+    return choose(pieces(cfg, mesh), cfg.run.npu_form)
+
+
+def pieces(cfg: Config, mesh: Mesh) -> Pieces:
+    """Of the device whose graphs have most ops."""
+    return max(_stages(cfg, mesh), key=lambda each: each.in_form("whole").total)
+
+
+def _stages(cfg: Config, mesh: Mesh) -> list[Pieces]:
+    if stage_count(mesh) > 1:
+        held, _ = piped.work(cfg, mesh)
+        whole, whole_larger = (_lowered(piped.small(cfg, held, piped.SMALL + more), mesh) for more in (0, 1))
+        has = piped.small(cfg, held, piped.SMALL).data.microbatches
+        times, steps = cfg.data.microbatches / has, max(held.sizes) - piped.SMALL
+        pairs = zip(whole.by_stage, whole_larger.by_stage, strict=True)
+        return [_more_runs(_deeper(_count(a), _count(b), steps), times, 0) for a, b in pairs]
+    microbatches = min(cfg.data.microbatches, ROLLED)
+    repeats = cfg.model.num_layers > 2 * ENDS + 1 and cfg.mesh.remat != "budget"
+    sizes = (2 * ENDS, 2 * ENDS + 1) if repeats else (cfg.model.num_layers,) * 2
+    small, larger = (_count(_lowered(_small(cfg, n, microbatches), mesh)) for n in sizes)
+    deep = _deeper(small, larger, cfg.model.num_layers - 2 * ENDS) if repeats else small
+    return [_more_runs(deep, 1, cfg.data.microbatches - microbatches)]
+
+
+def _small(cfg: Config, layers: int, microbatches: int) -> Config:
+    size = cfg.data.global_batch_size // cfg.data.microbatches
+    data = replace(cfg.data, microbatches=microbatches, global_batch_size=microbatches * size)
+    return replace(cfg, model=replace(cfg.model, num_layers=layers), data=data)
+
+
+def _lowered(cfg: Config, mesh: Mesh) -> Lowered:
+    return config_stages.lower(config_stages.train(cfg), cfg, mesh)
+
+
+def _count(lowered: Lowered) -> Pieces:
+    return counted(lowered.graph_module)
+
+
+def _deeper(small: Pieces, larger: Pieces, steps: int) -> Pieces:
+    """`larger` has a layer more than `small` in each part of the model; the result has `steps` more."""
+    if [piece.name for piece in small.each] != [piece.name for piece in larger.each]:
+        raise UserError("the planner cannot tell from a few layers what many take: their GE graphs have other names")
+
+    def beyond(a: Counter[str], b: Counter[str]) -> Counter[str]:
+        return Counter({kind: a[kind] + steps * (b[kind] - a[kind]) for kind in a | b})
+
+    each = tuple(
+        GraphCounts(a.name, a.runs, beyond(a.ops, b.ops), beyond(a.collectives, b.collectives))
+        for a, b in zip(small.each, larger.each, strict=True)
+    )
+    return Pieces(each, small.between)
+
+
+def _more_runs(pieces: Pieces, times: float, more: int) -> Pieces:
+    """Pieces that run several times run `times` as often, and `more` times more; messages between them likewise."""
+    each = tuple(
+        replace(piece, runs=round(piece.runs * times) + more) if piece.runs > 1 else piece for piece in pieces.each
+    )
+    sent = {kind for kind in pieces.between.ops if kind in ("HcomSend", "HcomReceive")}
+    between = replace(
+        pieces.between,
+        ops=Counter({k: round(n * times) if k in sent else n for k, n in pieces.between.ops.items()}),
+        collectives=Counter({
+            k: round(n * times) if k.startswith(("send_", "receive_")) else n
+            for k, n in pieces.between.collectives.items()
+        }),
+    )  # fmt: skip
+    return Pieces(each, between)

@@ -1,0 +1,49 @@
+"""The budget's counts against the GE graphs that the real torchair makes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from ge_interpreter import GeRank
+from jobs import JOBS, config_of
+
+from llama_fn.compat.ge_streams import LABEL
+from llama_fn.compiler.backends.ge_counts import NO_WORK, counted
+from llama_fn.inspect import dump
+from llama_fn.planner import config_stages
+
+WHOLE = [
+    ("tiny_fp32", 0), ("tiny_bf16", 0), ("tiny_bf16_data2_model4", 0), ("tiny_4_ranks", 2), ("tiny_ulysses", 1),
+    ("tiny_fp16_gqa", 0), ("tiny_remat", 1), ("tiny_fused", 0), ("65b_8layers", 0), ("65b_fused", 0),
+    ("tiny_pipeline_whole", 0), ("tiny_pipeline_whole", 3), ("tiny_pipeline_bf16", 1),
+]  # fmt: skip
+
+
+def lowered_of(job, rank):
+    cfg = config_of(JOBS[job])
+    return config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg)).of_rank(rank)
+
+
+def of_torchair(folder, rank, graph):
+    made = GeRank(dump.rank_folder(folder, rank), graph)
+    streams = Counter(op.attr[LABEL].s.decode() for op in made.ops if op.type.startswith("Hcom"))
+    return Counter(op.type for op in made.ops if op.type not in NO_WORK), streams
+
+
+@pytest.mark.parametrize(("job", "rank"), WHOLE)
+def test_ops_and_collectives_are_those_of_the_graph_that_torchair_makes(job, rank, lowered):
+    (mine,) = counted(lowered_of(job, rank).graph_module).in_form("whole").graphs
+    ops, streams = of_torchair(lowered[job], rank, "")
+    assert mine.ops == ops
+    assert mine.collectives == streams
+
+
+@pytest.mark.parametrize("job", ["tiny_calls", "tiny_pipeline"])
+def test_and_of_each_graph_of_form_calls(job, lowered):
+    pieces = counted(lowered_of(job, 0).graph_module).in_form("calls").graphs
+    assert len(pieces) > 2 and max(piece.runs for piece in pieces) == 4
+    for piece in pieces:
+        ops, streams = of_torchair(lowered[job], 0, piece.name)
+        assert piece.ops == ops, piece.name
+        assert piece.collectives == streams
