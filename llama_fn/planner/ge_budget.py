@@ -16,10 +16,10 @@ from llama_fn.config import Config
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from llama_fn.planner import config_stages, piped
-from llama_fn.planner.survey import ENDS
 from sharding import Mesh
 from sharding.stages import stage_count
 
+FEW = 4  # layers, of which the first and the last differ from the others
 ROLLED = 6  # microbatches of which those between the first and the last are runs of one graph
 
 
@@ -45,10 +45,10 @@ def _stages(cfg: Config, mesh: Mesh) -> list[Pieces]:
         pairs = zip(whole.by_stage, whole_larger.by_stage, strict=True)
         return [_more_runs(_deeper(_count(a), _count(b), steps), times, 0) for a, b in pairs]
     microbatches = min(cfg.data.microbatches, ROLLED)
-    repeats = cfg.model.num_layers > 2 * ENDS + 1 and cfg.mesh.remat != "budget"
-    sizes = (2 * ENDS, 2 * ENDS + 1) if repeats else (cfg.model.num_layers,) * 2
+    repeats = cfg.model.num_layers > FEW + 1 and cfg.mesh.remat != "budget"
+    sizes = (FEW, FEW + 1) if repeats else (cfg.model.num_layers,) * 2
     small, larger = (_count(_lowered(_small(cfg, n, microbatches), mesh)) for n in sizes)
-    deep = _deeper(small, larger, cfg.model.num_layers - 2 * ENDS) if repeats else small
+    deep = _deeper(small, larger, cfg.model.num_layers - FEW) if repeats else small
     return [_more_runs(deep, 1, cfg.data.microbatches - microbatches)]
 
 

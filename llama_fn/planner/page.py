@@ -8,6 +8,7 @@ from collections import defaultdict
 from html import escape
 from typing import Any
 
+from llama_fn.ascend.budget import Budget, as_lines
 from llama_fn.errors import UserError
 from llama_fn.html import document, table
 from llama_fn.planner import schedule_chart
@@ -18,8 +19,8 @@ COLOURS = {"forward": "#2f6fb2", "backward": "#d9731a", "optimizer": "#3f8f4f"}
 BOUNDS = {"compute": "#2f6fb2", "memory": "#d9731a", "communication": "#9b3fa0"}
 
 
-def page(plan: Plan) -> str:
-    """UserError without matplotlib."""
+def page(plan: Plan, ge: tuple[Budget, str] | None = None) -> str:
+    """`ge`: of ge_budget.py. UserError without matplotlib."""
     plt = _pyplot()
     h = plan.hardware
     facts = [
@@ -48,9 +49,17 @@ def page(plan: Plan) -> str:
         *(["<h2>Memory over the step</h2>", _image(plt, _memory, plan)] if plan.timeline else []),
         "<h2>What takes the time</h2>", _image(plt, _roofline, plan),
         "<h2>Over the wire</h2>", _image(plt, _wires, plan) + table(head, rows) if rows else "<p>nothing</p>",
+        *_ge_parts(ge),
         f"<p>{escape(h.name)}: {escape(h.source)}</p>",
     ]  # fmt: skip
     return document(title, "".join(parts))
+
+
+def _ge_parts(ge: tuple[Budget, str] | None) -> list[str]:
+    if ge is None:
+        return []
+    lines, why = "\n".join(as_lines(ge[0])), ge[1]
+    return ["<h2>GE graphs</h2>", f"<pre>{escape(lines)}</pre><p>because {escape(why)}</p>"]
 
 
 def _pyplot() -> Any:

@@ -70,7 +70,7 @@ def make_plan(argv: list[str]) -> int:
             json.dump(report.as_json(planned, ge), f, indent=1, allow_nan=False)
     if FLAGS.page:
         with atomic(Path(FLAGS.page)) as f:
-            f.write(page.page(planned))
+            f.write(page.page(planned, ge))
     if FLAGS.trace:
         if planned.pipeline is None:
             raise UserError(f"--trace={FLAGS.trace}: only the step of a pipeline is simulated; add pipe to --mesh.axes")

@@ -14,7 +14,7 @@ from llama_fn.compiler.backends import ge_counts
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig
 from llama_fn.errors import UserError
 from llama_fn.hardware import TABLE
-from llama_fn.planner import config_stages, ge_budget, plan, report
+from llama_fn.planner import config_stages, ge_budget, page, plan, report
 
 NPU = TABLE["ascend_910b1"]
 
@@ -90,6 +90,7 @@ def test_a_plan_has_it_in_text_and_json():
     text, numbers = report.as_text(made, ge), json.loads(json.dumps(report.as_json(made, ge)))
     assert "GE graphs of a device, form whole:" in text and "of 2024 streams" in text
     assert numbers["ge"]["form"] == "whole" and numbers["ge"]["graphs"][0]["ops"]["FlashAttentionScore"] == 2
+    assert "<h2>GE graphs</h2><pre>GE graphs of a device, form whole" in page.page(made, ge)
     assert ge_budget.make(cfg, mesh, TABLE["h100"]) is None and report.as_json(made)["ge"] is None
 
 
