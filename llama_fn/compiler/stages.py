@@ -265,7 +265,8 @@ class Lowered(_Graph):
         """An executable; `options` are the backend's keyword arguments (see compiler/backends/). A backend is a name or
         a function of the same signature as theirs."""
         start = time.perf_counter()
-        weights = tuple(i for i, x in enumerate(self.signature.in_infos) if x.axes and "batch" not in x.axes)
+        infos = enumerate(self.signature.in_infos)
+        weights = tuple(i for i, x in infos if x.stays or (x.axes and "batch" not in x.axes))
         shapes = self._output_shapes()
         program = backends.Program(self.graphs, self.mesh, self.inputs, self.outputs, shapes, weights)
         make = backends.get(backend) if isinstance(backend, str) else backend

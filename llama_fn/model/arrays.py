@@ -34,7 +34,8 @@ class ArrayInfo:
     """Shape, dtype, logical axes (one name or None per dimension) and init of an array that need not exist.
 
     `table` is the table of the sharding rules that lays it out between steps: params, moments or compute. `source` is
-    the line of the declaration, by default the one that makes this record; collectives of the array carry it.
+    the line of the declaration, by default the one that makes this record; collectives of the array carry it. `stays`:
+    the caller keeps it in the same memory from call to call, as parameters and moments are.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class ArrayInfo:
     axes: tuple[str | None, ...] = ()
     init: Init = Init()
     table: str = "params"
+    stays: bool = False
     source: str = field(default_factory=caller, compare=False, repr=False)
 
     @property

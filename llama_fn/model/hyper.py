@@ -45,7 +45,7 @@ def abstract_hyper(cfg: Config) -> Hyper:
     decayed = max(o.decay_steps or cfg.run.steps, o.warmup_steps + 1)
 
     def scalar(value: float) -> ArrayInfo:
-        return ArrayInfo((), dtype, init=Init(value=value))
+        return ArrayInfo((), dtype, init=Init(value=value), stays=True)
 
     return Hyper(
         lr=scalar(o.lr),

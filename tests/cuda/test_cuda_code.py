@@ -52,6 +52,7 @@ def check(found, attention, written=30):
     assert set(found["operators"]) == {"mm", *attention}
 
 
+@pytest.mark.slow
 def test_a_step_in_bf16_is_one_cuda_graph_with_flash_attention(work):
     check(work("compile_worker.py", {"dtype": "bf16", "microbatches": 1}), {FLASH, BACKWARD, EMBEDDING})
 

@@ -19,7 +19,7 @@ from llama_fn.planner import config_stages, ge_budget, page, plan, report
 NPU = TABLE["ascend_910b1"]
 
 
-def config(layers=10, microbatches=8, **mesh):
+def config(layers=7, microbatches=8, **mesh):
     model = ModelConfig(num_layers=layers, embed_dim=64, num_heads=4, mlp_dim=96, vocab_size=128, compute_dtype="bf16")
     data = DataConfig(seq_len=32, global_batch_size=microbatches * 2, microbatches=microbatches)
     return Config(model=model, data=data, mesh=MeshConfig(**mesh))

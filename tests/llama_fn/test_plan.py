@@ -178,6 +178,7 @@ def test_a_fused_head_costs_the_same_with_its_vocabulary_sharded():
     assert whole.hardware_flops == 2 * halved.hardware_flops
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_fits_and_says_why_not_the_rest(monkeypatch):
     """On a device with room for the state of a device in four, but not for all of it."""
     from llama_fn.planner import search

@@ -109,6 +109,7 @@ def test_ranges_carry_scopes_node_by_node(backend, mesh, microbatches, tiny_run,
     assert set(profile_table.of_trace(events, 2)) == {(without_numbers(ir.scope_of(n)), ir.phase_of(n)) for n in nodes}
 
 
+@pytest.mark.slow
 def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, profile, tmp_path):
     cfg = tiny_run()
     lowered = config_stages.train(cfg).lower()

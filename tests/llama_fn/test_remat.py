@@ -54,7 +54,8 @@ def test_numbers_stay_bitwise(policy, mesh, rules, traced, fresh_state, random_i
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("policy", ["full", pytest.param("budget", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "budget"])
 def test_compiled_numbers_stay_bitwise(policy, traced, fresh_state, random_inputs, compile_cache):
     cfg, step = traced(microbatches=1)
     plain = step.lower().compile("inductor", cache=compile_cache)

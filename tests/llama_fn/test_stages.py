@@ -43,7 +43,7 @@ def test_traced_equals_eager_bitwise(backend, dtype, tiny_config, random_inputs,
         assert equal((state, metrics), (want, want_metrics))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_inductor_equals_eager_to_round_off(dtype, tiny_config, random_inputs, fresh_state, tmp_path):
     cfg = tiny_config(compute_dtype=dtype, num_layers=3)
     lowered = traced_step(cfg).lower()

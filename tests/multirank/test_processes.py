@@ -68,7 +68,7 @@ def alone(corpus, tmp_path_factory):
         pytest.param("model:2", "tp_sp", "inductor", marks=pytest.mark.slow),
         ("data:2,model:2", "fsdp_tp", "eager"),
         ("pipe:2", "fsdp_tp", "inductor"),
-        ("pipe:2,data:2", "fsdp", "eager --mesh.schedule=zb_h1"),
+        pytest.param("pipe:2,data:2", "fsdp", "eager --mesh.schedule=zb_h1", marks=pytest.mark.slow),
     ],
 )
 def test_processes_give_the_numbers_of_one(mesh, rules, backend, corpus, alone, tmp_path, compile_cache):

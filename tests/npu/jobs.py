@@ -39,7 +39,7 @@ JOBS = {
     "tiny_4_ranks": job("data:2,model:2", 4, data__seq_len=64, model__num_layers=2),
     "tiny_ulysses": job("context:2", 2, "fsdp_tp_ulysses", data__seq_len=64, model__num_layers=2),
     "tiny_calls": in_microbatches("model:2", 2, 6, run__npu_form="calls"),
-    "tiny_pipeline": in_microbatches("pipe:2,model:2", 4, 4, run__npu_form="calls"),
+    "tiny_pipeline": in_microbatches("pipe:2", 2, 4, run__npu_form="calls"),
     "tiny_pipeline_whole": in_microbatches("pipe:2,model:2", 4, 3, mesh__schedule="zb_h1", run__npu_form="whole"),
     "tiny_pipeline_bf16": in_microbatches(
         "pipe:2", 2, 2, model__compute_dtype="bf16", run__npu_form="whole", mesh__schedule="gpipe"

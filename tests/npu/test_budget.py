@@ -14,9 +14,15 @@ from llama_fn.inspect import dump
 from llama_fn.planner import config_stages
 
 WHOLE = [
-    ("tiny_fp32", 0), ("tiny_bf16", 0), ("tiny_bf16_data2_model4", 0), ("tiny_4_ranks", 2), ("tiny_ulysses", 1),
-    ("tiny_fp16_gqa", 0), ("tiny_remat", 1), ("tiny_fused", 0), ("65b_8layers", 0), ("65b_fused", 0),
-    ("tiny_pipeline_whole", 0), ("tiny_pipeline_whole", 3), ("tiny_pipeline_bf16", 1),
+    ("tiny_bf16", 0), ("tiny_bf16_data2_model4", 0), ("tiny_4_ranks", 2), ("tiny_ulysses", 1), ("tiny_fused", 0),
+    ("65b_8layers", 0), ("tiny_pipeline_whole", 3),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("tiny_fp32", 0), ("tiny_fp16_gqa", 0), ("tiny_remat", 1), ("65b_fused", 0), ("tiny_pipeline_whole", 0),
+            ("tiny_pipeline_bf16", 1),
+        )
+    ),
 ]  # fmt: skip
 
 

@@ -150,7 +150,9 @@ def test_ge_graph_computes_the_step_in_float32(name, lowered, random_inputs):
         assert apart(a, b) <= 1e-5, path
 
 
-@pytest.mark.parametrize("name", ["tiny_bf16", "tiny_fp16_gqa", "tiny_fused", "tiny_pipeline_bf16"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("tiny_bf16", marks=pytest.mark.slow), "tiny_fp16_gqa", "tiny_fused", "tiny_pipeline_bf16"]
+)
 def test_ge_graph_computes_the_step_to_the_round_off_of_narrow_floats(name, lowered, random_inputs):
     """Half of the digits differ, as the fused ops round at other places: the loss agrees to bfloat16's epsilon."""
     cfg, traced, parts, ranks = prepared(name)

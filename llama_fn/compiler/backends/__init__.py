@@ -28,7 +28,7 @@ class Program:
     """What a backend compiles: the graph of a device of each stage, of which there is one without a pipeline, the mesh,
     and how arguments and results are sharded over it.
 
-    `weights` are the inputs that stay in the same memory from call to call: parameters and moments.
+    `weights` are the inputs that stay in the same memory from call to call: parameters, moments and hyper-parameters.
     """
 
     graphs: tuple[torch.fx.GraphModule, ...]

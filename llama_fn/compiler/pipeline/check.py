@@ -96,8 +96,8 @@ def _check_order(programs: list[list[Node]]) -> None:
             at, moved = [i + 1 for i in at], True
     stuck = [(stage, node) for stage, node in enumerate(now) if node is not None]
     if stuck:
-        told = "; ".join(f"stage {stage} at {told(node)[:-1]}" for stage, node in stuck)
-        raise UserError(f"the stages of this pipeline would wait for ever: {told}")
+        waiting = "; ".join(f"stage {stage} at {told(node)[:-1]}" for stage, node in stuck)
+        raise UserError(f"the stages of this pipeline would wait for ever: {waiting}")
 
 
 def _check_same(met: list[Node]) -> None:
