@@ -53,10 +53,11 @@ class GraphCounts:
 
 @dataclass(frozen=True)
 class Budget:
-    """Of the GE graphs of one device, which it holds at the same time."""
+    """Of the GE graphs of one device, which it holds at the same time. `exact`: ops are counted, not bounded."""
 
     form: str
     graphs: tuple[GraphCounts, ...]
+    exact: bool = True
 
     @property
     def total(self) -> int:
@@ -99,7 +100,8 @@ def as_lines(budget: Budget) -> list[str]:
     ]
     share = budget.streams("HOST") / STREAMS
     return [
-        f"GE graphs of a device, form {budget.form}: {budget.total:,} ops (exact), {budget.streams('AIV'):,} to "
+        f"GE graphs of a device, form {budget.form}: {budget.total:,} ops "
+        f"({'exact' if budget.exact else 'at most'}), {budget.streams('AIV'):,} to "
         f"{budget.streams('HOST'):,} of {STREAMS} streams (bounds: {TASKS['AIV']} and {TASKS['HOST']} tasks for a "
         f"collective; at most {share:.1%}), {budget.compile_s / 60:.0f} min to compile with one thread (estimate)",
         head,

@@ -78,7 +78,7 @@ def _deeper(small: Pieces, larger: Pieces, steps: int) -> Pieces:
         GraphCounts(a.name, a.runs, beyond(a.ops, b.ops), beyond(a.collectives, b.collectives))
         for a, b in zip(small.each, larger.each, strict=True)
     )
-    return Pieces(each, small.between)
+    return Pieces(each, small.between, small.constants)
 
 
 def _more_runs(pieces: Pieces, times: float, more: int) -> Pieces:
@@ -95,4 +95,4 @@ def _more_runs(pieces: Pieces, times: float, more: int) -> Pieces:
             for k, n in pieces.between.collectives.items()
         }),
     )  # fmt: skip
-    return Pieces(each, between)
+    return Pieces(each, between, pieces.constants)

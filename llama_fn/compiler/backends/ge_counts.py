@@ -20,13 +20,19 @@ from llama_fn import compat
 from llama_fn.ascend.budget import LONG_S, STREAMS, Budget, GraphCounts
 from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends.npu_graphs import npu_graphs
+from llama_fn.compiler.passes.constants import SCOPE
 from llama_fn.compiler.pieces import in_pieces
-from sharding.messages import receive, send, way
+from sharding import collectives_table
+from sharding.messages import over_stages, receive, send, way
 
 # Carried out by GE's local engine (hicann/ge, compiler/engines/local_engine/ops_kernel_store), or inputs and results.
 NO_WORK = frozenset({
     "Bitcast", "Const", "Data", "ExpandDims", "Identity", "NetOutput", "RefData", "Reshape", "Squeeze", "Unsqueeze",
 })  # fmt: skip
+_HCOM = {
+    "all_gather": "HcomAllGather", "all_reduce": "HcomAllReduce", "reduce_scatter": "HcomReduceScatter",
+    "all_to_all": "HcomAllToAll",
+}  # fmt: skip
 _TURNS = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
 _ATEN = {
     "_to_copy.default": "Cast", "_unsafe_view.default": "", "add.Tensor": "Add", "arange.default": "Cast Range",
@@ -71,6 +77,8 @@ CONVERTED: Mapping[str, tuple[str, ...]] = {
 def ge_ops(node: torch.fx.Node) -> tuple[str, ...]:
     """The GE ops, in any order, that an operator becomes; one of its own name where that is not known."""
     name = str(node.target)
+    if over_stages(node):  # in no piece, and so in no form but ours
+        return tuple(filter(None, [_HCOM.get(collectives_table.kind_of(node))]))
     if name == "aten.clone.default":  # what splits and expands is contiguous in GE, what turns is not
         source: Any = node.args[0]
         turned = source.target in _TURNS and not compat.node_value(source).is_contiguous()
@@ -82,14 +90,16 @@ def ge_ops(node: torch.fx.Node) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What stands in the GE graphs of a device in form calls, and `between` them: what stages do together."""
+    """What stands in the GE graphs of a device in form calls, and `between` them: what stages do together. `constants`
+    of each: their GE ops, by what they are, as one graph has those of all once."""
 
     each: tuple[GraphCounts, ...]
     between: GraphCounts
+    constants: tuple[Mapping[str, tuple[str, ...]], ...]
 
     def in_form(self, form: str) -> Budget:
-        """The graphs of a form. Constants of a step that is written out are counted once for each piece, where the one
-        graph has them once."""
+        """The graphs of a form. Of a step that calls bodies, written out, the ops are a bound: what bodies are given,
+        such as angles, they turn at every call, and one graph once."""
         if form == "calls":
             return Budget(form, self.each)
         whole = GraphCounts("", 1, Counter(), Counter())
@@ -97,7 +107,12 @@ class Pieces:
             for mine, its in ((whole.ops, piece.ops), (whole.collectives, piece.collectives)):
                 for kind, n in its.items():
                     mine[kind] += n * piece.runs
-        return Budget(form, (whole,))
+        for piece, constants in zip(self.each, self.constants, strict=True):
+            for kinds in constants.values():
+                whole.ops.subtract({kind: n * piece.runs for kind, n in Counter(kinds).items()})
+        once = {key: kinds for constants in self.constants for key, kinds in constants.items()}
+        whole.ops.update(kind for kinds in once.values() for kind in kinds)
+        return Budget(form, (whole,), exact=len(self.each) == 1)
 
 
 def counted(gm: torch.fx.GraphModule) -> Pieces:
@@ -106,12 +121,23 @@ def counted(gm: torch.fx.GraphModule) -> Pieces:
     root = passes.copy_graph(gm)
     if not calls.bodies(root):
         (alone,) = npu_graphs(root, _collective_forms(), "cpu").values()
-        return Pieces((_of_graph(alone.gm, "", 1),), GraphCounts("", 1, Counter()))
+        return Pieces((_of_graph(alone.gm, "", 1),), GraphCounts("", 1, Counter()), (_constants(alone.gm),))
     root = in_pieces(root)
     names, runs = ir.subgraphs(root), Counter(calls.body_of(root, n) for n in ir.calls(root.graph) if calls.is_call(n))
     made = npu_graphs(root, _collective_forms(), "cpu")
     each = tuple(_of_graph(graph.gm, names[body], runs[body]) for body, graph in made.items())
-    return Pieces(each, _of_graph(root, "", 1))
+    return Pieces(each, _of_graph(root, "", 1), tuple(_constants(graph.gm) for graph in made.values()))
+
+
+def _constants(gm: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """The GE ops of what depends on no input, by operator and operands (passes/constants.py puts them into a scope)."""
+    keys: dict[torch.fx.Node, str] = {}
+    for node in ir.calls(gm.graph):
+        if ir.scope_of(node) == SCOPE:
+            keys[node] = (
+                f"{node.target}{torch.fx.node.map_arg((node.args, node.kwargs), lambda n: keys.get(n, n.name))}"
+            )
+    return {key: ge_ops(node) for node, key in keys.items()}
 
 
 def choose(pieces: Pieces, form: str) -> tuple[Budget, str]:
@@ -148,7 +174,8 @@ def _stream(node: torch.fx.Node) -> str:
     """The stream of a collective: its axes, which stand for its group here, or a message's direction and side."""
     if node.target in (send.op, receive.op):
         return f"{'send' if node.target is send.op else 'receive'}_{'next' if way(node)[1] > 0 else 'previous'}"
-    return next(a for a in reversed(node.args) if isinstance(a, str))
+    row = collectives_table.row_of(node)
+    return row.axis if row is not None else next(a for a in reversed(node.args) if isinstance(a, str))
 
 
 class _Groups(dict[str, compat.Group]):

@@ -19,6 +19,8 @@ from llama_fn import compat
 from llama_fn.compiler import ir
 from sharding.messages import is_message
 
+SCOPE = "constants"
+
 
 def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     """`gm` with one copy of each value that depends on no input, at its beginning."""
@@ -37,7 +39,7 @@ def constants(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
         key = f"{node.target} {torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)}"
         if key not in made:
             made[key] = copy(node)
-            made[key].meta["custom"] = {"scope": "constants", "phase": "forward", "source": ""}
+            made[key].meta["custom"] = {"scope": SCOPE, "phase": "forward", "source": ""}
         values[node] = made[key]
     for node in gm.graph.nodes:
         if node not in values:
