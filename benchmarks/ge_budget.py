@@ -9,7 +9,7 @@ from absl import flags
 
 from llama_fn import config_checks
 from llama_fn.ascend.budget import STREAMS
-from llama_fn.hardware import TABLE
+from llama_fn.compiler.backends.ge_counts import choose
 from llama_fn.planner import config_stages, ge_budget
 from llama_fn.tools import config_flags
 
@@ -29,11 +29,11 @@ def main() -> None:
         cfg = config_checks.resolved(config_flags.build_config())
         mesh = config_stages.mesh(cfg)
         pieces = ge_budget.pieces(cfg, mesh)
-        chosen, _ = ge_budget.make(cfg, mesh, TABLE["ascend_910b1"]) or (None, "")
+        chosen, _ = choose(pieces, cfg.run.npu_form)
         for made in (pieces.in_form(form) for form in ("whole", "calls")):
             if made.form == "calls" and len(pieces.each) == 1:
                 continue
-            star = ", taken by auto" if chosen is not None and chosen.form == made.form else ""
+            star = ", taken by auto" if chosen.form == made.form else ""
             streams = made.streams("AIV")
             print(
                 f"| {file.stem} | {made.form}{star} | {made.total:,} | {made.collectives:,} | {streams:,} | "

@@ -48,6 +48,12 @@ def sends_bytes(node: torch.fx.Node) -> int:
     return 0 if sent is None else tensor_bytes(sent.meta["val"])
 
 
+def stream_of(node: torch.fx.Node) -> str:
+    """The stream of a device on which a message stands: its side and direction, such as send_next."""
+    _, step, _ = way(node)
+    return f"{'send' if node.target is send.op else 'receive'}_{'next' if step > 0 else 'previous'}"
+
+
 def way(node: torch.fx.Node) -> tuple[int, int, int]:
     """Of a message: how many stages there are, the step to the other one, and the tag."""
     n, step, tag = node.args[-3:]

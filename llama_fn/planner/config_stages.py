@@ -68,6 +68,13 @@ def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
+def small(cfg: Config, layers: int, microbatches: int) -> Config:
+    """cfg with fewer layers and microbatches, of the same size."""
+    size = cfg.data.global_batch_size // cfg.data.microbatches
+    data = replace(cfg.data, microbatches=microbatches, global_batch_size=microbatches * size)
+    return replace(cfg, model=replace(cfg.model, num_layers=layers), data=data)
+
+
 def train(cfg: Config) -> stages.Traced:
     """The training step, its state donated."""
     wrapped = stages.jit(train_step.make_train_step(cfg), donate=0)

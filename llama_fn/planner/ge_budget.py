@@ -43,27 +43,19 @@ def _stages(cfg: Config, mesh: Mesh) -> list[Pieces]:
         has = piped.small(cfg, held, piped.SMALL).data.microbatches
         times, steps = cfg.data.microbatches / has, max(held.sizes) - piped.SMALL
         pairs = zip(whole.by_stage, whole_larger.by_stage, strict=True)
-        return [_more_runs(_deeper(_count(a), _count(b), steps), times, 0) for a, b in pairs]
+        return [
+            _more_runs(_deeper(counted(a.graph_module), counted(b.graph_module), steps), times, 0) for a, b in pairs
+        ]
     microbatches = min(cfg.data.microbatches, ROLLED)
     repeats = cfg.model.num_layers > FEW + 1 and cfg.mesh.remat != "budget"
     sizes = (FEW, FEW + 1) if repeats else (cfg.model.num_layers,) * 2
-    small, larger = (_count(_lowered(_small(cfg, n, microbatches), mesh)) for n in sizes)
+    small, larger = (counted(_lowered(config_stages.small(cfg, n, microbatches), mesh).graph_module) for n in sizes)
     deep = _deeper(small, larger, cfg.model.num_layers - FEW) if repeats else small
     return [_more_runs(deep, 1, cfg.data.microbatches - microbatches)]
 
 
-def _small(cfg: Config, layers: int, microbatches: int) -> Config:
-    size = cfg.data.global_batch_size // cfg.data.microbatches
-    data = replace(cfg.data, microbatches=microbatches, global_batch_size=microbatches * size)
-    return replace(cfg, model=replace(cfg.model, num_layers=layers), data=data)
-
-
 def _lowered(cfg: Config, mesh: Mesh) -> Lowered:
     return config_stages.lower(config_stages.train(cfg), cfg, mesh)
-
-
-def _count(lowered: Lowered) -> Pieces:
-    return counted(lowered.graph_module)
 
 
 def _deeper(small: Pieces, larger: Pieces, steps: int) -> Pieces:

@@ -153,7 +153,7 @@ def make(cfg: Config, mesh: Mesh, hardware: Hardware, traces: Traces | None = No
     layers, microbatches = cfg.model.num_layers, cfg.data.microbatches
     repeats = layers > 2 * ends + 1 and cfg.mesh.remat != "budget"  # which keeps values in some layers only
     sizes = (2 * ends, 2 * ends + 1) if repeats else (layers,)
-    lowered = [_lowered(_small(cfg, n, min(microbatches, MICROBATCHES)), mesh, traces) for n in sizes]
+    lowered = [_lowered(config_stages.small(cfg, n, min(microbatches, MICROBATCHES)), mesh, traces) for n in sizes]
     surveys = [survey(each, hardware, microbatches, ends) for each in lowered]
     times = [streams.of_step(each, hardware, microbatches) for each in lowered]
     spent = times[-1].beyond(times[0], layers - 2 * ends - 1) if repeats else times[0]
@@ -210,13 +210,6 @@ def _plan(
         comms_s=sum(t.seconds for t in transfers),
         transfers=transfers, scopes=_scopes(costs, hardware, transfers), seconds=time.perf_counter() - began, **more,
     )  # fmt: skip
-
-
-def _small(cfg: Config, layers: int, microbatches: int) -> Config:
-    """cfg with fewer layers and microbatches, of the same size."""
-    size = cfg.data.global_batch_size // cfg.data.microbatches
-    data = replace(cfg.data, microbatches=microbatches, global_batch_size=microbatches * size)
-    return replace(cfg, model=replace(cfg.model, num_layers=layers), data=data)
 
 
 def _lowered(cfg: Config, mesh: Mesh, traces: Traces) -> stages.Lowered:

@@ -23,7 +23,7 @@ from llama_fn.compiler.backends.npu_graphs import npu_graphs
 from llama_fn.compiler.passes.constants import SCOPE
 from llama_fn.compiler.pieces import in_pieces
 from sharding import collectives_table
-from sharding.messages import over_stages, receive, send, way
+from sharding.messages import over_stages, receive, send, stream_of
 
 # Carried out by GE's local engine (hicann/ge, compiler/engines/local_engine/ops_kernel_store), or inputs and results.
 NO_WORK = frozenset({
@@ -173,7 +173,7 @@ def _of_graph(gm: torch.fx.GraphModule, name: str, runs: int) -> GraphCounts:
 def _stream(node: torch.fx.Node) -> str:
     """The stream of a collective: its axes, which stand for its group here, or a message's direction and side."""
     if node.target in (send.op, receive.op):
-        return f"{'send' if node.target is send.op else 'receive'}_{'next' if way(node)[1] > 0 else 'previous'}"
+        return stream_of(node)
     row = collectives_table.row_of(node)
     return row.axis if row is not None else next(a for a in reversed(node.args) if isinstance(a, str))
 

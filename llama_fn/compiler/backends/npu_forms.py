@@ -21,7 +21,7 @@ from llama_fn.compiler.pieces import in_pieces
 from llama_fn.compiler.pipeline.blocking import check_streams
 from llama_fn.distributed import Messages, Processes
 from sharding.collectives import axes_of
-from sharding.messages import is_message, over_stages, received, send, way
+from sharding.messages import is_message, over_stages, received, send, stream_of, way
 
 log = logging.getLogger("llama_fn.npu")
 
@@ -70,9 +70,8 @@ def _name_messages(gm: torch.fx.GraphModule, messages: Messages) -> dict[str, st
     for node in filter(is_message, ir.calls(gm.graph)):
         _, step, tag = way(node)
         if node.target is not received.op:
-            sends = node.target is send.op
-            group, other = messages.named(step, sends)
-            streams[group] = f"{'send' if sends else 'receive'}_{'next' if step > 0 else 'previous'}"
+            group, other = messages.named(step, node.target is send.op)
+            streams[group] = stream_of(node)
             node.args = (*node.args[:-4], group, 2, other, tag)
     return streams
 

@@ -17,7 +17,7 @@ from llama_fn.compiler import calls, ir
 from llama_fn.compiler.pipeline.check import message_key, told
 from llama_fn.errors import UserError
 from sharding import collectives_table
-from sharding.messages import is_message, over_stages, received, send, way
+from sharding.messages import is_message, over_stages, received, stream_of
 
 Node = torch.fx.Node
 COMPUTING, ONE = "", "one"  # streams; the others are named by mesh axes, and by directions
@@ -98,8 +98,7 @@ def _stage(gm: torch.fx.GraphModule, by_axis: bool) -> _Stage:
 def _streams(gm: torch.fx.GraphModule, node: Node, by_axis: bool) -> list[str]:
     """Of an op; a call stands on the streams of all that its body has."""
     if is_message(node) and node.target is not received.op:
-        sends, (_, step, _) = node.target is send.op, way(node)
-        return [f"{'send' if sends else 'receive'} {step}" if by_axis else ONE]
+        return [stream_of(node) if by_axis else ONE]
     if calls.is_call(node):
         inside = {s for op, _ in calls.counted(calls.body_of(gm, node)) for s in _axes(op, by_axis)}
         return [COMPUTING, *sorted(inside)]
