@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,16 +12,30 @@ from kernels.registry import Argument, Factors, kernel
 from kernels.rms_norm import upcast
 
 
-def rope_table_reference(like: Tensor, seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, H/2] in float32 for positions 0..T-1; `like` only tells the device."""
+def rope_table_reference(
+    like: Tensor, seq_len: int, head_dim: int, theta: float, scaling: Sequence[float] = ()
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, H/2] in float32 for positions 0..T-1; `like` only tells the device.
+
+    `scaling`, of Llama 3.1 (Dubey et al. 2024, as published with its weights): factor, low and high frequency and the
+    length L before. Frequencies that turn less than `low` times within L are divided by the factor, those that turn
+    more than `high` times stay, and between these it goes linearly from one to the other.
+    """
     exponent = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
     inverse_frequency = 1.0 / theta**exponent
+    if scaling:
+        factor, low, high, length = scaling
+        turns = inverse_frequency * (length / (2 * math.pi))
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        inverse_frequency = inverse_frequency * (kept + (1.0 - kept) / factor)
     position = torch.arange(seq_len, device=like.device, dtype=torch.float32)
     angle = position[:, None] * inverse_frequency[None, :]
     return angle.cos(), angle.sin()
 
 
-def _table_abstract(like: Tensor, seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def _table_abstract(
+    like: Tensor, seq_len: int, head_dim: int, theta: float, scaling: Sequence[float] = ()
+) -> tuple[Tensor, Tensor]:
     if head_dim % 2:
         raise ValueError(f"rope needs an even head_dim, got {head_dim}")
     shape = (seq_len, head_dim // 2)
@@ -29,7 +44,7 @@ def _table_abstract(like: Tensor, seq_len: int, head_dim: int, theta: float) -> 
 
 rope_table = kernel(
     name="rope_table",
-    schema="(Tensor like, int seq_len, int head_dim, float theta) -> (Tensor, Tensor)",
+    schema="(Tensor like, int seq_len, int head_dim, float theta, float[] scaling=[]) -> (Tensor, Tensor)",
     reference=rope_table_reference,
     abstract=_table_abstract,
     factors=lambda *_: Factors("_ -> t r, t r"),

@@ -18,12 +18,17 @@ class ModelConfig:
     preset: str = opt("llama_tiny", "model preset; the other --model flags change single values of it")
     num_layers: int = number(4, "L", 1, 1000)
     embed_dim: int = number(256, "D", 1)
-    num_heads: int = number(4, "N, query heads; head_dim is D / N", 1)
+    num_heads: int = number(4, "N, query heads", 1)
     num_kv_heads: int = number(4, "K, key and value heads; N / K query heads share one (GQA)", 1)
+    head_size: int = number(0, "H, numbers of a head; 0: D / N", 0)
     mlp_dim: int = number(688, "F", 1)
     vocab_size: int = number(4096, "V, rows of the embedding, padding included", 1)
     norm_eps: float = number(1e-6, "epsilon of RMSNorm", 0.0, 1.0)
     rope_theta: float = number(10000.0, "base of the rotary frequencies", 0.0, open=True)
+    rope_factor: float = number(1.0, "Llama 3.1's scaling of slow rotary frequencies: divided by this; 1: none", 1.0)
+    rope_low_freq: float = number(1.0, "of Llama 3.1's scaling: fewer turns than this in rope_length are slow", 0.0)
+    rope_high_freq: float = number(4.0, "of Llama 3.1's scaling: more turns than this in rope_length stay", 0.0)
+    rope_length: int = number(8192, "of Llama 3.1's scaling: sequence that the model was trained on before", 1)
     tie_embeddings: bool = opt(False, "use the embedding table as the output head")
     init_std: float = number(0.02, "standard deviation of the initial matrices", 0.0)
     init_scaled: bool = opt(True, "divide the std of wo and w_down by sqrt(2 L)")
@@ -35,7 +40,13 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """H."""
-        return self.embed_dim // self.num_heads
+        return self.head_size or self.embed_dim // self.num_heads
+
+    @property
+    def rope_scaling(self) -> tuple[float, ...]:
+        """What rope_table takes of Llama 3.1's scaling; nothing without."""
+        scaled = (self.rope_factor, self.rope_low_freq, self.rope_high_freq, float(self.rope_length))
+        return scaled if self.rope_factor != 1.0 else ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,12 @@ class RunConfig:
         "their own; one leaves all on one stream, where each waits for the one before",
         False,
     )
+    npu_cache: bool = opt(
+        False,
+        "backend npu, experimental: GE keeps compiled graphs in --run.compile_cache, and a second start loads them; "
+        "Huawei's documents say that its cache does not know graphs with updated inputs yet, which ours are",
+        False,
+    )
     log_every: int = number(1, "iterations between log lines", 1, numbers=False)
     checkpoint_every: int = number(100, "iterations between checkpoints", 1, numbers=False)
     keep_latest: int = number(2, "how many of the newest checkpoints to keep", 1, numbers=False)
@@ -192,6 +209,11 @@ class RunConfig:
     )
     compile_cache: str = opt("", "folder of compiled code; empty: ~/.cache/llama_fn", False, path=True)
     threads: int = number(0, "CPU threads; 0: one per physical core. Sums depend on it in their last digits", 0, 4096)
+    init_from: str = opt(
+        "",
+        "begin with the weights of this work folder, checkpoint or converted model, not random ones",
+        path=True,
+    )
     accept_changes: bool = opt(
         False, "this once, resume although flags or data that change the numbers differ", False, saved=False
     )

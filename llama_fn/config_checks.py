@@ -25,7 +25,7 @@ def check(cfg: Config) -> Config:
     for name, field, value in each_field(cfg):
         _check_field(name, field, value, kinds[name.split(".")[0]][field.name])
     for whole, part, why in (
-        ("model.embed_dim", "model.num_heads", "head_dim is their quotient"),
+        *([] if cfg.model.head_size else [("model.embed_dim", "model.num_heads", "head_dim is their quotient")]),
         ("model.num_heads", "model.num_kv_heads", "each kv head serves the same number of query heads"),
         ("data.global_batch_size", "data.microbatches", "microbatches have equal sizes"),
     ):
@@ -34,7 +34,13 @@ def check(cfg: Config) -> Config:
             divisors = [n for n in range(1, min(a, 4096) + 1) if a % n == 0][:12]
             raise UserError(f"--{whole}={a} is not divisible by --{part}={b} ({why}); {part} can be {divisors}")
     if cfg.model.head_dim % 2:
-        raise UserError(f"head_dim = model.embed_dim / model.num_heads = {cfg.model.head_dim} is odd; rope turns pairs")
+        what = "--model.head_size" if cfg.model.head_size else "head_dim = model.embed_dim / model.num_heads"
+        raise UserError(f"{what} = {cfg.model.head_dim} is odd; rope turns pairs")
+    if cfg.model.rope_low_freq >= cfg.model.rope_high_freq:
+        raise UserError(
+            f"--model.rope_low_freq={cfg.model.rope_low_freq} is not below --model.rope_high_freq="
+            f"{cfg.model.rope_high_freq}"
+        )
     o, m = cfg.optim, cfg.mesh
     if o.decay_steps and o.warmup_steps > o.decay_steps:
         raise UserError(f"--optim.warmup_steps={o.warmup_steps} is more than optim.decay_steps={o.decay_steps}")
@@ -149,7 +155,9 @@ def without_effect(cfg: Config) -> Iterator[str]:
         ("run.attention", r.backend != "inductor", f"backend {r.backend} has one form of attention"),
         ("run.npu_form", r.backend != "npu", f"backend {r.backend} makes no GE graphs"),
         ("run.npu_streams", r.backend != "npu", f"backend {r.backend} makes no GE graphs"),
-        ("run.compile_cache", r.backend != "inductor", f"backend {r.backend} keeps no compiled code"),
+        ("run.npu_cache", r.backend != "npu", f"backend {r.backend} makes no GE graphs"),
+        ("run.compile_cache", r.backend != "inductor" and not r.npu_cache,
+         f"backend {r.backend} keeps no compiled code{', without --run.npu_cache' if r.backend == 'npu' else ''}"),
         ("run.keep_every", bool(r.keep_every % r.checkpoint_every),
          f"only multiples of --run.checkpoint_every={r.checkpoint_every} are saved, and few or none of these"),
         ("run.eval_every", r.eval_every > r.steps, f"the run ends at iteration {r.steps} without a validation"),

@@ -27,7 +27,8 @@ class Reserved:
 class Hardware:
     """Per device: FLOP/s for bf16 and fp16 with dense operands, HBM bytes and bytes/s, bytes/s that it can send inside
     a machine and between machines, and how many devices a machine has; `source` says where the numbers are printed.
-    `reserved` is the part of HBM that is not the step's."""
+    `reserved` is the part of HBM that is not the step's. `rated_flops_per_s`: those of the data sheet, from which MFU
+    counts, where the FLOP/s are measured ones."""
 
     name: str
     peak_flops_per_s: float
@@ -38,6 +39,7 @@ class Hardware:
     source: str
     per_machine: int = 8
     reserved: Reserved = Reserved()
+    rated_flops_per_s: float | None = None
 
     def reserved_bytes(self, communicators: int) -> float:
         """Of one device whose process is a member of so many groups."""
@@ -100,29 +102,40 @@ TABLE = {
 }  # fmt: skip
 
 
+def rates(device: str, dtype: str, side: int, elements: int) -> tuple[float, float]:
+    """FLOP/s of products of `side` x `side` in `dtype`, and bytes/s of copies of `elements` floats, best of five."""
+    import time
+
+    import torch
+
+    synchronize = torch.get_device_module(torch.device(device).type).synchronize
+
+    def rate(fn: Callable[[], object], amount: float) -> float:
+        best = float("inf")
+        for _ in range(5):
+            synchronize()
+            began = time.perf_counter()
+            fn()
+            synchronize()
+            best = min(best, time.perf_counter() - began)
+        return amount / best
+
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    a, long = torch.ones(side, side, dtype=kind, device=device), torch.ones(elements, device=device)
+    copy = torch.empty_like(long)
+    return rate(lambda: a @ a, 2 * side**3), rate(lambda: copy.copy_(long), 2 * long.nbytes)
+
+
 def this_cpu(dtype: str = "fp32") -> Hardware:
     """This machine, measured in a second: products of 2048 x 2048 in `dtype`, copies, and all of its memory.
 
     Several devices would be processes of this machine, whose links are its memory: half a copy's speed.
     """
-    import time
-
     import torch
 
-    def rate(fn: Callable[[], object], amount: float) -> float:
-        best = float("inf")
-        for _ in range(5):
-            began = time.perf_counter()
-            fn()
-            best = min(best, time.perf_counter() - began)
-        return amount / best
-
-    a = torch.ones(2048, 2048, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32))
-    long, copy = torch.ones(2**25), torch.empty(2**25)
-    copied = rate(lambda: copy.copy_(long), 2 * long.nbytes)
-    memory = total_bytes()
+    products, copied = rates("cpu", dtype, 2048, 2**25)
     return Hardware(
-        "cpu", rate(lambda: a @ a, 2 * 2048**3), memory, copied, copied / 2, copied / 2,
+        "cpu", products, total_bytes(), copied, copied / 2, copied / 2,
         f"measured now with {torch.get_num_threads()} threads, products in {dtype}", reserved=_CPU_RESERVED,
     )  # fmt: skip
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama_fn.errors import UserError
 
@@ -17,6 +19,10 @@ STREAMS = 2024  # of 2038 that a 910B has, GE uses so many at most
 TASKS_PER_STREAM = 2013  # GE begins a new stream 27 tasks before the 2040 that one holds
 TASKS = {"AIV": 3, "HOST": 245}  # of one collective, by HCCL_OP_EXPANSION_MODE: exact, and what an older GE assumed
 EVENT_TASKS = 2  # one records and one waits, where work of one stream needs another's
+# Of a model file for each op that leaves work, with the constants and reshapes around it: measured of the graphs that
+# torchair makes, 858 to 1,139 (tests/npu/test_budget.py).
+_AIR_BYTES_PER_OP = 1000
+_FUSED = ("AllGatherMatmul", "MatmulReduceScatter")
 # Pangu-13B's 20,000 nodes took GE 20 minutes, its 135,000 nodes about 3 hours.
 _NODES, _SECONDS = (20_000, 135_000), (20 * 60, 3 * 3600)
 LONG_S = 1800  # longer than this is no time to wait for a graph where pieces compile sooner
@@ -44,6 +50,33 @@ class GraphCounts:
         tasks = {"": self.total - sum(self.collectives.values()) + crossing}
         tasks |= {name: n * (tasks_per_collective + EVENT_TASKS) for name, n in self.collectives.items()}
         return {name: math.ceil(n / TASKS_PER_STREAM) for name, n in tasks.items()}
+
+    @property
+    def told(self) -> str:
+        """In a few words, for a log."""
+        few, many = (sum(self.streams(tasks).values()) for tasks in TASKS.values())
+        return f"{self.total:,} ops, {sum(self.collectives.values()):,} collectives, {few:,} to {many:,} streams"
+
+    @property
+    def events(self) -> int:
+        """A bound: each collective waits for its operand, and is waited for. No limit: above 65,500 GE gives one event
+        to several places."""
+        return 2 * sum(self.collectives.values())
+
+    @property
+    def engines(self) -> dict[str, int]:
+        """Ops by who runs them: vector and matrix cores, HCCL, or both at once where a product and its collective are
+        one op."""
+        by = Counter({"cores": 0, "HCCL": 0, "both": 0})
+        for kind, n in self.ops.items():
+            by["both" if kind in _FUSED else "HCCL" if kind.startswith("Hcom") else "cores"] += n
+        return dict(by)
+
+    @property
+    def air_bytes(self) -> int:
+        """An estimate of the graph as a model file, which takes 2 GB at most, constants included: they are shapes and
+        numbers, no weights."""
+        return self.total * _AIR_BYTES_PER_OP
 
     @property
     def compile_s(self) -> float:
@@ -91,11 +124,14 @@ class Budget:
 
 def as_lines(budget: Budget) -> list[str]:
     """For people: a line for each graph, and for all together."""
-    head = f"{'graph':>14} {'runs':>5} {'ops':>8} {'collectives':>11} {'streams, AIV':>12} {'HOST':>6} {'min':>6}"
+    head = (
+        f"{'graph':>14} {'runs':>5} {'ops':>8} {'collectives':>11} {'streams, AIV':>12} {'HOST':>6} {'events':>7} "
+        f"{'MB of .air':>10} {'min':>6}"
+    )
     rows = [
         f"{graph.name or 'step':>14} {graph.runs:5} {graph.total:8,} {sum(graph.collectives.values()):11,} "
         f"{sum(graph.streams(TASKS['AIV']).values()):12,} {sum(graph.streams(TASKS['HOST']).values()):6,} "
-        f"{graph.compile_s / 60:6.1f}"
+        f"{graph.events:7,} {graph.air_bytes / 1e6:10.1f} {graph.compile_s / 60:6.1f}"
         for graph in budget.graphs
     ]
     share = budget.streams("HOST") / STREAMS
@@ -103,20 +139,38 @@ def as_lines(budget: Budget) -> list[str]:
         f"GE graphs of a device, form {budget.form}: {budget.total:,} ops "
         f"({'exact' if budget.exact else 'at most'}), {budget.streams('AIV'):,} to "
         f"{budget.streams('HOST'):,} of {STREAMS} streams (bounds: {TASKS['AIV']} and {TASKS['HOST']} tasks for a "
-        f"collective; at most {share:.1%}), {budget.compile_s / 60:.0f} min to compile with one thread (estimate)",
+        f"collective; at most {share:.1%}), {budget.compile_s / 60:.0f} min to compile with one thread (estimate; so "
+        "is the size of .air, and events are a bound)",
         head,
         *rows,
     ]
 
 
-def refuse(budget: Budget) -> None:
-    """UserError for graphs that no device has streams for, whichever way collectives become tasks."""
+def as_json(budget: Budget, why: str) -> dict[str, Any]:
+    """The same for programs; `why` this form."""
+    return {
+        "form": budget.form, "why": why, "compile_s": budget.compile_s, "exact": budget.exact,
+        "streams": {mode: budget.streams(mode) for mode in TASKS}, "streams_of_a_device": STREAMS,
+        "graphs": [
+            {
+                "name": g.name, "runs": g.runs, "ops": dict(g.ops), "collectives": dict(g.collectives),
+                "engines": g.engines, "events": g.events, "air_bytes": g.air_bytes, "compile_s": g.compile_s,
+                "streams": {mode: g.streams(TASKS[mode]) for mode in TASKS},
+            }
+            for g in budget.graphs
+        ],
+    }  # fmt: skip
+
+
+def refuse(budget: Budget, most: str, remedies: Sequence[str]) -> None:
+    """UserError for graphs that no device has streams for, whichever way collectives become tasks, with what takes most
+    of it, and what would need how many."""
     if not budget.never_loads:
         return
-    ops: Counter[str] = sum((graph.ops for graph in budget.graphs), Counter())
-    most = ", ".join(f"{n:,} {kind}" for kind, n in ops.most_common(4))
     raise UserError(
         f"GE graphs of form {budget.form} need at least {budget.streams('AIV'):,} streams of a device, which has "
-        f"{STREAMS}. They have {budget.total:,} ops, most of them {most}. Fewer and larger --data.microbatches, stages "
-        "(pipe:N in --mesh.axes), or --run.npu_form=calls, whose graphs do not grow with the microbatches, need fewer"
-    )
+        f"{STREAMS}, with {TASKS['AIV']} tasks for a collective, and {budget.streams('HOST'):,} with {TASKS['HOST']}. "
+        f"They have {budget.total:,} ops. Most collectives are {most}. Instead:\n"
+        + "\n".join(f"  {remedy}" for remedy in [*remedies, "stages (pipe:N in --mesh.axes), whose graphs have fewer "
+        "layers: python -m llama_fn.tools.plan says how many streams they need"])
+    )  # fmt: skip

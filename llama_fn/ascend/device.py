@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llama_fn import compat
 from llama_fn.ascend import environment, requirements
 from llama_fn.config import RunConfig
 from llama_fn.errors import UserError
+from llama_fn.hardware import Hardware, identify, named
 from llama_fn.launch import local_device
 
 log = logging.getLogger("llama_fn.ascend")
@@ -34,3 +36,15 @@ def prepare(run: RunConfig, dump_to: Path | None = None) -> None:
     npu: Any = torch.get_device_module("npu")
     npu.set_device(local_device(npu.device_count()))
     npu.manual_seed_all(run.seed)
+
+
+def described(there: bool) -> tuple[Hardware, dict[str, str]]:
+    """This process's NPU, made ready, in the table of hardware, and the versions of what drives it; where it is not
+    `there`, a 910B1, for which graphs can be made."""
+    versions = {"torch": torch.__version__, "torch_npu": compat.TORCH_NPU}
+    if not there:
+        compat.load_torchair()
+        return named("ascend_910b1"), versions
+    prepare(replace(RunConfig(), backend="npu", device="npu"))
+    name = torch.get_device_module("npu").get_device_name()
+    return identify(name) or named("ascend_910b1"), {**versions, "device": name, "cann": compat.cann_version()}

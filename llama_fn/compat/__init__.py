@@ -29,8 +29,11 @@ from llama_fn.compat.npu import (
     CONVERTED_IN_GROUP,
     TORCH_NPU,
     GeGraph,
+    cann_version,
     ge_convert,
     load_torchair,
+    name_group,
+    names_groups,
     without_converter,
 )
 from llama_fn.compat.npu_schemas import define_npu_ops
@@ -55,6 +58,7 @@ __all__ = [
     "GraphSource",
     "Group",
     "add_body",
+    "cann_version",
     "check_torch_version",
     "collective_forms",
     "cpu_model",
@@ -73,6 +77,8 @@ __all__ = [
     "labels",
     "load_torchair",
     "missing_tool",
+    "name_group",
+    "names_groups",
     "node_value",
     "onednn_product",
     "physical_cores",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import inspect
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,27 @@ def _config(torchair: Any) -> Any:
     config.experimental_config.pattern_fusion_pass = False
     config.export.experimental.enable_record_nn_module_stack = True  # carries our scopes to the GE ops
     return config
+
+
+def cann_version() -> str:
+    """Of CANN, as torch_npu finds it."""
+    import torch_npu
+
+    return str(torch_npu.npu.utils.get_cann_version())
+
+
+def names_groups() -> bool:
+    """Whether CANN's HCCL lets a process group have a name of ours."""
+    import torch_npu
+
+    return bool(torch_npu.distributed._is_support_hccl_comm_name())
+
+
+def name_group(group: Any, name: str) -> None:
+    """Have HCCL call this process's group `name`, as at every start and on every rank, where it can. By itself it
+    counts groups, or takes address and time."""
+    if names_groups():
+        group._get_backend(torch.device("npu"))._set_hccl_comm_name(name)
 
 
 def without_converter(targets: Sequence[Any]) -> list[Any]:
@@ -81,6 +104,13 @@ class GeGraph:
 
         return str(text_format.MessageToString(self.proto))
 
+    def air(self) -> bytes:
+        """The same as a model file of GE (.air), as torchair's export writes it and CANN's `atc` reads it: a ModelDef.
+        ValueError for more than the 2 GB that such a file may have."""
+        model = copy.deepcopy(self.graph.graph._model)
+        model.graph[0].CopyFrom(self.proto)
+        return bytes(model.SerializeToString())
+
     def used(self) -> list[int]:
         """Our input of every GE input; an input that nothing reads is not passed on."""
         return [info.func.fx_input_idx for info in self.graph._input_info_list]
@@ -89,9 +119,24 @@ class GeGraph:
         """Which GE input's buffer takes which GE result."""
         return dict(self.graph._graph_output_ref_input)
 
-    def options(self, kept: Mapping[int, int]) -> str:
+    def keep_in(self, cache: Path) -> str:
+        """Have GE keep the compiled graph in a folder of `cache`, and load it from there where it is; returns the key,
+        the name of the folder: a hash of the graph, torchair's options, and the versions of what compiles it."""
+        import torch_npu
+
+        local, glob = self.graph._normalize_ge_option()
+        versions = [torch_npu.__version__, cann_version(), torch.npu.get_device_name()]  # type: ignore[attr-defined]
+        hashed = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
+        hashed.update(json.dumps([local, glob, versions], sort_keys=True, default=str).encode())
+        key = hashed.hexdigest()
+        given = {"ge.graph_compiler_cache_dir": str(cache / key), "ge.graph_key": key}
+        self.graph._normalize_ge_option = lambda: ({**local, **given}, glob)
+        return key
+
+    def options(self, kept: Mapping[int, int], positions: Mapping[str, int]) -> str:
         """JSON: what torchair passes to GE; the ranks of each group; which of our inputs the GE inputs are, which of
-        them each GE result overwrites, and which GE results, views of inputs or, as `kept` says, inputs are ours."""
+        them each GE result overwrites, and which GE results, views of inputs or, as `kept` says, inputs are ours; the
+        positions, by mesh axes, that the graph takes behind our inputs."""
         local, glob = self.graph._normalize_ge_option()
         results = [self._result(i) for i in range(len(self.graph._fx_outputs))]
         for number, i in sorted(kept.items()):
@@ -99,7 +144,7 @@ class GeGraph:
         groups = {name: list(ranks) for name, (ranks, _) in self.graph.graph.used_process_group.items()}
         options = {
             "global": glob, "graph": local, "groups": groups, "inputs": self.used(), "written_inputs": self.written(),
-            "results": results,
+            "results": results, "positions": dict(positions),
         }  # fmt: skip
         return json.dumps(options, indent=1, default=str)
 

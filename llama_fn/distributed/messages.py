@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from llama_fn import compat
-from llama_fn.distributed.processes import Processes
+from llama_fn.distributed.processes import Processes, named
 from sharding.messages import receive, received, send
 from sharding.stages import PIPE
 
@@ -37,6 +37,9 @@ class Messages:
                 for step in (1, -1):
                     target = line[(i + step) % len(line)]
                     group = dist.new_group([source, target], backend=processes.backend)
+                    if processes.rank in (source, target):
+                        way = f"{i}_to_{(i + step) % len(line)}"  # of two stages, twice
+                        named(group, processes.backend, f"llama_fn_{way}_{'on' if step > 0 else 'back'}")
                     groups[source, target, step] = group
         return groups
 

@@ -17,11 +17,10 @@ from llama_fn import compat, tree
 from llama_fn.distributed.watchdog import Watchdog
 from llama_fn.errors import SaidElsewhere, UserError
 from llama_fn.launch import launched
-from llama_fn.model import arrays
 from sharding import Mesh, P
 from sharding.collectives import axes_of
 from sharding.parts import Part, part_of
-from sharding.simulate import join, part
+from sharding.simulate import part
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,13 @@ class Processes:
                 # One backend alone: of a group with several, torchair takes the CPU's, and HCCL does not know its name.
                 group = dist.new_group(ranks, backend=self.backend)
                 if self.rank in ranks:
+                    named(group, self.backend, f"llama_fn_{text.replace('+', '_')}")
                     self._groups[text] = compat.Group(compat.group_name(group), ranks.index(self.rank))
         return self._groups
 
     def part(self, x: torch.Tensor, layout: P) -> torch.Tensor:
         """What this process holds of a global tensor."""
         return part(x, layout, self.mesh, self.rank)
-
-    def whole(self, mine: torch.Tensor, layout: P, shape: Sequence[int]) -> torch.Tensor | None:
-        """The global tensor, on rank 0 only, in CPU memory."""
-        mine = mine.detach().cpu().contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.mesh.size)] if self.chief else None
-        dist.gather(mine, parts)
-        return join(parts, layout, self.mesh, shape) if parts is not None else None
 
     def parts(self, infos: Any, layouts: Sequence[P]) -> list[Part]:
         """This process's part of every leaf."""
@@ -70,25 +63,6 @@ class Processes:
         """This process's part of a tree of global tensors."""
         leaves, spec = tree.flatten(values)
         return tree.unflatten(spec, [self.part(x, layout) for x, layout in zip(leaves, layouts, strict=True)])
-
-    def gathered(self, mine: Any, infos: Any, layouts: Sequence[P]) -> Any:
-        """The tree of global tensors on rank 0, None elsewhere; leaf by leaf."""
-        leaves, spec = tree.flatten(mine)
-        zipped = zip(leaves, layouts, tree.leaves(infos), strict=True)
-        whole = [self.whole(x, layout, info.shape) for x, layout, info in zipped]
-        return tree.unflatten(spec, whole) if self.chief else None
-
-    def scatter_state(self, whole: Any, infos: Any, layouts: Sequence[P], device: str) -> Any:
-        """Every process's part of rank 0's tree of global tensors; one leaf at a time is whole elsewhere."""
-        given = iter(tree.leaves(whole) if self.chief else ())
-
-        def one(info: arrays.ArrayInfo, layout: P) -> torch.Tensor:
-            x = next(given).cpu() if self.chief else torch.empty(info.shape, dtype=info.dtype)
-            dist.broadcast(x, 0)
-            return self.part(x, layout).to(device)
-
-        leaves, spec = tree.flatten(infos)
-        return tree.unflatten(spec, [one(i, layout) for i, layout in zip(leaves, layouts, strict=True)])
 
     def in_turn(self, fn: Callable[[], Any]) -> Any:
         """`fn()` by the first process of every machine, then by the others, who find what it left on disk.
@@ -115,6 +89,12 @@ class Processes:
         another, which a collective's time limit would count."""
         self.watchdog.report(what, "done")
         self.watchdog.wait_for_all(what)
+
+    def words(self, about: str, word: str) -> list[str]:
+        """What every process says about a matter, by rank; each matter has a name of its own. Not a collective: it may
+        take as long as it takes, and be called in a thread."""
+        self.watchdog.report(about, word)
+        return self.watchdog.wait_for_all(about)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -146,6 +126,13 @@ class Processes:
         """Leave together: nobody is missed by those who are still saving."""
         self.watchdog.close()
         dist.destroy_process_group()
+
+
+def named(group: Any, backend: str, name: str) -> None:
+    """Give this process's group a name that is the same at every start and on every rank, where it is part of compiled
+    graphs: with HCCL."""
+    if backend == "hccl":
+        compat.name_group(group, name)
 
 
 def by_chief(processes: Processes | None, fn: Callable[[], Any]) -> Any:

@@ -60,6 +60,16 @@ class Watchdog:
             time.sleep(0.1)
         return [self.store.get(key).decode() for key in keys]
 
+    def tell(self, about: str, text: str) -> None:
+        """Let all know; by one process, once for each matter."""
+        self.store.set(about, text)
+
+    def told(self, about: str) -> str:
+        """What one process tells all, once it has, however long that takes."""
+        while not self.store.check([about]):
+            time.sleep(0.05)
+        return str(self.store.get(about).decode())
+
     def _sign_of_life(self) -> None:
         self.store.set(str(self.rank), f"{time.time():.3f} {self.step} {socket.gethostname()}")
 

@@ -10,9 +10,10 @@ rank_0/stage_0/, ...       of a pipeline that one process simulates or plans: lo
 
 Of backend npu besides:
 rank_0/ge_graph.pbtxt      the GraphDef that GE compiles, as text; opens in netron as any protobuf text
+rank_0/ge_graph.air        the same as a model file, which CANN's atc compiles without a device
 rank_0/ge_graph.txt        the same, a line per op
 rank_0/ge_options.json     torchair's options, the process groups, and which input each result overwrites
-                           --run.npu_form=calls: a set of the three for each graph, such as microbatch.ge_graph.pbtxt
+                           --run.npu_form=calls: a set of the four for each graph, such as microbatch.ge_graph.pbtxt
 rank_0/ge/                 what CANN writes itself (DUMP_GE_GRAPH)
 """
 
@@ -28,7 +29,10 @@ import torch
 
 from kernels.registry import tensor_bytes
 from llama_fn import compat
+from llama_fn.ascend import budget
+from llama_fn.ascend.budget import Budget
 from llama_fn.compiler import cost, ir, stages
+from llama_fn.compiler.backends.npu import GeFiles
 from llama_fn.files import atomic
 from llama_fn.hardware import Hardware
 from llama_fn.inspect import explorer, pages
@@ -37,9 +41,9 @@ from llama_fn.inspect.summary import summary
 
 log = logging.getLogger("llama_fn.dump")
 TRACED, LOWERED, BACKEND, CODE = "traced", "lowered", "backend", "code"
-GE_GRAPH, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.txt", "ge_options.json"
+GE_GRAPH, GE_AIR, GE_TEXT, GE_OPTIONS = "ge_graph.pbtxt", "ge_graph.air", "ge_graph.txt", "ge_options.json"
 GE_OWN, EVALUATION, STAGE = "ge", "evaluation", "stage"
-_OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)|(\w+\.)?ge_(graph|options)\.(pbtxt|txt|json)")
+_OURS = re.compile(r"\d\d_\w+(\.\w+)?\.(txt|json)|(\w+\.)?ge_(graph|options)\.(pbtxt|air|txt|json)")
 
 
 def rank_folder(folder: Path, rank: int) -> Path:
@@ -47,10 +51,12 @@ def rank_folder(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}"
 
 
-def write_ge(folder: Path, graph: str, pbtxt: str, options: str, text: str) -> None:
+def write_ge(folder: Path, graph: str, files: GeFiles) -> None:
     """The files of one GE graph, whose name is "" where there is no other. Each is complete or not there."""
-    for name, content in ((GE_OPTIONS, options), (GE_TEXT, text), (GE_GRAPH, pbtxt)):
+    for name, content in ((GE_OPTIONS, files.options), (GE_TEXT, files.text), (GE_GRAPH, files.pbtxt)):
         _write(folder / ge_file(name, graph), content)
+    with atomic(folder / ge_file(GE_AIR, graph), "wb") as f:
+        f.write(files.air)
     log.info("GE graph written to %s", folder)
 
 
@@ -93,30 +99,36 @@ class DumpWriter:
         _write(self.folder / f"{self.count:02d}_{name}.txt", content)
         self.count += 1
 
-    def finish(self, lowered: stages.Lowered, compiled: stages.Compiled | None = None) -> None:
+    def finish(
+        self, lowered: stages.Lowered, compiled: stages.Compiled | None = None, ge: tuple[Budget, str] | None = None
+    ) -> None:
         """The lowered graph, the backend's part, the summary and, at last, the index. All stages of a pipeline, unless
-        each has its own process, which writes its own."""
+        each has its own process, which writes its own. `ge`: of Ascend's graph engine, and why this form."""
         of_stages: dict[str, int] = {}
         if len(lowered.graphs) > 1 and (compiled is None or not compiled.executable.local):
             for one in lowered.by_stage:
                 folder = self.folder / f"{STAGE}_{one.stage}"
-                DumpWriter(folder, self.hardware)._finish(one, None, {})
+                DumpWriter(folder, self.hardware)._finish(one, None, {}, None)
                 of_stages[f"{folder.name}/{INDEX}"] = (folder / INDEX).stat().st_size
-        self._finish(lowered, compiled, of_stages)
+        self._finish(lowered, compiled, of_stages, ge)
         log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
 
-    def _finish(self, lowered: stages.Lowered, compiled: stages.Compiled | None, of_stages: dict[str, int]) -> None:
+    def _finish(
+        self, lowered: stages.Lowered, compiled: stages.Compiled | None, of_stages: dict[str, int],
+        ge: tuple[Budget, str] | None,
+    ) -> None:  # fmt: skip
         self.graph(LOWERED, lowered.graph_module)
         if compiled is not None:
             self._next(BACKEND, compiled.as_text() + "\n")
             if compiled.executable.code:
                 self._next(CODE, compiled.executable.code)
-        numbers = summary(lowered)
+        numbers = summary(lowered) | ({"ge": budget.as_json(*ge)} if ge else {})
         _write(self.folder / SUMMARY, json.dumps(numbers, indent=1))
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
         sizes = {path.name: path.stat().st_size for path in files} | of_stages
         origins = "; ".join(map(str, compiled.executable.origins)) if compiled else ""
-        _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware, origins))
+        told = budget.as_lines(ge[0]) if ge else []
+        _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware, origins, told))
 
 
 def _costs(node: torch.fx.Node) -> str:

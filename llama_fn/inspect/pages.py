@@ -14,9 +14,11 @@ INDEX, SUMMARY = "index.html", "summary.json"  # here, so that graph_diff need n
 
 
 def page(
-    title: str, summary: Mapping[str, Any], files: Mapping[str, int], hardware: Hardware | None, origin: str = ""
-) -> str:
-    """`files`: their sizes by name; `hardware`: whose peaks the overlay of times takes; `origin`: of the code."""
+    title: str, summary: Mapping[str, Any], files: Mapping[str, int], hardware: Hardware | None, origin: str = "",
+    ge: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """`files`: their sizes by name; `hardware`: whose peaks the overlay of times takes; `origin`: of the code; `ge`:
+    lines on the budget of GE graphs."""
     memory, flops = summary["memory"], summary["flops"]
     by_op: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in summary["ops"]:
@@ -39,6 +41,7 @@ def page(
             ([r[k] for k in ("count", "kind", "axis", "dtype", "bytes", "phase", "scope", "source")]
              for r in summary["collectives"]),
         ) if summary["collectives"] else "<p>none</p>",
+        *([f"<h2>GE graphs</h2><pre>{escape(chr(10).join(ge))}</pre>"] if ge else []),
         *_fusion(summary["fusion"]),
         "<h2>Ops</h2>",
         table(("op", "count", "FLOPs"), ([op, *n] for op, n in sorted(by_op.items(), key=lambda item: -item[1][0]))),

@@ -137,8 +137,9 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs of a step over the peak, as simulated."""
-        return self.model_flops / self.step_time_s / self.hardware.peak_flops_per_s
+        """Model FLOPs of a step over the peak of the data sheet, as simulated."""
+        peak = self.hardware.rated_flops_per_s or self.hardware.peak_flops_per_s
+        return self.model_flops / self.step_time_s / peak
 
 
 @uncollected()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from llama_fn.ascend.budget import STREAMS, TASKS, Budget, as_lines
+from llama_fn.ascend import budget
+from llama_fn.ascend.budget import Budget
 from llama_fn.planner.plan import Plan
 from sharding import collectives_table
 
@@ -44,7 +45,7 @@ def as_json(plan: Plan, ge: tuple[Budget, str] | None = None) -> dict[str, Any]:
         "scopes": [asdict(p) | {"bound": p.bound} for p in plan.scopes],
         "planning_s": plan.seconds,
         "pipeline": _pipeline_json(plan),
-        "ge": _ge_json(*ge) if ge else None,
+        "ge": budget.as_json(*ge) if ge else None,
     }
 
 
@@ -57,17 +58,6 @@ def _pipeline_json(plan: Plan) -> dict[str, Any] | None:
         "schedule": plan.cfg.mesh.schedule, "chunks": plan.cfg.mesh.chunks, "bubble": made.timeline.bubble,
         "imbalance": made.imbalance, "before_s": made.before_s, "after_s": made.after_s, "message_s": made.message_s,
         "stages": [asdict(stage) for stage in made.stages],
-    }  # fmt: skip
-
-
-def _ge_json(budget: Budget, why: str) -> dict[str, Any]:
-    return {
-        "form": budget.form, "why": why, "compile_s": budget.compile_s,
-        "streams": {mode: budget.streams(mode) for mode in TASKS}, "streams_of_a_device": STREAMS,
-        "graphs": [
-            {"name": g.name, "runs": g.runs, "ops": dict(g.ops), "collectives": dict(g.collectives)}
-            for g in budget.graphs
-        ],
     }  # fmt: skip
 
 
@@ -105,7 +95,7 @@ def as_text(plan: Plan, ge: tuple[Budget, str] | None = None) -> str:
     if rows:
         lines += [collectives_table.as_text(rows), *_by_axis(plan), ""]
     if ge is not None:
-        lines += [*as_lines(ge[0]), f"because {ge[1]}", ""]
+        lines += [*budget.as_lines(ge[0]), f"because {ge[1]}", ""]
     return "\n".join([*lines, f"planned in {plan.seconds:.1f} s"])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_fn.compiler import backends, passes, stages
 from llama_fn.compiler.backends import code_cache
+from llama_fn.compiler.backends.ge_counts import choose, counted
 from llama_fn.config import Config
 from llama_fn.config_checks import dumps, profiled
 from llama_fn.distributed import Processes
@@ -28,8 +29,7 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
     """The keyword arguments of cfg's backend."""
     options: dict[str, Any] = {} if processes is None else {"processes": processes}
     if cfg.run.backend == "inductor":
-        cache = Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default()
-        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": code_cache.usable(cache)}
+        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": _cache(cfg)}
         options |= {"profiled": True} if profiled(cfg) else {}
     if cfg.run.backend == "eager" and processes is not None:
         options |= {"device": cfg.run.device}
@@ -37,7 +37,12 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
         options |= {"check_finite": True}
     if cfg.run.backend == "npu":
         options |= {"device": cfg.run.device, "form": cfg.run.npu_form, "streams": cfg.run.npu_streams}
+        options |= {"cache": _cache(cfg) / "ge"} if cfg.run.npu_cache else {}
     return options
+
+
+def _cache(cfg: Config) -> Path:
+    return code_cache.usable(Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default())
 
 
 def dump_folder(cfg: Config, processes: Processes | None) -> Path | None:
@@ -79,7 +84,10 @@ def compile(
             options["write"] = functools.partial(dump.write_ge, folder) if folder else None
         compiled = lowered.compile(backend or cfg.run.backend, **options)
         if writer:
-            writer.finish(lowered, compiled)
+            on_npu = cfg.run.backend == "npu" and backend is None
+            writer.finish(
+                lowered, compiled, choose(counted(lowered.graph_module), cfg.run.npu_form) if on_npu else None
+            )
         how = "loaded" if compiled.from_cache else "compiled"
         first, *more = compiled.executable.origins or ("",)
         origins = f"; {first}{f' and {len(more)} more pieces' if more else ''}" if first else ""
@@ -107,7 +115,8 @@ def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:
     """Say what a step takes and needs on `hardware` (None: Ascend 910B1 for backend npu, else this CPU, measured), dump
     the graphs of one device where that is asked for, and compile where it can be done without other processes."""
     hardware = hardware or named("ascend_910b1" if cfg.run.backend == "npu" else "cpu", cfg.model.compute_dtype)
-    log.info("%s", report.as_text(plan.make(cfg, mesh, hardware), ge_budget.make(cfg, mesh, hardware)))
+    ge = ge_budget.make(cfg, mesh, hardware)
+    log.info("%s", report.as_text(plan.make(cfg, mesh, hardware), ge))
     if mesh.size == 1 and cfg.run.backend != "npu":
         compile(cfg, mesh, hardware, None, bool(cfg.run.eval_every))
         return
@@ -116,4 +125,4 @@ def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:
     if folder:
         writer, lowered = _lowered(config_stages.train(cfg), cfg, mesh, hardware, folder)
         assert writer is not None
-        writer.finish(lowered)
+        writer.finish(lowered, ge=ge)

@@ -58,11 +58,14 @@ def make_plan(argv: list[str]) -> int:
     if FLAGS.search:
         _start_imports()
     from llama_fn import hardware
-    from llama_fn.planner import config_stages, ge_budget, page, plan, report, trace
+    from llama_fn.planner import calibration, config_stages, ge_budget, page, plan, report, trace
 
+    device = hardware.named(FLAGS.hardware, cfg.model.compute_dtype)
+    if FLAGS.calibration:
+        device = calibration.calibrated(device, Path(FLAGS.calibration))
     if FLAGS.search:
-        return _search(cfg, FLAGS.search, hardware.named(FLAGS.hardware, cfg.model.compute_dtype))
-    mesh, device = config_stages.mesh(cfg), hardware.named(FLAGS.hardware, cfg.model.compute_dtype)
+        return _search(cfg, FLAGS.search, device)
+    mesh = config_stages.mesh(cfg)
     planned, ge = plan.make(cfg, mesh, device), ge_budget.make(cfg, mesh, device)
     print(report.as_text(planned, ge))
     if FLAGS.json:
@@ -88,6 +91,9 @@ if __name__ == "__main__":
     config_flags.define_flags()
     flags.adopt_module_key_flags(config_flags)
     flags.DEFINE_string("hardware", "ascend_910b1", "device of llama_fn/hardware.py to plan for")
+    flags.DEFINE_string(
+        "calibration", "", "report of check_npu --graphs, whose rates stand for those of the data sheet"
+    )
     flags.DEFINE_string("json", "", "file that gets everything as JSON as well")
     flags.DEFINE_integer("search", 0, "number of devices: list the meshes, rules, microbatches and remat that fit", 0)
     flags.DEFINE_string("page", "", "HTML file that gets everything with plots as well; needs matplotlib")

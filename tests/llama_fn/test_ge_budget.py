@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from llama_fn.ascend import budget
 from llama_fn.ascend.budget import Budget, GraphCounts
-from llama_fn.compiler.backends import ge_counts
+from llama_fn.compiler.backends import ge_counts, npu_forms
 from llama_fn.config import Config, DataConfig, MeshConfig, ModelConfig
 from llama_fn.errors import UserError
 from llama_fn.hardware import TABLE
@@ -28,8 +30,8 @@ def config(layers=7, microbatches=8, **mesh):
 @pytest.mark.parametrize(
     "cfg",
     [
-        config(axes="data:2,model:2", rules="fsdp_tp"),
-        config(8, axes="pipe:2,model:2", rules="tp_sp", schedule="1f1b"),
+        config(6, 6, axes="data:2,model:2", rules="fsdp_tp"),
+        pytest.param(config(8, axes="pipe:2,model:2", rules="tp_sp", schedule="1f1b"), marks=pytest.mark.slow),
         pytest.param(config(12, 4, axes="data:2", rules="fsdp", remat="full", regather=True), marks=pytest.mark.slow),
         pytest.param(config(12, axes="pipe:2", schedule="interleaved", chunks=2), marks=pytest.mark.slow),
     ],
@@ -44,6 +46,7 @@ def test_a_budget_from_small_models_is_that_of_the_whole_one(cfg):
         assert found.between == whole.between
 
 
+@pytest.mark.slow
 def test_pieces_do_not_grow_with_the_microbatches():
     few, many = (
         ge_budget._stages(config(2, count, axes="pipe:2,model:2", rules="tp_sp"), config_stages.mesh(
@@ -62,10 +65,25 @@ def test_streams_are_those_of_tasks():
 
 def test_a_limit_that_is_passed_is_an_error_that_says_what_takes_most(monkeypatch):
     graph = GraphCounts("", 1, Counter(HcomAllGather=20_000, MatMul=5_000), Counter(data=20_000))
-    budget.refuse(Budget("whole", (graph,)))
+    budget.refuse(Budget("whole", (graph,)), "", [])
     monkeypatch.setattr(budget, "STREAMS", 50)
-    with pytest.raises(UserError, match=r"at least 73 streams .* has 50\. They have 25,000 ops, most .* 20,000 Hcom"):
-        budget.refuse(Budget("whole", (graph,)))
+    with pytest.raises(UserError, match=r"at least 73 streams .* has 50, .* 2,4\d\d with 245\. They have 25,000 ops"):
+        budget.refuse(Budget("whole", (graph,)), "", [])
+
+
+def test_and_what_would_need_fewer_with_the_numbers(monkeypatch):
+    cfg = config(2, 10, axes="data:2,model:2", rules="fsdp_tp")
+    lowered = config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg))
+    monkeypatch.setattr(budget, "STREAMS", 1)
+    with pytest.raises(UserError) as error:
+        npu_forms.chosen(SimpleNamespace(graphs=lowered.graphs), "whole")
+    said = str(error.value)
+    assert re.search(r"are \d+ all_gather over (data|model) in microbatch/\*/layers/\*", said), said
+    calls, half = (int(n) for n in re.findall(r"(?:calls|size): (\d+) to \d+ streams", said))
+    assert calls == ge_counts.counted(lowered.graph_module).in_form("calls").streams("AIV")
+    small = replace(cfg, data=replace(cfg.data, microbatches=5, global_batch_size=10))
+    fewer = config_stages.lower(config_stages.train(small), small, config_stages.mesh(small))
+    assert half == pytest.approx(ge_counts.counted(fewer.graph_module).in_form("whole").streams("AIV"), abs=1)
 
 
 def test_the_form_follows_from_the_budget(monkeypatch):
@@ -90,6 +108,7 @@ def test_a_plan_has_it_in_text_and_json():
     text, numbers = report.as_text(made, ge), json.loads(json.dumps(report.as_json(made, ge)))
     assert "GE graphs of a device, form whole:" in text and "of 2024 streams" in text
     assert numbers["ge"]["form"] == "whole" and numbers["ge"]["graphs"][0]["ops"]["FlashAttentionScore"] == 2
+    assert numbers["ge"]["graphs"][0]["engines"]["HCCL"] == numbers["ge"]["graphs"][0]["events"] // 2 > 0
     assert "<h2>GE graphs</h2><pre>GE graphs of a device, form whole" in page.page(made, ge)
     assert ge_budget.make(cfg, mesh, TABLE["h100"]) is None and report.as_json(made)["ge"] is None
 

@@ -1,4 +1,5 @@
-"""One of two processes: rounds of functional collectives over gloo, all under way at once, each with a known result.
+"""One of two processes: rounds of functional collectives over gloo, all under way at once, each with a known result;
+then how fast they are (distributed/bandwidth.py).
 
 torchrun --nproc_per_node=2 tests/multirank/worker_collectives.py ROUNDS
 """
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llama_fn import compat
-from llama_fn.distributed import processes
+from llama_fn.distributed import bandwidth, processes
 from sharding import Mesh
 
 c10d = torch.ops._c10d_functional
@@ -43,6 +44,9 @@ def main(rounds: int) -> None:
                 for x, found in zip(mine, arrived, strict=True):
                     other = x + 10_000.0 * (1 - 2 * rank)
                     assert torch.equal(found, result(*((other, x) if rank else (x, other)))), (i, x.shape)
+    rows = bandwidth.by_axis(members, "cpu", per_machine=1, size=1 << 20)
+    assert [(row["axis"], row["devices"], row["inside"]) for row in rows] == [("data", 2, False)]
+    assert rows[0]["bytes_per_s"] > 0
     members.barrier()
     members.close()
 

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define GIB ((size_t)1 << 30)
 
@@ -39,10 +40,24 @@ int aclrtGetMemInfo(int attribute, size_t *free_bytes, size_t *total_bytes) {
   return 0;
 }
 
-/* A group's name: with one process per rank, every process counts its groups in the same order. */
+/* A group is its name: the one that it is given (behind 32 bytes of HcclCommConfig), else hccl_standin_N, N being
+ * another at every start, as HCCL's own names are. CANN_STANDIN_NO_NAMES: an HCCL that gives no names. */
+enum { NAME_OFFSET = 32, NAME_BYTES = 128 };
+uint32_t HcclGetCommConfigCapability(void) { return getenv("CANN_STANDIN_NO_NAMES") ? 0 : 8; }
+int HcclCommInitRootInfoConfig(uint32_t n, const void *root, uint32_t rank, const char *config, void **group) {
+  *group = calloc(1, NAME_BYTES);
+  strncpy(*group, config + NAME_OFFSET, NAME_BYTES - 1);
+  return 0;
+}
+int HcclCommInitRootInfo(uint32_t n, const void *root, uint32_t rank, void **group) {
+  *group = calloc(1, NAME_BYTES);
+  return 0;
+}
 int HcclGetCommName(void *group, char *name) {
   static int made = 0;
-  return sprintf(name, "hccl_standin_%d", made++) < 0;
+  if (*(char *)group == 0) sprintf(group, "hccl_standin_%d_%d", (int)getpid(), made++);
+  strcpy(name, group);
+  return 0;
 }
 
 /* The release that torch_npu's compatibility table pairs with: full text, then its parts, each in a field of its own. */

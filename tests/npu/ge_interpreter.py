@@ -109,6 +109,7 @@ class GeRank:
         self.groups: dict[str, list[int]] = options["groups"]
         self.written = {int(out): at for out, at in options["written_inputs"].items()}
         self.inputs: list[int] = options["inputs"]
+        self.positions = [torch.tensor([position]) for position in options["positions"].values()]
         self.results: list[int | dict] = options["results"]
         self.ops = list(self.proto.op)
         self.sources = [[i for i in op.input if not i.endswith(":-1")] for op in self.ops]
@@ -143,6 +144,7 @@ class GeInterpreter:
 
     def steps(self, inputs: Sequence[Sequence[torch.Tensor]], mailbox: Mailbox) -> Generator[Any, Any, Any]:
         """The graph, up to where it waits for other stages; gives the results per rank."""
+        inputs = [[*given, *rank.positions] for given, rank in zip(inputs, self.ranks, strict=True)]
         values: list[dict[str, Any]] = [{} for _ in self.ranks]
         for n, op in enumerate(self.ranks[0].ops):
             if op.type in ("Data", "RefData"):

@@ -8,10 +8,12 @@ from llama_fn.model import presets
 TINY = {"model.preset": "llama_tiny"}
 DTYPES = ("fp32", "bf16", "fp16")
 # Of these, llama2_70b and llama3_8b are lowered on every commit: with grouped heads, other vocabularies and thetas. The
-# rest have the ops of llama_65b's 8 layers, and are lowered by `make nightly`.
+# rest have the ops of llama_65b's 8 layers, and are lowered by `make nightly`, as are the twins of other jobs.
 SHAPES = ("llama_60m", "llama_1b", "llama_7b", "llama_13b", "llama_33b", "llama_65b", "llama2_70b", "llama3_8b")
 
-NIGHTLY = {f"shape_{name}" for name in SHAPES[:6]}
+NIGHTLY = {f"shape_{name}" for name in SHAPES[:6]} | {
+    "tiny_fp16", "tiny_fp32_data2_model4", "tiny_2_ranks", "tiny_one_stream", "65b_fused",
+}  # fmt: skip
 
 
 def job(mesh: str = "", ranks: int = 1, rules: str = "fsdp_tp", fuse: bool = False, **values) -> dict:

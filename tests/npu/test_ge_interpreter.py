@@ -132,12 +132,18 @@ def apart(a, b):
     "name",
     [
         "tiny_fp32",
-        "tiny_2_ranks",
         "tiny_4_ranks",
         "tiny_calls",
-        "tiny_pipeline",
         "tiny_pipeline_whole",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_ulysses", "tiny_remat")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "tiny_2_ranks",
+                "tiny_pipeline",
+                "tiny_ulysses",
+                "tiny_remat",
+            )
+        ),
     ],
 )
 def test_ge_graph_computes_the_step_in_float32(name, lowered, random_inputs):

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from jobs import DTYPES, JOBS, NIGHTLY, SHAPES, config_of
+from jobs import JOBS, NIGHTLY, SHAPES, config_of
 
 from llama_fn.inspect import dump
 from llama_fn.planner import config_stages
@@ -57,7 +57,7 @@ def check_layers(found: Counter, layers: int) -> None:
     assert found["EmbeddingDenseGrad"] == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_the_step_of_llama_tiny_is_one_graph_of_expected_ops(dtype, lowered):
     found = counts(lowered[f"tiny_{dtype}"])
     check_layers(found, 4)
@@ -75,7 +75,7 @@ def check_collectives(found: Counter, job: str) -> None:
     assert {kind: found[kind] for kind in COLLECTIVE.values()} == {kind: want[kind] for kind in COLLECTIVE.values()}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_rank_0_of_eight_has_the_collectives_of_the_table(dtype, lowered):
     job = f"tiny_{dtype}_data2_model4"
     check_layers(counts(lowered[job]), 4)
@@ -147,6 +147,7 @@ def test_what_is_recomputed_is_in_the_graph_and_waits_for_the_gradient(lowered):
     assert len(held) == layers, "one control edge per layer, from the gradient to the first op computed again"
 
 
+@pytest.mark.slow
 def test_products_and_collectives_fuse_on_request(lowered):
     found = counts(lowered["65b_fused"])
     assert set(found) <= EXPECTED | FUSED

@@ -47,8 +47,10 @@ def test_two_ranks_lower_and_dump_over_hccl_groups(tmp_path, torch_npu_environme
             assert (each / dump.INDEX).exists() and "all_gather" in next(each.glob("*_lowered.txt")).read_text()
             assert (each / dump.GE_GRAPH).stat().st_size > 100_000
             groups = json.loads((each / dump.GE_OPTIONS).read_text())["groups"]
-            assert all(name.startswith("hccl_standin") and ranks == [0, 1] for name, ranks in groups.items())
-            assert groups and "group=hccl_standin" in (each / dump.GE_TEXT).read_text()
+            assert groups == {"llama_fn_model": [0, 1]}, "a name that every rank and start has"
+            assert "group=llama_fn_model" in (each / dump.GE_TEXT).read_text()
+        first = dump.rank_folder(tmp_path / "dump", 0)
+        assert (folder / dump.GE_GRAPH).read_bytes() == (first / dump.GE_GRAPH).read_bytes(), "one for all ranks"
 
 
 def test_a_process_without_a_device_of_its_own_says_so(tmp_path, torch_npu_environment):

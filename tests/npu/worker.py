@@ -2,7 +2,8 @@
 
     python tests/npu/worker.py JOBS.json
 
-A job: {"out": folder, "config": {dotted name: value}, "ranks": [0]}. Writes what `--run.dump_dir` writes.
+A job: {"out": folder, "config": {dotted name: value}, "ranks": [0], "every_rank": false}. Writes what
+`--run.dump_dir` writes.
 """
 
 from __future__ import annotations
@@ -12,20 +13,34 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as distributed_c10d
 import torch_npu  # noqa: F401
 from jobs import config_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchair._ge_concrete_graph import hcom_utils
 
+from llama_fn.compiler.backends import communication
 from llama_fn.compiler.backends.npu import compile
 from llama_fn.compiler.ranges import shares_of
+from llama_fn.compiler.stages import Lowered
+from llama_fn.distributed import messages, processes
 from llama_fn.distributed.processes import Processes
-from llama_fn.inspect.dump import rank_folder, write_ge
+from llama_fn.inspect.dump import GE_OPTIONS, rank_folder, write_ge
 from llama_fn.planner import config_stages
 from sharding import Mesh
+from sharding.collectives import axes_of
+
+NAMES: dict[tuple[str, tuple[int, ...]], str] = {}  # of groups, by tag and ranks
+
+
+def note_name(group: Any, backend: str, name: str) -> None:
+    """Takes the place of telling HCCL what a group is called."""
+    NAMES[distributed_c10d._get_group_tag(group), tuple(dist.get_process_group_ranks(group))] = name
 
 
 def member(mesh: Mesh, rank: int) -> Processes | None:
@@ -34,18 +49,27 @@ def member(mesh: Mesh, rank: int) -> Processes | None:
         return None
     if dist.is_initialized():
         dist.destroy_process_group()
+    NAMES.clear()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.size)
     return Processes(mesh, rank, watchdog=None, backend="fake")  # type: ignore[arg-type]
 
 
 def lower(job: dict[str, Any]) -> None:
+    """Of the ranks of a stage the first is converted: the graphs of the others are the same (test_train_npu.py compares
+    those of real HCCL groups). With `every_rank` each is."""
     cfg = config_of(job)
     lowered = config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg))
+    first: dict[int, Path] = {}
     for rank in job["ranks"]:
-        folder = rank_folder(Path(job["out"]), rank)
+        folder, stage = rank_folder(Path(job["out"]), rank), lowered.of_rank(rank).stage
+        processes = member(lowered.mesh, rank)
+        if stage in first and not job.get("every_rank"):
+            copy_of_rank(first[stage], folder, lowered, processes)
+            continue
+        first[stage] = folder
         write = functools.partial(write_ge, folder)
         named = {"form": cfg.run.npu_form, "streams": cfg.run.npu_streams}
-        options = {"processes": member(lowered.mesh, rank), "write": write, **named}
+        options = {"processes": processes, "write": write, **named}
         compiled = lowered.of_rank(rank).compile(compile, device="npu:0", **options)
         scopes = compiled.executable.scopes
         unnamed = [
@@ -57,7 +81,27 @@ def lower(job: dict[str, Any]) -> None:
         )
 
 
+def copy_of_rank(source: Path, folder: Path, lowered: Lowered, processes: Processes) -> None:
+    """The files of another rank of the stage, with this rank's groups and positions."""
+    communication(SimpleNamespace(graphs=lowered.graphs, mesh=lowered.mesh), "npu", processes)  # makes the groups
+    if len(lowered.graphs) > 1:
+        messages.Messages(processes, "npu")
+    groups = {name: list(ranks) for (_, ranks), name in NAMES.items() if processes.rank in ranks}
+    for path in sorted(source.iterdir()):
+        content = path.read_bytes()
+        if path.name.endswith(GE_OPTIONS):
+            options = json.loads(content)
+            options["groups"] = {name: groups[name] for name in options["groups"]}
+            options["positions"] = {a: processes.mesh.index(processes.rank, axes_of(a)) for a in options["positions"]}
+            content = json.dumps(options).encode()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(content)
+
+
 def main() -> None:
+    processes.named = messages.named = note_name
+    encoded = hcom_utils.encode_pg_tag_ranklist
+    hcom_utils.encode_pg_tag_ranklist = lambda tag, ranks: NAMES.get((tag, tuple(ranks))) or encoded(tag, ranks)
     torch.npu.current_device()  # starts the device: meta functions ask it for its name
     for job in json.loads(Path(sys.argv[1]).read_text()):
         lower(job)

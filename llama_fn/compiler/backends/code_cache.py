@@ -71,12 +71,15 @@ def private() -> Path:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[None]:
-    """Compile or load inside; damage is removed before, and what is new is listed after."""
+def opened(folder: Path, as_one: bool = False) -> Iterator[None]:
+    """Compile or load inside; damage is removed before, `as_one`: with all else that is there, and what is new is
+    listed after."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "w") as lock:
         alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        heal(folder, unlisted=alone)
+        if heal(folder, unlisted=alone) and as_one:
+            for path in _files(folder).values():
+                path.unlink(missing_ok=True)
         _locked(lock, fcntl.LOCK_SH)
         yield
         with open(folder / _SEALING, "w") as sealing:

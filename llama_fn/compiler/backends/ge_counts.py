@@ -7,15 +7,17 @@ the graphs that the real torchair makes.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kernels.registry import KERNELS
+from kernels.scope_names import without_numbers
 from llama_fn import compat
 from llama_fn.ascend.budget import LONG_S, STREAMS, Budget, GraphCounts
 from llama_fn.compiler import calls, ir, passes
@@ -40,7 +42,7 @@ _ATEN = {
     "clamp.default": "ClipByValueV2", "copy_.default": "", "cos.default": "Cos", "div.Tensor": "RealDiv",
     "embedding.default": "GatherV2", "embedding_dense_backward.default": "EmbeddingDenseGrad", "eq.Scalar": "Equal",
     "eq.Tensor": "Equal", "exp.default": "Exp", "expand.default": "BroadcastTo", "gather.default": "GatherElements",
-    "ge.Scalar": "GreaterEqual", "ge.Tensor": "GreaterEqual", "log.default": "Log",
+    "ge.Scalar": "GreaterEqual", "ge.Tensor": "GreaterEqual", "index_select.default": "GatherV2", "log.default": "Log",
     "logsumexp.default": "Abs Add Equal MaskedFill ReduceLogSumExp ReduceMax Sub", "lt.Scalar": "Cast Less",
     "lt.Tensor": "Less", "mul.Tensor": "Cast Mul", "neg.default": "Neg", "ones.default": "Fill",
     "ones_like.default": "OnesLike", "permute.default": "", "pow.Scalar": "Pow", "pow.Tensor_Scalar": "Pow",
@@ -114,6 +116,11 @@ class Pieces:
         whole.ops.update(kind for kinds in once.values() for kind in kinds)
         return Budget(form, (whole,), exact=len(self.each) == 1)
 
+    def halved(self) -> Pieces:
+        """With half as many microbatches, of twice the size: further runs of one piece are half as many."""
+        each = tuple(replace(piece, runs=math.ceil(piece.runs / 2)) for piece in self.each)
+        return replace(self, each=each)
+
 
 def counted(gm: torch.fx.GraphModule) -> Pieces:
     """Of one device, from its lowered graph. A step that calls nothing is one piece."""
@@ -121,12 +128,12 @@ def counted(gm: torch.fx.GraphModule) -> Pieces:
     root = passes.copy_graph(gm)
     if not calls.bodies(root):
         (alone,) = npu_graphs(root, _collective_forms(), "cpu").values()
-        return Pieces((_of_graph(alone.gm, "", 1),), GraphCounts("", 1, Counter()), (_constants(alone.gm),))
+        return Pieces((of_graph(alone.gm, "", 1),), GraphCounts("", 1, Counter()), (_constants(alone.gm),))
     root = in_pieces(root)
     names, runs = ir.subgraphs(root), Counter(calls.body_of(root, n) for n in ir.calls(root.graph) if calls.is_call(n))
     made = npu_graphs(root, _collective_forms(), "cpu")
-    each = tuple(_of_graph(graph.gm, names[body], runs[body]) for body, graph in made.items())
-    return Pieces(each, _of_graph(root, "", 1), tuple(_constants(graph.gm) for graph in made.values()))
+    each = tuple(of_graph(graph.gm, names[body], runs[body]) for body, graph in made.items())
+    return Pieces(each, of_graph(root, "", 1), tuple(_constants(graph.gm) for graph in made.values()))
 
 
 def _constants(gm: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
@@ -157,8 +164,29 @@ def choose(pieces: Pieces, form: str) -> tuple[Budget, str]:
     return called, f"{told}, in pieces {called.total:,} ops in {called.compile_s / 60:.0f} min"
 
 
-def _of_graph(gm: torch.fx.GraphModule, name: str, runs: int) -> GraphCounts:
-    """Of the ops that are no calls, nor pack what calls take."""
+def remedies(pieces: Pieces, made: Budget) -> list[str]:
+    """What would need fewer streams than `made`, and how many, a line each."""
+    lines = []
+    if made.form == "whole" and len(pieces.each) > 1:
+        called = pieces.in_form("calls")
+        lines.append(f"--run.npu_form=calls: {called.streams('AIV'):,} to {called.streams('HOST'):,} streams")
+        halved = pieces.halved().in_form("whole")
+        streams = f"{halved.streams('AIV'):,} to {halved.streams('HOST'):,} streams"
+        lines.append(f"half the --data.microbatches, of twice the size: {streams}")
+    return lines
+
+
+def most_collectives(gm: torch.fx.GraphModule) -> str:
+    """Which scopes and axes have most of the collectives of a step, and how many."""
+    rows: Counter[str] = Counter()
+    for node, times in calls.counted(gm):
+        if (row := collectives_table.row_of(node)) is not None:
+            rows[f"{row.kind} over {row.axis} in {without_numbers(ir.scope_of(node))}, {ir.phase_of(node)}"] += times
+    return "; ".join(f"{n:,} {what}" for what, n in rows.most_common(3)) or "none"
+
+
+def of_graph(gm: torch.fx.GraphModule, name: str, runs: int) -> GraphCounts:
+    """Of a graph as npu_graphs makes it: the ops that are no calls, nor pack what calls take."""
     counts = GraphCounts(name, runs, Counter())
     for node in ir.calls(gm.graph):
         if calls.is_call(node) or calls.is_packing(node):

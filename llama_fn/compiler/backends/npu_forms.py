@@ -16,7 +16,7 @@ from llama_fn.ascend import environment
 from llama_fn.ascend.budget import refuse
 from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends import Program, communication
-from llama_fn.compiler.backends.ge_counts import choose, counted
+from llama_fn.compiler.backends.ge_counts import choose, counted, most_collectives, remedies
 from llama_fn.compiler.pieces import in_pieces
 from llama_fn.compiler.pipeline.blocking import check_streams
 from llama_fn.distributed import Messages, Processes
@@ -54,13 +54,16 @@ def chosen(program: Program, form: str) -> str:
     """whole or calls, with a word why. By the largest of all stages: messages inside of a GE graph do not reach a
     process that receives outside of one. UserError for graphs that no device has streams for."""
     largest = max(program.graphs, key=lambda gm: sum(times for _, times in calls.counted(gm)))
-    if form == "calls" and not calls.bodies(largest):
-        log.warning(
-            "--run.npu_form=calls: this step is one GE graph, as only steps of five microbatches or more call them"
-        )
-    made, why = choose(counted(largest), form)
+    if not calls.bodies(largest):  # nor as many ops as pass a limit: a stream has 2013 tasks, and there are 2024
+        if form == "calls":
+            log.warning(
+                "--run.npu_form=calls: this step is one GE graph, as only steps of five microbatches or more call them"
+            )
+        return "whole"
+    pieces = counted(largest)
+    made, why = choose(pieces, form)
     log.info("npu_form %s: %s", made.form, why)
-    refuse(made)
+    refuse(made, most_collectives(largest), remedies(pieces, made))
     return made.form
 
 
