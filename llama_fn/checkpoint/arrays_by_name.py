@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from typing import Any
 
 import ml_dtypes
@@ -12,8 +11,8 @@ import torch
 
 
 def to_numpy(t: torch.Tensor) -> np.ndarray:
-    """A view where t is on the CPU: Orbax copies host arrays itself before save() returns."""
-    t = t.detach().to("cpu").contiguous()
+    """A view of a tensor of the CPU."""
+    t = t.detach().contiguous()
     return t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if t.dtype is torch.bfloat16 else t.numpy()
 
 
@@ -27,7 +26,8 @@ def to_torch(a: np.ndarray) -> torch.Tensor:
     )
 
 
-def _keys(path: str) -> list[str]:
+def keys(path: str) -> list[str]:
+    """["params", "wq"] of "params.wq"."""
     return [key for key in re.split(r"[.\[\]]+", path) if key]
 
 
@@ -35,21 +35,9 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     """{"params": {"wq": x}} of {"params.wq": x}."""
     by_key: dict[str, Any] = {}
     for path, value in flat.items():
-        *parents, name = _keys(path)
+        *parents, name = keys(path)
         node = by_key
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = value
     return by_key
-
-
-def at_path(nested: Any, path: str) -> Any:
-    """The array of a path, None where there is none."""
-    for key in _keys(path):
-        nested = nested.get(key) if isinstance(nested, dict) else None
-    return nested
-
-
-def array_checksum(a: np.ndarray) -> int:
-    """CRC-32 of its elements."""
-    return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)

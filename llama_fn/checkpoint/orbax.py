@@ -1,29 +1,26 @@
-"""Checkpoints through Orbax: asynchronous, atomic, verified, readable by plain JAX.
+"""Checkpoints through Orbax, in the first process of a run: asynchronous, atomic, and readable by plain JAX.
 
 A checkpoint of iteration i is folder i with the items `state` (nested dicts of arrays named by tree path) and `meta`
-(JSON: iterator state, config, and of every array shape, dtype and checksum). Orbax writes into a temporary folder and
-renames it, so a checkpoint that can be seen is complete; integrity.py tells what the disk did to it afterwards.
+(JSON: iterator state, config, and of every array shape and dtype). Orbax writes into a temporary folder and renames it,
+so a checkpoint that can be seen is complete. What the arrays hold is written by all processes (saving.py): Orbax waits
+for them, and merges what they wrote.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from llama_fn import tree
-from llama_fn.checkpoint.arrays_by_name import array_checksum, at_path, nested, to_numpy, to_torch
-from llama_fn.checkpoint.integrity import Damaged, is_whole, of_json, seal, unreadable
+from llama_fn.checkpoint.arrays_by_name import nested
+from llama_fn.checkpoint.integrity import Damaged, of_json, seal, unreadable
+from llama_fn.checkpoint.layout import Stored
 from llama_fn.checkpoint.quiet import quieten_orbax
 from llama_fn.errors import UserError
 from llama_fn.model.arrays import describe
@@ -39,116 +36,70 @@ class SavedStep:
     meta: dict[str, Any]
 
 
-class Checkpointer:
-    """Saves and restores (state, meta) in `folder`. Keeps the newest `keep_latest`, and every `keep_every`-th."""
+class Checkpoints:
+    """Those of a run, in `folder`. Keeps the newest `keep_latest`, and every `keep_every`-th."""
 
     def __init__(self, folder: Path, keep_latest: int, keep_every: int) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # orbax imports jax, which must not take an accelerator
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
+        from llama_fn.checkpoint.orbax_leaves import registry
+
         quieten_orbax()
         keep: list[Any] = [policies.LatestN(keep_latest)]
         keep += [policies.EveryNSteps(keep_every)] if keep_every else []
-        self.ocp, self.folder, self.saving = ocp, folder.absolute(), 0
-        self.commits = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.commit: Future[None] | None = None
+        self.ocp, self.folder = ocp, folder.absolute()
+        self.writing: list[Callable[[Path], None]] = []  # what writes the arrays of the save under way
         _usable(self.folder)
+        state = ocp.PyTreeCheckpointHandler(
+            use_zarr3=True, use_compression=False, type_handler_registry=registry(lambda at: self.writing[-1](at))
+        )
         self.manager = ocp.CheckpointManager(
             self.folder,
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
             ),
         )
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Start writing iteration `step`; returns once the state is copied. UserError if the one before failed."""
-        self.wait()
-        self.saving = step
-        arrays = {path: to_numpy(leaf) for path, leaf in tree.by_path(state).items()}
-        described = {path: [describe(leaf), array_checksum(arrays[path])] for path, leaf in tree.by_path(state).items()}
-        meta = {**meta, "arrays": described}
-        meta["crc32"] = of_json(meta)
-        args = self.ocp.args
-        items = args.Composite(state=args.PyTreeSave(nested(arrays)), meta=args.JsonSave(meta))
-        try:
-            self.manager.save(step, args=items, force=True)
-        except Exception as error:
-            raise self._failed(error) from error
-        self.commit = self.commits.submit(self._finish, step)
+    def begin(
+        self, step: int, arrays: Mapping[str, Stored], meta: dict[str, Any], write: Callable[[Path], None]
+    ) -> None:
+        """Start writing iteration `step`: `write(folder)` is called in a thread, and returns when all processes have
+        written their parts of `arrays` there."""
+        from llama_fn.checkpoint.orbax_leaves import Leaf
 
-    def _finish(self, step: int) -> None:
+        meta = {**meta, "arrays": {path: describe(array) for path, array in arrays.items()}}
+        meta["crc32"] = of_json(meta)
+        self.writing[:] = [write]
+        args, leaves = self.ocp.args, {path: Leaf(array.shape, array.dtype) for path, array in arrays.items()}
+        items = args.Composite(state=args.PyTreeSave(nested(leaves)), meta=args.JsonSave(meta))
+        self.manager.save(step, args=items, force=True)
+
+    def commit(self, step: int) -> None:
+        """Until iteration `step` is complete, and sealed."""
         self.manager.wait_until_finished()
         seal(self.folder / str(step))
 
-    def wait(self) -> None:
-        """Until everything is on disk; UserError if a save failed."""
-        commit, self.commit = self.commit, None
-        try:
-            if commit is not None:
-                commit.result()
-        except Exception as error:
-            raise self._failed(error) from error
-
-    def settle(self) -> None:
-        """Wait for a save under way, whatever becomes of it: for a run that ends with another error."""
-        with contextlib.suppress(UserError):
-            self.wait()
-
-    def _failed(self, error: Exception) -> UserError:
+    def failed(self, step: int, error: Exception) -> str:
+        """What to say of a save that failed."""
         self.manager.reload()
         kept = self.steps()
         free = shutil.disk_usage(self.folder).free
         reason = "No space left on device" if "os_error_code='28'" in str(error) else str(error)[:300]
-        return UserError(
-            f"the checkpoint of iteration {self.saving} could not be written to {self.folder} "
+        return (
+            f"the checkpoint of iteration {step} could not be written to {self.folder} "
             f"({free / 1e6:.1f} MB free): {reason}. Complete checkpoints there: {len(kept)}, the newest "
-            f"{kept[-1] if kept else 'none'}. Free some space and start the same command again"
+            f"{kept[-1] if kept else 'none'}"
         )
 
     def steps(self) -> list[int]:
         """Iterations of the checkpoints there are, oldest first."""
         return sorted(self.manager.all_steps())
 
-    def find(self) -> SavedStep | None:
-        """The newest good checkpoint, or None where there is none. One that is proven to be damaged is named, moved
-        aside and passed over.
-
-        UserError where none of several is good, and where one cannot be read: then nothing is touched.
-        """
-        steps = self.steps()
-        for step in reversed(steps):
-            try:
-                return SavedStep(step, self._proven(step))
-            except Damaged as damage:
-                log.error("checkpoint %s is damaged (%s); trying the one before", self.folder / str(step), damage)
-                self._set_aside(step)
-        if steps:
-            raise UserError(
-                f"no checkpoint in {self.folder} can be restored (tried {steps[::-1]}; they were moved to ../damaged). "
-                "Start in another --run.workdir, or bring back a copy"
-            )
-        return None
-
-    def _proven(self, step: int) -> dict[str, Any]:
-        """The meta of a checkpoint that is whole: by the sums of its files or, where the process ended before these
-        were written, by those of its arrays."""
-        folder = self.folder / str(step)
-        listed = is_whole(folder)
-        meta = self._meta(step)
-        if not listed:
-            arrays = self._arrays(step)
-            for path, (_, crc) in meta["arrays"].items():
-                if (array := at_path(arrays, path)) is None or array_checksum(np.asarray(array)) != crc:
-                    raise Damaged(f"state.{path} has another checksum than when it was saved")
-            seal(folder)
-        return meta
-
-    def _meta(self, step: int) -> dict[str, Any]:
+    def meta(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds besides the arrays; Damaged where that is not what was written."""
         path = self.folder / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_bytes())
@@ -162,22 +113,8 @@ class Checkpointer:
             raise Damaged("meta/metadata has another checksum than when it was saved")
         return meta
 
-    def _arrays(self, step: int) -> Any:
-        """The state as Orbax gives it. UserError where it does not: its reasons are many, and few prove damage."""
-        args = self.ocp.args
-        try:
-            return self.manager.restore(step, args=args.Composite(state=args.PyTreeRestore()))["state"]
-        except MemoryError:
-            raise
-        except Exception as error:  # orbax, tensorstore and jax each have their own
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} cannot be read ({reason}), which does not prove that it is "
-                "damaged, so nothing was moved. Start again once the cause is gone, or move that folder away to go on "
-                "from the one before"
-            ) from error
-
-    def _set_aside(self, step: int) -> None:
+    def set_aside(self, step: int) -> None:
+        """Move a checkpoint that is damaged out of the way; UserError where that cannot be done."""
         source, damaged = self.folder / str(step), self.folder.parent / "damaged"
         names = (f"{step}.damaged{f'.{n}' if n else ''}" for n in itertools.count())
         try:
@@ -190,26 +127,9 @@ class Checkpointer:
             ) from None
         self.manager.reload()
 
-    def restore(self, saved_step: SavedStep, abstract: Any, device: str) -> Any:
-        """The state of a checkpoint, like `abstract`; UserError naming every leaf that it has otherwise."""
-        self.refuse_other_arrays(saved_step, abstract)
-        arrays = self._arrays(saved_step.step)
-
-        def leaf(path: str, info: Any) -> torch.Tensor:
-            array = np.asarray(at_path(arrays, path))
-            if array_checksum(array) != saved_step.meta["arrays"][path][1]:
-                raise UserError(
-                    f"state.{path} is not what was saved, though the files of {self.folder / str(saved_step.step)} "
-                    "are: the memory of this machine, or a library, changed it. Nothing was moved; try again"
-                )
-            return to_torch(array).clone().to(device)
-
-        return tree.map_with_path(leaf, abstract)
-
-    def refuse_other_arrays(self, saved_step: SavedStep, abstract: Any) -> None:
-        """UserError with the paths whose shape or dtype is not that of `abstract`."""
-        saved = {path: text for path, (text, _) in saved_step.meta["arrays"].items()}
-        wanted = {path: describe(info) for path, info in tree.by_path(abstract).items()}
+    def refuse_other_arrays(self, saved_step: SavedStep, wanted: Mapping[str, str]) -> None:
+        """UserError with the paths whose shape or dtype is not the `wanted` one."""
+        saved = saved_step.meta["arrays"]
         lines = [
             f"  state.{path}: saved {saved.get(path, 'nothing')}, needed {wanted.get(path, 'nothing')}"
             for path in [*wanted, *(p for p in saved if p not in wanted)]
@@ -224,9 +144,7 @@ class Checkpointer:
             )
 
     def close(self) -> None:
-        """Wait for what is being written, then let go of Orbax."""
-        self.wait()
-        self.commits.shutdown()
+        """Let go of Orbax."""
         self.manager.close()
 
 

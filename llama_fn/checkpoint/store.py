@@ -1,81 +1,161 @@
-"""Checkpoints of the whole state whatever the mesh: the first process holds and writes it, the others send their parts.
+"""The checkpoints of a run whatever the mesh: every process writes and reads what it holds, and no other.
 
-So a run saved on one mesh is resumed on any other.
+So a run saved on one mesh is resumed on any other, and no process ever has more of an array than its own part. The
+processes speak through torch.distributed's store, not by collectives, so that saving can go on beside a step.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama_fn import tree
-from llama_fn.checkpoint.orbax import Checkpointer, SavedStep
-from llama_fn.config import Config
+from llama_fn.checkpoint import layout, tensors
+from llama_fn.checkpoint.integrity import Damaged, check, is_sealed, seal
+from llama_fn.checkpoint.orbax import Checkpoints, SavedStep
+from llama_fn.checkpoint.saving import Saver
 from llama_fn.distributed import Processes, by_chief
-from llama_fn.model import train_step
-from sharding import P
+from llama_fn.errors import SaidElsewhere, UserError
+from llama_fn.model.arrays import describe
+from sharding import Mesh, P
 from sharding.parts import Part
+
+log = logging.getLogger("llama_fn.checkpoint")
 
 
 class Store:
-    """The checkpoints of a run of one or several processes; UserErrors of the first are raised in all of them."""
+    """The checkpoints of a run of one or several processes; UserErrors of the first are raised in all of them.
 
-    def __init__(self, cfg: Config, folder: Path, processes: Processes | None) -> None:
-        self.folder, self.processes, self.device = folder.absolute(), processes, cfg.run.device
-        self.keep = (cfg.run.keep_latest, cfg.run.keep_every)
-        self.infos = train_step.abstract_state(cfg)
-        self.checkpointer: Checkpointer | None = None  # the first process's, once it has looked for one
+    `infos`: the declaration of the state. `keep`: how many of the newest, and which multiple besides.
+    """
 
-    def find(self, check: Callable[[SavedStep], None]) -> SavedStep | None:
-        """The newest good checkpoint, or None where there is none; UserError where `check` raises it, and where its
-        arrays are others than this configuration's."""
+    def __init__(
+        self, infos: Any, folder: Path, keep: tuple[int, int], processes: Processes | None = None, device: str = "cpu"
+    ) -> None:
+        self.infos, self.folder, self.processes, self.device = infos, folder.absolute(), processes, device
+        self.rank, self.mesh = (processes.rank, processes.mesh) if processes else (0, Mesh())
+        opened: list[Checkpoints] = []
+        by_chief(processes, lambda: opened.append(Checkpoints(self.folder, *keep)))
+        self.checkpoints = opened[0] if opened else None  # the first process's
+        self.saver = Saver(self.checkpoints, processes)
 
-        def find() -> SavedStep | None:
-            self.checkpointer = Checkpointer(self.folder, *self.keep)
-            saved_step = self.checkpointer.find()
-            if saved_step is not None:
-                check(saved_step)
-                self.checkpointer.refuse_other_arrays(saved_step, self.infos)
-            return saved_step
+    def find(self, accept: Callable[[SavedStep], None] = lambda saved: None) -> SavedStep | None:
+        """The newest good checkpoint, or None where there is none. One that is proven to be damaged is named, moved
+        aside and passed over.
 
-        return by_chief(self.processes, find)
+        UserError where `accept` raises it, where the arrays are others than the state's, where none of several is good,
+        and where one cannot be read: then nothing is touched.
+        """
+        steps: list[int] = by_chief(self.processes, lambda: self._first.steps())
+        for step in reversed(steps):
+            saved_step, damage = by_chief(self.processes, lambda: self._known(step, accept))  # noqa: B023
+            damage = damage or self._checked(step)
+            if not damage:
+                return saved_step
+            if self.rank == 0:
+                log.error("checkpoint %s is damaged (%s); trying the one before", self.folder / str(step), damage)
+            by_chief(self.processes, lambda: self._first.set_aside(step))  # noqa: B023
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self.folder} can be restored (tried {steps[::-1]}; they were moved to ../damaged). "
+                "Start in another --run.workdir, or bring back a copy"
+            )
+        return None
 
-    def restore(self, saved_step: SavedStep, layouts: Sequence[P]) -> Any:
-        """This process's part of the state of a checkpoint, sharded by `layouts`."""
-        whole: list[Any] = []
+    @property
+    def _first(self) -> Checkpoints:
+        assert self.checkpoints is not None, "of the first process only"
+        return self.checkpoints
 
-        def read() -> None:
-            assert self.checkpointer is not None
-            device = self.device if self.processes is None else "cpu"
-            whole.append(self.checkpointer.restore(saved_step, self.infos, device))
+    def _known(self, step: int, accept: Callable[[SavedStep], None]) -> tuple[SavedStep | None, str]:
+        """What is known of a checkpoint before its arrays are looked at, or what proves damage."""
+        try:
+            saved_step = SavedStep(step, self._first.meta(step))
+        except Damaged as damage:
+            return None, str(damage)
+        accept(saved_step)
+        wanted = {path: describe(info) for path, info in tree.by_path(self.infos).items()}
+        self._first.refuse_other_arrays(saved_step, wanted)
+        return saved_step, ""
 
-        by_chief(self.processes, read)
-        if self.processes is None:
-            return whole[0]
-        return self.processes.scatter_state(whole[0] if whole else None, self.infos, self._own(layouts), self.device)
+    def _checked(self, step: int) -> str:
+        """What proves damage, "" where nothing does; each process looks at a share of the files."""
+        folder, word, error = self.folder / str(step), "", None
+        try:
+            check(folder, self.rank, self.mesh.size)
+            if self.rank == 0 and not is_sealed(folder):  # the run was killed before: what is not listed proves itself
+                reader = tensors.Reader(folder / "state")
+                for path in tree.by_path(self.infos):
+                    reader.array(path)
+                seal(folder)
+        except Damaged as damage:
+            word = f"damaged {damage}"
+        except (ValueError, OSError) as wrong:  # tensorstore's; a UserError is a ValueError
+            word, error = "unreadable", wrong if isinstance(wrong, UserError) else self._unreadable(step, wrong)
+        words = self._agreed(f"checked.{step}", word, error)
+        return next((each.removeprefix("damaged ") for each in words if each), "")
 
-    def save(self, iteration: int, state: Any, meta: dict[str, Any], layouts: Sequence[P]) -> None:
+    def _agreed(self, about: str, word: str, error: UserError | None) -> list[str]:
+        """What every process says; `error` here, and SaidElsewhere where one has another."""
+        words = self.saver.words(about, word)
+        if error is not None:
+            raise error
+        if "unreadable" in words:
+            raise SaidElsewhere("another process cannot read its part")
+        return words
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return UserError(
+            f"checkpoint {self.folder / str(step)} cannot be read ({reason}), which does not prove that it is "
+            "damaged, so nothing was moved. Start again once the cause is gone, or move that folder away to go on "
+            "from the one before"
+        )
+
+    def restore(self, saved_step: SavedStep, layouts: Sequence[P] | None = None) -> Any:
+        """This process's part of the state of a checkpoint, sharded by `layouts`; without, all of it. UserError where
+        it cannot be read, or where a chunk is not what its CRC-32C says."""
+        parts = layout.parts(self.infos, self._own(layouts), self.mesh, self.rank)
+        values: dict[str, torch.Tensor] = {}
+        error = None
+        try:
+            reader = tensors.Reader(self.folder / str(saved_step.step) / "state")
+            for path, part in parts.items():
+                values[path] = reader.part(path, part, self.device)
+        except (ValueError, OSError) as wrong:  # every kind of tensorstore's
+            error = self._unreadable(saved_step.step, wrong)
+        self._agreed(f"restored.{saved_step.step}", "unreadable" if error else "", error)
+        return tree.map_with_path(lambda path, _: values[path], self.infos)
+
+    def save(self, iteration: int, state: Any, meta: dict[str, Any], layouts: Sequence[P] | None = None) -> None:
         """Save the state as of `iteration`, with `meta` beside it, while the run goes on; `layouts`: of its leaves."""
-        if self.processes is not None:
-            state = self.processes.gathered(state, self.infos, self._own(layouts))
-        if self.checkpointer is not None:
-            self.checkpointer.save(iteration, state, meta)
+        arrays = layout.stored(self.infos, self._own(layouts), self.mesh, self.rank)
+        self.saver.begin(iteration, state, meta, arrays)
 
     def parts(self, layouts: Sequence[P]) -> list[Part] | None:
         """What this process holds of each leaf; None for a single process, which holds all."""
-        return None if self.processes is None else self.processes.parts(self.infos, self._own(layouts))
+        own = self._own(layouts)
+        return None if self.processes is None or own is None else self.processes.parts(self.infos, own)
 
-    def _own(self, layouts: Sequence[P]) -> Sequence[P]:
-        """The shardings of the state, which come first among a step's inputs."""
-        return layouts[: len(tree.leaves(self.infos))]
+    def _own(self, layouts: Sequence[P] | None) -> Sequence[P] | None:
+        """The shardings of the state, which come first among a step's inputs; None where this process has all of it."""
+        return None if self.processes is None or layouts is None else layouts[: len(tree.leaves(self.infos))]
 
-    def settle(self) -> None:
-        """Wait until nothing is being written."""
-        if self.checkpointer is not None:
-            self.checkpointer.settle()
+    def wait(self) -> None:
+        """Until nothing is being written here."""
+        self.saver.wait()
 
     def close(self) -> None:
-        """Finish what is being written; UserError where that failed."""
-        if self.checkpointer is not None:
-            self.checkpointer.close()
+        """Finish what is being written; UserError, in all processes, where the last save failed."""
+        self.wait()
+        failure = self.saver.words("closed", self.saver.failure)[0]
+        self.saver.thread.shutdown()
+        if self.checkpoints is not None and not failure:  # Orbax would raise the failure again
+            self.checkpoints.close()
+        if failure:
+            error = f"{failure}. Free some space and start the same command again"
+            raise UserError(error) if self.rank == 0 else SaidElsewhere(error)

@@ -117,7 +117,8 @@ def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torc
     """Normed output of the last layer, [B, T, D] in the parameters' dtype, for integer tokens [B, T] and parameters
     from weights.gather."""
     with named_scope("embed"):
-        cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta)
+        scaling = [list(cfg.rope_scaling)] if cfg.rope_scaling else []
+        cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta, *scaling)
         x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)
     for i, weights in enumerate(params.layers):
         with named_scope(layer(i)):

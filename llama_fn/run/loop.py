@@ -90,7 +90,8 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         stop = held.enter_context(_stoppable())
         workdir = Path(cfg.run.workdir)
         by_chief(members, lambda: held.enter_context(_locked(workdir)) and None)
-        store = Store(cfg, workdir / "checkpoints", members)
+        keep = (cfg.run.keep_latest, cfg.run.keep_every)
+        store = Store(train_step.abstract_state(cfg), workdir / "checkpoints", keep, members, cfg.run.device)
         newest = store.find(lambda saved: resume.refuse_changes(cfg, saved))
         load = lambda: open_parts(cfg, workdir)  # noqa: E731
         data = load() if members is None else members.in_turn(load)
@@ -151,7 +152,7 @@ def _run(
         for part in (writer, display, profiler):
             if part is not None:
                 held.callback(part.close)
-        held.callback(store.settle)
+        held.callback(store.wait)
         hyper = train_step.hyperparameters(cfg, cfg.run.device)
         monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = Run(

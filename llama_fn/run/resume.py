@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_fn import config_fields
-from llama_fn.checkpoint import SavedStep, Store
+from llama_fn.checkpoint import SavedStep, Store, layout
+from llama_fn.checkpoint.weights import Weights
 from llama_fn.compiler.stages import Lowered
 from llama_fn.config import Config
 from llama_fn.data import BatchIterator, Parts
@@ -81,9 +83,15 @@ def warn_of_other_digits(cfg: Config, mesh: Mesh, checkpoint: SavedStep) -> None
 def restore_or_begin(cfg: Config, store: Store, checkpoint: SavedStep | None, lowered: Lowered) -> Any:
     """The state of the checkpoint, or of iteration 0."""
     if checkpoint is None:
-        log.info("beginning at iteration 0 with seed %d", cfg.run.seed)
         parts = store.parts(lowered.inputs)
-        return arrays.materialize(store.infos, random.key(cfg.run.seed), cfg.run.device, parts)
+        state = arrays.materialize(store.infos, random.key(cfg.run.seed), cfg.run.device, parts)
+        if not cfg.run.init_from:
+            log.info("beginning at iteration 0 with seed %d", cfg.run.seed)
+            return state
+        weights = Weights(Path(cfg.run.init_from), "--run.init_from")
+        held = layout.parts(store.infos.params, lowered.inputs[1:] if parts else None, store.mesh, store.rank)
+        log.info("beginning at iteration 0 with the weights of %s; the optimizer begins anew", weights.folder)
+        return replace(state, params=weights.load(store.infos.params, held, cfg.run.device))
     state = store.restore(checkpoint, lowered.inputs)
     log.info("resuming from iteration %d of %s", checkpoint.step, store.folder)
     return state

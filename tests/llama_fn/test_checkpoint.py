@@ -6,30 +6,35 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llama_fn import tree
-from llama_fn.checkpoint import Checkpointer
+from llama_fn.checkpoint import Store
 from llama_fn.errors import UserError
 from llama_fn.model import train_step
 
 
+def store_of(tmp_path, infos, keep=(2, 0)):
+    return Store(infos, tmp_path / "checkpoints", keep)
+
+
 def saved(tmp_path, cfg, state, steps=(1, 2)):
-    checkpointer = Checkpointer(tmp_path / "checkpoints", 2, 0)
+    store = store_of(tmp_path, train_step.abstract_state(cfg))
     for step in steps:
-        checkpointer.save(step, tree.map(lambda x, s=step: x + s, state), {"iterator": {"consumed_samples": step}})
-    checkpointer.wait()
-    return checkpointer
+        store.save(step, tree.map(lambda x, s=step: x + s, state), {"iterator": {"consumed_samples": step}})
+    store.wait()
+    return store
 
 
 def test_restored_state_is_bitwise_the_saved_one(tmp_path, tiny_config, fresh_state):
     cfg = tiny_config()
     state = fresh_state(cfg)
-    checkpointer = saved(tmp_path, cfg, state)
-    found = checkpointer.find()
-    restored = checkpointer.restore(found, train_step.abstract_state(cfg), "cpu")
+    store = saved(tmp_path, cfg, state)
+    found = store.find()
+    restored = store.restore(found)
     assert found.step == 2 and found.meta["iterator"]["consumed_samples"] == 2
     for a, b in zip(tree.leaves(restored), tree.leaves(state), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b + 2)
@@ -39,20 +44,19 @@ def test_saving_does_not_see_later_changes_of_the_state(tmp_path, tiny_config, f
     cfg = tiny_config()
     state = fresh_state(cfg)
     before = state.params.embed.clone()
-    checkpointer = Checkpointer(tmp_path / "checkpoints", 2, 0)
-    checkpointer.save(1, state, {})
+    store = store_of(tmp_path, train_step.abstract_state(cfg))
+    store.save(1, state, {})
     state.params.embed.fill_(7.0)
-    checkpointer.wait()
-    restored = checkpointer.restore(checkpointer.find(), train_step.abstract_state(cfg), "cpu")
-    assert torch.equal(restored.params.embed, before)
+    store.wait()
+    assert torch.equal(store.restore(store.find()).params.embed, before)
 
 
-def test_newest_and_every_nth_are_kept(tmp_path, tiny_config, fresh_state):
-    checkpointer = Checkpointer(tmp_path / "checkpoints", 2, 4)
+def test_newest_and_every_nth_are_kept(tmp_path):
+    store = store_of(tmp_path, {"x": torch.ones(2)}, (2, 4))
     for step in range(1, 8):
-        checkpointer.save(step, {"x": torch.ones(2)}, {})
-    checkpointer.wait()
-    assert checkpointer.steps() == [4, 6, 7]
+        store.save(step, {"x": torch.ones(2)}, {})
+    store.wait()
+    assert store.checkpoints.steps() == [4, 6, 7]
 
 
 def test_plain_jax_reads_a_checkpoint(tmp_path, tiny_config, fresh_state):
@@ -85,9 +89,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(harm, tmp_
     content[len(content) // 2] ^= 1
     {"flip": lambda: victim.write_bytes(content), "truncate": lambda: victim.write_bytes(content[:100]),
      "remove": victim.unlink}[harm]()  # fmt: skip
-    checkpointer = Checkpointer(tmp_path / "checkpoints", 2, 0)
-    found = checkpointer.find()
-    restored = checkpointer.restore(found, train_step.abstract_state(cfg), "cpu")
+    store = store_of(tmp_path, train_step.abstract_state(cfg))
+    found = store.find()
+    restored = store.restore(found)
     assert found.step == 1 and torch.equal(restored.params.embed, fresh_state(cfg).params.embed + 1)
     assert (tmp_path / "damaged" / "2.damaged").is_dir()
 
@@ -97,30 +101,51 @@ def test_no_good_checkpoint_at_all_is_an_error(tmp_path, tiny_config, fresh_stat
     saved(tmp_path, cfg, fresh_state(cfg), steps=(1,)).close()
     largest_file(tmp_path / "checkpoints" / "1" / "state").write_bytes(b"")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be restored"):
-        Checkpointer(tmp_path / "checkpoints", 2, 0).find()
+        store_of(tmp_path, train_step.abstract_state(cfg)).find()
 
 
 FULL_DISK = """
-import resource, signal, sys, torch
+import logging, resource, signal, sys, torch
 from pathlib import Path
-from llama_fn.checkpoint import Checkpointer
-c = Checkpointer(Path(sys.argv[1]), 2, 0)
-c.save(1, {"x": torch.ones(1000)}, {})
-c.wait()
+from llama_fn.checkpoint import Store
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+state = {"x": torch.randn(1 << 20)}
+store = Store(state, Path(sys.argv[1]), (2, 0))
+store.save(1, state, {})
+store.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, unlimited[1]))
+store.save(2, state, {})
+store.wait()
+print("steps", store.checkpoints.steps())
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+if sys.argv[2] == "mended":
+    store.save(3, state, {})
 try:
-    c.save(2, {"x": torch.randn(1 << 20)}, {})
-    c.wait()
+    store.close()
 except ValueError as error:
-    print(error)
+    print("ended with:", error)
 """
 
 
-def test_a_full_disk_is_an_error_that_keeps_the_checkpoint_before(tmp_path):
+@pytest.mark.parametrize("then", ["mended", "still full"])
+def test_a_save_that_fails_is_said_and_the_next_may_succeed(then, tmp_path):
     out = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "c")], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "c"), then], capture_output=True, text=True, check=True,
         cwd=Path(__file__).resolve().parents[2],
     ).stdout  # fmt: skip
-    assert "could not be written" in out and "Complete checkpoints there: 1, the newest 1" in out
-    assert Checkpointer(tmp_path / "c", 2, 0).steps() == [1]
+    assert "the checkpoint of iteration 2 could not be written" in out and "The run goes on" in out
+    assert "Complete checkpoints there: 1, the newest 1" in out and "steps [1]" in out
+    assert ("ended with: the checkpoint of iteration 2" in out) == (then == "still full")
+    steps = [1, 3] if then == "mended" else [1]
+    assert Store({"x": torch.ones(1)}, tmp_path / "c", (2, 0)).checkpoints.steps() == steps
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch, caplog):
+    store = store_of(tmp_path, {"x": torch.ones(1000)})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
+    store.save(1, {"x": torch.ones(1000)}, {})
+    with pytest.raises(UserError, match=r"it takes 16\.8 MB, and 1\.0 MB are free; nothing was begun"):
+        store.close()
+    assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -14,10 +14,12 @@ from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import torch.distributed as dist
 
 from llama_fn import tree
 from llama_fn.compiler import stages
@@ -26,6 +28,7 @@ from llama_fn.distributed import processes
 from llama_fn.errors import UserError
 from llama_fn.model import arrays, random, train_step
 from sharding import Mesh
+from sharding.simulate import join
 
 AXES = {
     "dp": ("node", "data"), "zero1": ("node", "data"), "fsdp": ("node", "data"), "tp_sp": ("data", "model"),
@@ -84,7 +87,17 @@ def together(traced: stages.Traced, cfg: Config, rules: str, members: processes.
         mine = members.local(inputs(cfg, i), lowered.inputs[len(layouts) :])
         state, metrics = step(state, *mine)
         rows.append(numbers(metrics))
-    return torch.stack(rows), members.gathered(state, infos, layouts)
+    return torch.stack(rows), gathered(state, infos, layouts, members)
+
+
+def gathered(state: Any, infos: Any, layouts: Any, members: processes.Processes) -> Any:
+    """The global state on rank 0, None elsewhere."""
+    whole = []
+    for x, layout, info in zip(tree.leaves(state), layouts, tree.leaves(infos), strict=True):
+        parts = [torch.empty_like(x) for _ in range(members.mesh.size)] if members.chief else None
+        dist.gather(x.contiguous(), parts)
+        whole.append(join(parts, layout, members.mesh, info.shape) if parts else None)
+    return tree.unflatten(tree.flatten(state)[1], whole) if members.chief else None
 
 
 def check(cfg: Config, rules: str, members: processes.Processes, cache: Path) -> None:

@@ -1,0 +1,96 @@
+"""Who writes what of an array, and in which chunks it lies on disk.
+
+Every device holds a part of each array (sharding/parts.py), and several may hold the same. A checkpoint has each region
+once, written by one of those that hold it. On disk an array is cut into chunks of one shape, and each belongs to one
+writer: two writers of one chunk would lose the data of one of them without a word. So the chunks end where regions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any
+
+import torch
+
+from llama_fn import tree
+from sharding import Mesh, P
+from sharding.parts import Part, Region, part_of, whole
+
+CHUNK_BYTES = 64 << 20  # what is read and written at once
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array of a checkpoint: its global shape and dtype, the shape of its chunks, and the regions that this process
+    writes, each with where in its part they are."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunk: tuple[int, ...]
+    written: tuple[tuple[Region, Region], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole array."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def stored(infos: Any, layouts: Sequence[P] | None, mesh: Mesh, rank: int) -> dict[str, Stored]:
+    """By path, for a tree of ArrayInfo whose leaves are sharded by `layouts` over `mesh`; without, this process has all
+    of each."""
+    by_path = tree.by_path(infos)
+    return {
+        path: _stored(i, info, layouts[i] if layouts is not None else None, mesh, rank)
+        for i, (path, info) in enumerate(by_path.items())
+    }
+
+
+def _stored(number: int, info: Any, layout: P | None, mesh: Mesh, rank: int) -> Stored:
+    shape = tuple(info.shape)
+    parts = [whole(shape)] if layout is None else [part_of(shape, layout, mesh, r) for r in range(mesh.size)]
+    holders: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for r, part in enumerate(parts):
+        for at, _ in part.pieces:
+            holders.setdefault(_key(at), []).append(r)
+    regions = [at for at in holders if all(start < stop for start, stop in at)]
+    chunk = _small(tuple(_grid(size, [at[d] for at in regions]) for d, size in enumerate(shape)), info.dtype.itemsize)
+    # Copies are written in turn by those that hold them, so that none writes more than its share.
+    writers = {at: holders[at][(number + i) % len(holders[at])] for i, at in enumerate(regions)}
+    mine = parts[rank if layout is not None else 0]
+    written = tuple((at, to) for at, to in mine.pieces if writers.get(_key(at)) == rank)
+    return Stored(shape, info.dtype, chunk, written)
+
+
+def _key(at: Region) -> tuple[tuple[int, int], ...]:
+    return tuple((s.start, s.stop) for s in at)
+
+
+def _grid(size: int, spans: Iterable[tuple[int, int]]) -> int:
+    """The longest chunk of a dimension that ends wherever a span begins or ends."""
+    ends = [end for span in spans for end in span if 0 < end < size]
+    return gcd(*ends) if ends else max(size, 1)
+
+
+def _small(chunk: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Cut by divisors, the outermost dimension first, until it is at most CHUNK_BYTES."""
+    sizes = list(chunk)
+    for d, size in enumerate(sizes):
+        rest = prod(sizes[d + 1 :]) * prod(sizes[:d]) * itemsize
+        sizes[d] = max((n for n in _divisors(size) if n * rest <= CHUNK_BYTES), default=1)
+    return tuple(sizes)
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return [*small, *(n // d for d in small)]
+
+
+def parts(infos: Any, layouts: Sequence[P] | None, mesh: Mesh, rank: int) -> dict[str, Part]:
+    """By path, what this process holds."""
+    by_path = tree.by_path(infos)
+    return {
+        path: whole(tuple(info.shape)) if layouts is None else part_of(tuple(info.shape), layouts[i], mesh, rank)
+        for i, (path, info) in enumerate(by_path.items())
+    }
