@@ -1,0 +1,99 @@
+"""Text from weights: prompts are read at once, then one token of each row after the other, both compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llama_fn import tree
+from llama_fn.compiler import stages
+from llama_fn.config import ModelConfig
+from llama_fn.errors import UserError
+from llama_fn.model import decode, llama
+from llama_fn.model.arrays import DTYPES, ArrayInfo
+
+BUCKET = 64  # prompts are padded to a multiple, so that one compilation serves many
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedily at temperature 0, else from the `top_k` likeliest (0: all) among those that
+    together have the probability `top_p`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Decoder:
+    """A model that generates; `params` as a checkpoint has them. `length`: of prompt and text together, at most."""
+
+    def __init__(
+        self, cfg: ModelConfig, params: llama.Params, length: int, backend: str = "inductor", **options: Any
+    ) -> None:
+        self.cfg, self.length, self.backend, self.options = cfg, length, backend, options
+        kind = DTYPES[cfg.compute_dtype]
+        self.params = tree.map(lambda x: x.to(kind), params)
+        self.device = tree.leaves(self.params)[0].device
+        self.infos = tree.map(lambda x: ArrayInfo(tuple(x.shape), x.dtype, stays=True), self.params)
+        self.compiled: dict[Any, stages.Compiled] = {}
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: int = -1) -> Iterator[list[int]]:
+        """The next token of each row, again and again until `length` is reached or every row has given `stop`; a row
+        that has gives it on. UserError for a prompt that is empty or leaves no room."""
+        for prompt in prompts:
+            if not 0 < len(prompt) < self.length:
+                raise UserError(f"a prompt has {len(prompt)} tokens; it needs 1 to {self.length - 1} of --length")
+        generator = torch.Generator().manual_seed(sampling.seed)
+        positions = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        cache, logits = self._read(prompts, positions)
+        ended = [False] * len(prompts)
+        while True:
+            tokens = drawn(logits.cpu(), sampling, generator)
+            tokens = torch.tensor([stop if e else int(t) for e, t in zip(ended, tokens, strict=True)])
+            ended = [e or int(t) == stop for e, t in zip(ended, tokens, strict=True)]
+            yield tokens.tolist()
+            if all(ended) or int(positions.max()) >= self.length:
+                return
+            step = self._step(decode.decode, len(prompts), 0)
+            cache, logits = step(cache, self.params, tokens.to(self.device), positions)
+            positions = positions + 1
+
+    def _read(self, prompts: Sequence[Sequence[int]], lengths: torch.Tensor) -> Any:
+        """Cache and logits behind the prompts."""
+        longest = min(-(-max(map(len, prompts)) // BUCKET) * BUCKET, self.length)
+        padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
+        infos = decode.abstract_cache(self.cfg, len(prompts), self.length)
+        empty = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=self.device), infos)
+        return self._step(decode.prefill, len(prompts), longest)(empty, self.params, padded, lengths)
+
+    def _step(self, fn: Callable[..., Any], batch: int, longest: int) -> stages.Compiled:
+        """`fn` compiled for so many rows and, of prompts, columns; its cache is overwritten."""
+        key = (fn, batch, longest)
+        if key not in self.compiled:
+            tokens = ArrayInfo((batch, longest) if longest else (batch,), torch.int64)
+            infos = decode.abstract_cache(self.cfg, batch, self.length)
+
+            def step(cache: decode.Cache, params: llama.Params, tokens: Any, positions: Any) -> Any:
+                return fn(cache, params, tokens, positions, cfg=self.cfg)
+
+            traced = stages.jit(step, donate=0).trace(infos, self.infos, tokens, ArrayInfo((batch,), torch.int64))
+            self.compiled[key] = traced.lower().compile(self.backend, **self.options)
+        return self.compiled[key]
+
+
+def drawn(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """A token for each row, [B]."""
+    if sampling.temperature <= 0:
+        return logits_BV.argmax(-1)
+    sorted_BV, tokens_BV = (logits_BV / sampling.temperature).sort(descending=True, dim=-1)
+    if sampling.top_k:
+        sorted_BV[:, sampling.top_k :] = float("-inf")
+    before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)
+    sorted_BV[before_BV >= sampling.top_p] = float("-inf")  # the first always stays
+    rank_B1 = torch.multinomial(sorted_BV.softmax(-1), 1, generator=generator)
+    return tokens_BV.gather(1, rank_B1)[:, 0]

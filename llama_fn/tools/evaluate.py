@@ -1,0 +1,113 @@
+"""The perplexity of a model on texts or Megatron's .bin/.idx, one line for each.
+
+    python -m llama_fn.tools.evaluate --source=work/llama31_8b --path=wiki.txt --path=code.jsonl --seq_len=2048
+
+Text is tokenized as training does: each document ends with the end-of-sequence token. The tokens are read in windows of
+--seq_len, one after the other, and every token but the first is predicted once.
+
+Exit status 0, or 2 for wrong input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from llama_fn.errors import UserError
+from llama_fn.files import atomic, temporary_folder
+from llama_fn.tools import command
+
+FLAGS = flags.FLAGS
+
+
+def evaluate() -> int:
+    """Print loss and perplexity of each --path."""
+    if not FLAGS.source or not FLAGS.path:
+        raise UserError("give --source, a work folder, and --path, a text or PREFIX of PREFIX.bin/.idx")
+    from llama_fn.config import Config, DataConfig, RunConfig
+    from llama_fn.tools import loading
+
+    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype, FLAGS.backend)
+    data = DataConfig(
+        tokenizer=str(model.tokenizer), seq_len=FLAGS.seq_len, global_batch_size=FLAGS.batch, split="1,0,0",
+        jsonl_key=FLAGS.jsonl_key,
+    )  # fmt: skip
+    cfg = Config(model=model.cfg, data=data, run=RunConfig(eval_every=0, backend=FLAGS.backend))
+    found = {}
+    step = _compiled(cfg, model)
+    for path in FLAGS.path:
+        loss, tokens = _loss(replace(cfg, data=replace(data, path=os.path.expanduser(path))), model, step)
+        found[path] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+        print(f"{path}: loss {loss:.6f}, perplexity {found[path]['perplexity']:.3f}, {tokens} tokens", flush=True)
+    if FLAGS.json:
+        with atomic(Path(FLAGS.json)) as f:
+            json.dump({"source": str(model.weights.folder), "paths": found}, f, indent=1)
+    return 0
+
+
+def _compiled(cfg: Any, model: Any) -> Any:
+    from llama_fn.planner import config_stages
+    from llama_fn.tools import loading
+
+    lowered = config_stages.evaluation(cfg).lower()
+    return lowered.compile(FLAGS.backend, **loading.backend_options(model, FLAGS.backend))
+
+
+def _loss(cfg: Any, model: Any, step: Any) -> tuple[float, int]:
+    """Mean nats per token, and of how many."""
+    from rich.progress import track
+
+    from llama_fn.data import open_parts
+
+    tokens = open_parts(cfg, temporary_folder("llama_fn_evaluate_")).data.tokens
+    if len(tokens) < 2:
+        raise UserError(f"--path={cfg.data.path} has {len(tokens)} tokens; the second is the first that is predicted")
+    per_batch = cfg.data.global_batch_size * cfg.data.seq_len
+    batches, total = -(-(len(tokens) - 1) // per_batch), 0.0
+    bar = track(_batches(tokens, cfg), cfg.data.path, batches, disable=not sys.stderr.isatty())
+    for batch in bar:
+        total += step(model.params, batch).item() * float(batch.loss_mask.sum())
+    return total / (len(tokens) - 1), len(tokens) - 1
+
+
+def _batches(tokens: Any, cfg: Any) -> Iterator[Any]:
+    """Windows one after the other; what the last batch has too much counts nothing."""
+    import numpy as np
+    import torch
+
+    from llama_fn.model import train_step
+
+    size, length = cfg.data.global_batch_size, cfg.data.seq_len
+    for start in range(0, len(tokens) - 1, size * length):
+        held = np.asarray(tokens[start : start + size * length + 1], np.int64)
+        ids = np.zeros(size * length + 1, np.int64)
+        ids[: len(held)] = held
+        mask = (np.arange(size * length) < len(held) - 1).astype(np.float32)
+        given = [torch.from_numpy(x.reshape(1, size, length).copy()) for x in (ids[:-1], ids[1:], mask)]
+        yield train_step.Batch(*given)
+
+
+def main(argv: list[str]) -> None:
+    """The command: exit status 0 or 2."""
+    sys.exit(command.status_of(evaluate))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("source", "", "work folder, checkpoint, or folder that convert wrote")
+    flags.DEFINE_multi_string("path", [], "text, .jsonl, folder of text, or PREFIX; may be given several times")
+    flags.DEFINE_string("jsonl_key", "text", "field of a .jsonl line that holds the text")
+    flags.DEFINE_string("tokenizer", "", "tokenizer.model, where the source has none")
+    flags.DEFINE_integer("seq_len", 2048, "tokens of a window", 1)
+    flags.DEFINE_integer("batch", 1, "windows at a time", 1)
+    flags.DEFINE_string("json", "", "file that gets the numbers as well")
+    flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "to compute in")
+    flags.DEFINE_enum("backend", "inductor", ["inductor", "eager"], "inductor compiles, which takes seconds to minutes")
+    app.run(main, flags_parser=command.parse)
