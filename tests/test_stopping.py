@@ -86,7 +86,7 @@ def test_data_and_compiling_are_left_at_once_and_tokenizing_goes_on(corpus, tmp_
         if text == "compiling with inductor":
             assert int(re.search(r"(\d+) documents were done before", said)[1]) > 0
             assert len(list((tmp_path / "data").glob("*.bin"))) == 1
-    run = Started(*flags)
+    run = Started(*flags, "--run.backend=eager")
     assert run.process.wait(120) == 0, "".join(run.lines)
 
 

@@ -87,7 +87,10 @@ def test_a_device_of_four_has_its_collectives_in_the_cuda_graph(work):
 
 @pytest.mark.parametrize(
     ("dtype", "microbatches", "steps", "tolerance"),
-    [pytest.param("fp16", 2, 2, 5e-3, marks=pytest.mark.slow), ("fp32", 1, 1, 2e-6)],
+    [
+        pytest.param("fp16", 2, 2, 5e-3, marks=pytest.mark.slow),
+        pytest.param("fp32", 1, 1, 2e-6, marks=pytest.mark.slow),
+    ],
     ids=["fp16", "fp32"],
 )
 def test_the_code_computes_what_the_eager_step_does_and_names_its_scopes(dtype, microbatches, steps, tolerance, work):

@@ -23,7 +23,11 @@ ENVIRONMENTS = {
 }
 
 
-SLOW = ("one_compile_thread", "cache_is_a_file")  # test_arguments and test_code_cache have the quick form
+SLOW = (
+    "one_compile_thread",
+    "cache_is_a_file",
+    "empty_cache_home",
+)  # test_arguments and test_code_cache have the quick form
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,14 @@ def test_state_of_an_interrupted_step_is_refused_from_then_on():
     assert state["b"].tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("setting", [["taskset", "-c", "0"], ["env", "TORCHINDUCTOR_COMPILE_THREADS=1"]], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ["taskset", "-c", "0"],
+        pytest.param(["env", "TORCHINDUCTOR_COMPILE_THREADS=1"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_one_cpu_or_one_compile_thread_compiles(setting, tmp_path):
     code = (
         "import torch\nfrom llama_fn.compiler import stages\n"

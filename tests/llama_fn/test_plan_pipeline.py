@@ -32,7 +32,7 @@ def config(layers=8, microbatches=8, often=False, **mesh):
 
 CONFIGS = [
     config(axes="pipe:2,model:2", schedule="1f1b", remat="full"),
-    config(axes="pipe:2,data:2", schedule="zb_h1", rules="fsdp"),
+    pytest.param(config(axes="pipe:2,data:2", schedule="zb_h1", rules="fsdp"), marks=pytest.mark.slow),
     *(
         pytest.param(cfg, marks=pytest.mark.slow)
         for cfg in (

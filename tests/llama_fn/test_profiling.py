@@ -99,7 +99,9 @@ def working_scopes(lowered):
 
 
 @pytest.mark.parametrize("microbatches", [1, 6])  # six: those in the middle are calls
-@pytest.mark.parametrize(("backend", "mesh"), [("eager", ""), ("interpret", "data:2,model:2")])
+@pytest.mark.parametrize(
+    ("backend", "mesh"), [pytest.param("eager", "", marks=pytest.mark.slow), ("interpret", "data:2,model:2")]
+)
 def test_ranges_carry_scopes_node_by_node(backend, mesh, microbatches, tiny_run, profile, with_data):
     cfg = with_data(tiny_run(), microbatches=microbatches, global_batch_size=4 * microbatches)
     lowered = config_stages.train(cfg).lower(Mesh.parse(mesh), "fsdp_tp")

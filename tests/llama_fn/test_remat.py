@@ -74,7 +74,7 @@ def products(text):
     [
         ("eager", False),
         ("interpret", False),
-        ("inductor", True),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
         pytest.param("inductor", False, marks=pytest.mark.slow),
     ],
 )

@@ -112,6 +112,7 @@ def test_eager_and_interpret_agree_bitwise_for_any_number(monkeypatch, microbatc
         assert all(map(torch.equal, run(rolled, cfg, backend)[1], expected)), backend
 
 
+@pytest.mark.slow
 def test_inductor_agrees_bitwise_too(monkeypatch, tmp_path):
     cfg = tiny(5, layers=1)
     rolled, flat = both(monkeypatch, cfg)
