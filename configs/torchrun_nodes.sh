@@ -11,5 +11,7 @@ fi
 nodes=$1 rank=$2 host=$3 devices=$4 flagfile=$5
 shift 5
 cd "$(dirname "$0")/.."
-exec torchrun --nnodes="$nodes" --node_rank="$rank" --nproc_per_node="$devices" \
+# A signal to stop reaches every process, and the save that it asks for may take minutes. The run warns where it takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+exec torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --nnodes="$nodes" --node_rank="$rank" --nproc_per_node="$devices" \
     --master_addr="$host" --master_port="${PORT:-29500}" train.py --flagfile="$flagfile" "$@"

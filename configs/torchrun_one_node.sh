@@ -10,4 +10,6 @@ fi
 devices=$1 flagfile=$2
 shift 2
 cd "$(dirname "$0")/.."
-exec torchrun --standalone --nproc_per_node="$devices" train.py --flagfile="$flagfile" "$@"
+# A signal to stop reaches every process, and the save that it asks for may take minutes. The run warns where it takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+exec torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --standalone --nproc_per_node="$devices" train.py --flagfile="$flagfile" "$@"

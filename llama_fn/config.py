@@ -29,6 +29,8 @@ class ModelConfig:
     rope_low_freq: float = number(1.0, "of Llama 3.1's scaling: fewer turns than this in rope_length are slow", 0.0)
     rope_high_freq: float = number(4.0, "of Llama 3.1's scaling: more turns than this in rope_length stay", 0.0)
     rope_length: int = number(8192, "of Llama 3.1's scaling: sequence that the model was trained on before", 1)
+    qkv_bias: bool = opt(False, "add biases to queries, keys and values, as Qwen 2 does")
+    qk_norm: bool = opt(False, "RMSNorm on the queries and keys of each head, as Qwen 3 does")
     tie_embeddings: bool = opt(False, "use the embedding table as the output head")
     init_std: float = number(0.02, "standard deviation of the initial matrices", 0.0)
     init_scaled: bool = opt(True, "divide the std of wo and w_down by sqrt(2 L)")
@@ -204,6 +206,12 @@ class RunConfig:
     )
     eval_every: int = number(100, "iterations between validations; 0: never", 0, numbers=False)
     eval_batches: int = number(4, "global batches in one validation", 1, numbers=False)
+    stop_signals: str = opt(
+        "SIGTERM,SIGUSR1,SIGUSR2", "signals beside Ctrl-C that mean: finish the step, save, and stop", False
+    )
+    grace_s: int = number(
+        0, "seconds from such a signal until the run is killed; 0: as torchrun says, else not known", 0, numbers=False
+    )
     timeout_s: int = number(
         600, "several processes: seconds without a sign of life after which the others give up", 1, numbers=False
     )

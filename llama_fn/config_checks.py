@@ -14,6 +14,7 @@ from typing import Any
 from llama_fn.config import Config, RunConfig
 from llama_fn.config_fields import each_field, flat, value_of, with_values
 from llama_fn.errors import UserError, nearest
+from llama_fn.signals import named
 
 _WEIGHT = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")
 _DEVICE = re.compile(r"(cpu|cuda|npu)(:[0-9]{1,3})?")
@@ -41,6 +42,10 @@ def check(cfg: Config) -> Config:
             f"--model.rope_low_freq={cfg.model.rope_low_freq} is not below --model.rope_high_freq="
             f"{cfg.model.rope_high_freq}"
         )
+    try:
+        named(cfg.run.stop_signals)
+    except ValueError as error:
+        raise UserError(f"--run.stop_signals={cfg.run.stop_signals}: {error}") from None
     o, m = cfg.optim, cfg.mesh
     if o.decay_steps and o.warmup_steps > o.decay_steps:
         raise UserError(f"--optim.warmup_steps={o.warmup_steps} is more than optim.decay_steps={o.decay_steps}")

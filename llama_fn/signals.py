@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C: at once while a run is prepared, after the step, with everything saved, once it trains."""
+"""SIGTERM, Ctrl-C and the like: at once while a run is prepared, after the step, with everything saved, once it
+trains."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 log = logging.getLogger("llama_fn.signals")
 T = TypeVar("T")
 GRACE_S = 10.0  # what is under way has this long to leave its files in order
+SAVED, UNSAVED = 5, 6  # exit statuses of a run that was asked to stop: with all that it computed on disk, or not
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,19 +23,26 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"{signal.Signals(number).name}: stopped before the first step; nothing to save")
-        self.status = exit_status(number)
+        self.status = UNSAVED
 
 
-def exit_status(number: int) -> int:
-    """Of a run that was asked to stop and did: nothing that it computed is lost."""
-    return 130 if number == signal.SIGINT else 0
+def named(text: str) -> list[int]:
+    """The signals of "SIGTERM,SIGUSR1"; ValueError naming what is none, or cannot be handled."""
+    numbers = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        number = getattr(signal, name, None) if name.startswith("SIG") and not name.startswith("SIG_") else None
+        if number is None or number in (signal.SIGKILL, signal.SIGSTOP):
+            raise ValueError(f"{name} is no signal that a program can handle")
+        numbers.append(int(number))
+    return numbers
 
 
 class StopRequest:
-    """Until `train()` a signal raises Interrupted in the main thread; from then on it is kept in `signal`, for the loop
-    to look at between steps. A second Ctrl-C leaves at once."""
+    """Until `train()` a signal, Ctrl-C or one of `numbers`, raises Interrupted in the main thread; from then on it is
+    kept in `signal`, for the loop to look at between steps. A second Ctrl-C leaves at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[int] = (signal.SIGTERM,)) -> None:
+        self.numbers = dict.fromkeys((*numbers, signal.SIGINT))
         self.signal, self.training, self.leaving = 0, False, False
         self._previous: dict[int, Any] = {}
         self._hook: Any = None
@@ -43,7 +52,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             log.warning("not in the main thread: a signal ends this run at once, without saving")
             return self
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self.numbers:
             self._previous[number] = signal.signal(number, self._on_signal)
         self._hook, sys.unraisablehook = sys.unraisablehook, self._on_lost
         return self
@@ -73,7 +82,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.signal and number == signal.SIGINT:
             os.write(2, b"second interrupt: leaving without saving\n")
-            os._exit(130)
+            os._exit(UNSAVED)
         first, self.signal = not self.signal, number
         if self.training:
             os.write(2, f"{signal.Signals(number).name}: stopping after this step, then saving\n".encode())
@@ -90,7 +99,7 @@ class StopRequest:
             if not self.leaving and not self.training:
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
         if not self.training:
-            os._exit(exit_status(number))
+            os._exit(UNSAVED)
 
 
 def interruptible(fn: Callable[[], T]) -> T:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from llama_fn import signals
+from llama_fn.config import Config, RunConfig
+from llama_fn.run import stopping
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -67,10 +69,10 @@ def corpus(tmp_path_factory):
 def test_data_and_compiling_are_left_at_once_and_tokenizing_goes_on(corpus, tmp_path):
     flags = [f"--data.path={corpus}", f"--run.workdir={tmp_path}", f"--run.compile_cache={tmp_path / 'code'}"]
     flags += ["--model.vocab_size=8000"]
-    for text, number, status in (
-        ("tokenizer: training", signal.SIGTERM, 0),
-        ("tokenizing", signal.SIGINT, 130),
-        ("compiling with inductor", signal.SIGTERM, 0),
+    for text, number in (
+        ("tokenizer: training", signal.SIGTERM),
+        ("tokenizing", signal.SIGINT),
+        ("compiling with inductor", signal.SIGUSR2),
     ):
         run = Started(*flags)
         run.until(text)
@@ -79,7 +81,7 @@ def test_data_and_compiling_are_left_at_once_and_tokenizing_goes_on(corpus, tmp_
         time.sleep(0.5)
         seconds, got = run.stop(number)
         said = "".join(run.lines)
-        assert got == status and seconds < 12, (text, seconds, said)
+        assert got == 6 and seconds < 12, (text, seconds, said)
         assert f"{signal.Signals(number).name}: stopped before the first step; nothing to save" in said
         assert "Traceback" not in said, said
         assert (tmp_path / "run.lock").read_text() == "", "the folder is free"
@@ -103,3 +105,27 @@ def test_a_library_call_that_nothing_interrupts_is_left_and_its_error_is_handed_
     finally:
         signal.signal(signal.SIGALRM, previous)
     assert time.monotonic() - began < 2
+
+
+def test_signals_are_named():
+    assert signals.named("SIGTERM, SIGUSR1") == [signal.SIGTERM, signal.SIGUSR1] and signals.named("") == []
+    for wrong in ("SIGKILL", "TERM", "SIG_IGN", "SIGNONE"):
+        with pytest.raises(ValueError, match=f"{wrong} is no signal that a program can handle"):
+            signals.named(f"SIGTERM,{wrong}")
+
+
+GRACES = [(1, "and the run is killed 1 s after a signal"), (0, "about"), (10**6, "about")]
+
+
+@pytest.mark.parametrize(("grace", "said"), GRACES)
+def test_a_save_that_takes_longer_than_the_grace_is_told(grace, said, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(stopping, "_rate", lambda folder, size: 1e6)
+    cfg = Config(run=RunConfig(grace_s=grace))
+    with caplog.at_level("INFO"):
+        stopping.say_how_long_a_save_takes(cfg, tmp_path, 60_000_000, True)
+    assert "60.0 MB from each process: about 60 s at 1 MB/s" in caplog.text and said in caplog.text
+    assert ("killed" in caplog.text) == (grace == 1)
+
+
+def test_what_a_disk_writes_is_measured_and_nothing_stays(tmp_path):
+    assert stopping._rate(tmp_path, 3 << 20) > 0 and not list(tmp_path.iterdir())

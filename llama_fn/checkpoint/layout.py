@@ -7,7 +7,7 @@ writer: two writers of one chunk would lose the data of one of them without a wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
@@ -94,3 +94,9 @@ def parts(infos: Any, layouts: Sequence[P] | None, mesh: Mesh, rank: int) -> dic
         path: whole(tuple(info.shape)) if layouts is None else part_of(tuple(info.shape), layouts[i], mesh, rank)
         for i, (path, info) in enumerate(by_path.items())
     }
+
+
+def written_bytes(arrays: Mapping[str, Stored]) -> int:
+    """What this process writes of `arrays`."""
+    regions = ((at, array.dtype.itemsize) for array in arrays.values() for at, _ in array.written)
+    return sum(prod(s.stop - s.start for s in at) * itemsize for at, itemsize in regions)

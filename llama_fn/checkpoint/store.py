@@ -136,6 +136,10 @@ class Store:
         arrays = layout.stored(self.infos, self._own(layouts), self.mesh, self.rank)
         self.saver.begin(iteration, state, meta, arrays)
 
+    def bytes(self, layouts: Sequence[P]) -> int:
+        """What this process writes at a save."""
+        return layout.written_bytes(layout.stored(self.infos, self._own(layouts), self.mesh, self.rank))
+
     def parts(self, layouts: Sequence[P]) -> list[Part] | None:
         """What this process holds of each leaf; None for a single process, which holds all."""
         own = self._own(layouts)

@@ -24,11 +24,11 @@ from llama_fn.inspect.profiling import Profiler
 from llama_fn.launch import launched
 from llama_fn.model import train_step
 from llama_fn.planner import config_stages
-from llama_fn.run import compiling, health, machine_checks, metrics, resume, runtime
+from llama_fn.run import compiling, health, machine_checks, metrics, resume, runtime, stopping
 from llama_fn.run.batches import ToDevice, iterator, validation_batches
 from llama_fn.run.display import Display
 from llama_fn.run.workdir_lock import WorkdirLock
-from llama_fn.signals import Interrupted, StopRequest, exit_status
+from llama_fn.signals import SAVED, UNSAVED, Interrupted, StopRequest, named
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.loop")
@@ -87,7 +87,7 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         members = start_processes(mesh, cfg.run.device, cfg.run.timeout_s)
         if members is not None:
             held.callback(members.close)
-        stop = held.enter_context(_stoppable())
+        stop = held.enter_context(_stoppable(cfg.run.stop_signals))
         workdir = Path(cfg.run.workdir)
         by_chief(members, lambda: held.enter_context(_locked(workdir)) and None)
         keep = (cfg.run.keep_latest, cfg.run.keep_every)
@@ -99,8 +99,8 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
 
 
 @contextmanager
-def _stoppable() -> Iterator[StopRequest]:
-    stop = StopRequest().install()
+def _stoppable(signals: str) -> Iterator[StopRequest]:
+    stop = StopRequest(named(signals)).install()
     try:
         yield stop
     except Interrupted:
@@ -138,6 +138,7 @@ def _run(
         members.all_reached("compiled")
     state = resume.restore_or_begin(cfg, store, newest, step.lowered)
     to_device = ToDevice(cfg, step, members)
+    stopping.say_how_long_a_save_takes(cfg, workdir, store.bytes(step.lowered.inputs), chief)
     with ExitStack() as held:
         batches = iterator(cfg, samples, to_device, consumed, tokens)
         held.callback(batches.close)
@@ -259,7 +260,7 @@ def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> in
     if signal:
         what = f"saved iteration {iteration} in {where}" if iteration else "nothing to save yet"
         log.info("stopped: %s; the same command goes on from there", what)
-        return exit_status(signal)
+        return SAVED if saved else UNSAVED
     memory = runtime.memory_text(cfg.run.device)
     log.info("done: %d iterations, checkpoint %s%s", iteration, where, f"; {memory}" if memory else "")
     return 0

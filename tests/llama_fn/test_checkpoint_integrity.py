@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,23 @@ def test_every_file_is_covered(folder, caplog):
         moved.rename(folder / "2")
         (folder / "2" / name).write_bytes(good)
     assert find(folder) == 2
+
+
+def test_any_bit_of_any_file_counts(folder):
+    """Twenty of each, by the sums alone."""
+    chance = random.Random(0)
+    for path in files(folder / "2"):
+        good = path.read_bytes()
+        for _ in range(20):
+            at = chance.randrange(len(good))
+            path.write_bytes(good[:at] + bytes([good[at] ^ (1 << chance.randrange(8))]) + good[at + 1 :])
+            if path.name == integrity.SUMS:
+                assert not integrity.is_sealed(folder / "2"), "no list is believed that is not what was written"
+                continue
+            with pytest.raises(integrity.Damaged, match=f"{path.name} has another checksum"):
+                integrity.check(folder / "2")
+        path.write_bytes(good)
+    integrity.check(folder / "2")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "longer"])
