@@ -7,6 +7,11 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.base
 	$(BIN)/python train.py --flagfile=configs/tiny_cpu.flags
+	$(BIN)/python -m llama_fn.tools.generate --source=work/tiny_cpu --prompt="def " --tokens=60
+	@echo "Go on with:"
+	@echo "  $(BIN)/python train.py --flagfile=configs/tiny_cpu.flags --run.steps=1000 --run.accept_changes"
+	@echo "  $(BIN)/python -m llama_fn.tools.evaluate --source=work/tiny_cpu --path=README.md --seq_len=128"
+	@echo "  $(BIN)/python -m llama_fn.tools.plan --flagfile=configs/llama_65b_32npu.flags"
 
 test: $(VENV)/.test lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder

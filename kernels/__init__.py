@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from kernels.attention import attention
 from kernels.barrier import barrier
+from kernels.bias import bias
 from kernels.checkpoint_name import checkpoint_name
 from kernels.cross_entropy import cross_entropy, head_cross_entropy
 from kernels.einsum import einsum
@@ -20,6 +21,7 @@ __all__ = [
     "SHARDED_VOCABULARY",
     "attention",
     "barrier",
+    "bias",
     "checkpoint_name",
     "cross_entropy",
     "einsum",

@@ -1,4 +1,4 @@
-"""docs/adding.md: its six lines, put into a copy of the model, train alike on one device and on four."""
+"""docs/adding.md: its three lines, put into a copy of the model, train alike on one device and on four."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ model = ModelConfig(
 )
 cfg = Config(model=model, data=DataConfig(seq_len=16, global_batch_size=4))
 infos = llama.abstract_params(model)
-assert infos.layers.q_norm.shape == (2, 8) and not optim.matrices(infos).layers.k_norm
+assert infos.layers.o_norm.shape == (2, 8) and not optim.matrices(infos).layers.o_norm
 traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(
     *train_step.abstract_arguments(cfg))
 ids = torch.randint(0, 64, (1, 4, 17), generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def trained(mesh):
 torch.testing.assert_close(same, loss, rtol=1e-10, atol=1e-12)
 for a, b in zip(tree.leaves(four), tree.leaves(one), strict=True):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-assert (one.params.layers.q_norm != 1).all(), "the norms are trained"
+assert (one.params.layers.o_norm != 1).all(), "the norm is trained"
 """
 
 
@@ -69,10 +69,10 @@ def copy(tmp_path):
     return tmp_path
 
 
-def test_six_lines_of_qk_norm_train_alike_on_one_device_and_on_four(copy):
+def test_three_lines_of_a_norm_train_alike_on_one_device_and_on_four(copy):
     page = (ROOT / "docs" / "adding.md").read_text()
     (diff,) = re.findall(r"```diff\n(.*?)```", page, re.S)
-    assert len(re.findall(r"^\+", diff, re.M)) == 6
+    assert len(re.findall(r"^\+", diff, re.M)) == 3
     model = copy / "llama_fn" / "model" / "llama.py"
     model.write_text(added_lines(model.read_text(), diff))
     (copy / "worker.py").write_text(WORKER)

@@ -47,4 +47,7 @@ def described(there: bool) -> tuple[Hardware, dict[str, str]]:
         return named("ascend_910b1"), versions
     prepare(replace(RunConfig(), backend="npu", device="npu"))
     name = torch.get_device_module("npu").get_device_name()
-    return identify(name) or named("ascend_910b1"), {**versions, "device": name, "cann": compat.cann_version()}
+    known = identify(name)
+    if known is None:
+        log.warning("%s is not in llama_fn/hardware.py: predictions are those of ascend_910b1", name)
+    return known or named("ascend_910b1"), {**versions, "device": name, "cann": compat.cann_version()}

@@ -19,13 +19,19 @@ import torch
 from llama_fn.config import ModelConfig
 from llama_fn.errors import UserError
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+# By name: whether queries, keys and values have biases, and whether queries and keys are normed.
+ARCHITECTURES = {
+    "LlamaForCausalLM": (False, False), "MistralForCausalLM": (False, False), "Qwen2ForCausalLM": (True, False),
+    "Qwen3ForCausalLM": (False, True),
+}  # fmt: skip
 _TOP = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm", "wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",
     "wo": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "w_gate": "mlp.gate_proj",
     "w_up": "mlp.up_proj", "w_down": "mlp.down_proj",
 }  # fmt: skip
+_BIASES = {"bq": "self_attn.q_proj", "bk": "self_attn.k_proj", "bv": "self_attn.v_proj"}
+_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _TURNED = frozenset({"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"})
 _INTO = frozenset({"wo", "w_down"})  # whose last dimension is what comes out; of the others the first is what goes in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,7 +56,7 @@ class Tensor:
     def theirs(self, ours: torch.Tensor) -> torch.Tensor:
         """Our values in Hugging Face's order."""
         if self._kind not in _TURNED:
-            return ours
+            return ours.flatten() if self._kind in _BIASES else ours
         split = ours.dim() - 1 if self._kind in _INTO else 1  # dimensions before it are what goes in
         return ours.flatten(split).flatten(0, split - 1).T.contiguous()
 
@@ -59,8 +65,10 @@ def tensors(cfg: ModelConfig) -> Iterator[Tensor]:
     """All of a model, in the order of its layers."""
     yield Tensor(_TOP["embed"], "params.embed", None)
     for i in range(cfg.num_layers):
-        for ours, theirs in _LAYER.items():
+        for ours, theirs in (_LAYER | (_NORMS if cfg.qk_norm else {})).items():
             yield Tensor(f"model.layers.{i}.{theirs}.weight", f"params.layers.{ours}", i)
+        for ours, theirs in (_BIASES if cfg.qkv_bias else {}).items():
+            yield Tensor(f"model.layers.{i}.{theirs}.bias", f"params.layers.{ours}", i)
     yield Tensor(_TOP["final_norm"], "params.final_norm", None)
     if not cfg.tie_embeddings:
         yield Tensor(_TOP["lm_head"], "params.lm_head", None)
@@ -83,7 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def model_config(config: Mapping[str, Any], where: Path) -> ModelConfig:
     """Ours for a config.json; UserError where the architecture is another, or a part of it that we do not compute."""
     kinds = config.get("architectures") or []
-    if not set(kinds) & set(ARCHITECTURES):
+    known = [kind for kind in kinds if kind in ARCHITECTURES]
+    if not known:
         raise UserError(
             f"{where}: architectures is {kinds}; llama_fn computes {', '.join(ARCHITECTURES)}, and models that are the "
             "same under another name if you write that name there"
@@ -92,7 +101,7 @@ def model_config(config: Mapping[str, Any], where: Path) -> ModelConfig:
         "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": bool(config.get("attention_bias")),
         "mlp_bias": bool(config.get("mlp_bias")),
-        "sliding_window": config.get("sliding_window") is not None,
+        "sliding_window": config.get("sliding_window") is not None and config.get("use_sliding_window", True),
     }
     if any(wrong.values()):
         names = ", ".join(f"{name}={config[name]!r}" for name, bad in wrong.items() if bad)
@@ -104,7 +113,8 @@ def model_config(config: Mapping[str, Any], where: Path) -> ModelConfig:
             num_heads=heads, num_kv_heads=config.get("num_key_value_heads") or heads,
             head_size=config.get("head_dim") or 0, mlp_dim=config["intermediate_size"],
             vocab_size=config["vocab_size"], norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)), **_rope(config, where),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)), qkv_bias=ARCHITECTURES[known[0]][0],
+            qk_norm=ARCHITECTURES[known[0]][1], **_rope(config, where),
         )  # fmt: skip
     except KeyError as missing:
         raise UserError(f"{where} lacks {missing}") from None
@@ -133,8 +143,12 @@ def hf_config(cfg: ModelConfig, dtype: str, length: int, tokens: Mapping[str, in
         "original_max_position_embeddings": cfg.rope_length, "rope_type": "llama3",
     }  # fmt: skip
     scaled = cfg.rope_factor != 1.0
+    names = {(False, False): "Llama", (True, False): "Qwen2", (False, True): "Qwen3"}
+    name = names.get((cfg.qkv_bias, cfg.qk_norm))
+    if name is None:
+        raise UserError("no model of Hugging Face has both the biases and the norms of --model.qkv_bias and qk_norm")
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "hidden_act": "silu",
         "num_hidden_layers": cfg.num_layers, "hidden_size": cfg.embed_dim, "num_attention_heads": cfg.num_heads,
         "num_key_value_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim, "intermediate_size": cfg.mlp_dim,
         "vocab_size": cfg.vocab_size, "rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": cfg.tie_embeddings,

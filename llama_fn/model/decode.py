@@ -83,12 +83,9 @@ def decode(
     return Cache(torch.stack(keys), torch.stack(values)), _logits(params, x_BTD, cfg)
 
 
-def _products(p: llama.Layer, x_BTD: torch.Tensor, cfg: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _products(p: llama.Layer, x_BTD: torch.Tensor, cfg: ModelConfig) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values, not turned yet."""
-    n_BTD = k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0]
-    heads = (("btd,dnh->btnh", p.wq), ("btd,dkh->btkh", p.wk), ("btd,dkh->btkh", p.wv))
-    q_BTNH, k_BTKH, v_BTKH = (k.einsum(equation, n_BTD, w) for equation, w in heads)
-    return q_BTNH, k_BTKH, v_BTKH
+    return llama.queries_keys_values(p, k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], cfg=cfg)
 
 
 def _rest(p: llama.Layer, x_BTD: torch.Tensor, o_BTNH: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:

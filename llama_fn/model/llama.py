@@ -27,12 +27,18 @@ QUERIES, KEYS = (P("batch", "attn_seq", heads, "head_dim") for heads in ("attn_h
 
 @tree.dataclass
 class Layer:
-    """Parameters of the layers, stacked: every leaf has a leading L dimension."""
+    """Parameters of the layers, stacked: every leaf has a leading L dimension. Biases and norms of queries and keys are
+    None where the model has none."""
 
     attn_norm: Leaf  # [L, D]
     wq: Leaf  # [L, D, N, H]
     wk: Leaf  # [L, D, K, H]
     wv: Leaf  # [L, D, K, H]
+    bq: Leaf  # [L, N, H]
+    bk: Leaf  # [L, K, H]
+    bv: Leaf  # [L, K, H]
+    q_norm: Leaf  # [L, H]
+    k_norm: Leaf  # [L, H]
     wo: Leaf  # [L, N, H, D]
     mlp_norm: Leaf  # [L, D]
     w_gate: Leaf  # [L, D, F]
@@ -59,7 +65,7 @@ def abstract_params(cfg: ModelConfig) -> Params:
     dtype = torch.float64 if cfg.compute_dtype == "fp64" else torch.float32
     matrix = Init(std=cfg.init_std)
     residual = Init(std=cfg.init_std / math.sqrt(2 * layers)) if cfg.init_scaled else matrix
-    one = Init(value=1.0)
+    one, zero = Init(value=1.0), Init()
 
     def info(shape: tuple[int, ...], axes: tuple[str, ...], init: Init = matrix) -> ArrayInfo:
         return ArrayInfo(shape, dtype, axes, init, source=caller())
@@ -74,6 +80,11 @@ def abstract_params(cfg: ModelConfig) -> Params:
             wq=stacked((d, n, h), ("embed", "heads", "head_dim")),
             wk=stacked((d, kv, h), ("embed", "kv_heads", "head_dim")),
             wv=stacked((d, kv, h), ("embed", "kv_heads", "head_dim")),
+            bq=stacked((n, h), ("heads", "head_dim"), zero) if cfg.qkv_bias else None,
+            bk=stacked((kv, h), ("kv_heads", "head_dim"), zero) if cfg.qkv_bias else None,
+            bv=stacked((kv, h), ("kv_heads", "head_dim"), zero) if cfg.qkv_bias else None,
+            q_norm=stacked((h,), ("head_dim",), one) if cfg.qk_norm else None,
+            k_norm=stacked((h,), ("head_dim",), one) if cfg.qk_norm else None,
             wo=stacked((n, h, d), ("heads", "head_dim", "embed"), residual),
             mlp_norm=stacked((d,), ("embed",), one),
             w_gate=stacked((d, f), ("embed", "mlp")),
@@ -85,15 +96,29 @@ def abstract_params(cfg: ModelConfig) -> Params:
     )
 
 
+def queries_keys_values(p: Layer, n_BTD: torch.Tensor, *, cfg: ModelConfig) -> tuple[torch.Tensor, ...]:
+    """[B, T, N, H] and twice [B, S, K, H] of the normed input, not turned yet; of Qwen 2 with biases, of Qwen 3 queries
+    and keys normed."""
+    q_BTNH = constrain(_biased(k.einsum("btd,dnh->btnh", n_BTD, p.wq), p.bq), QUERIES)
+    k_BSKH = constrain(_biased(k.einsum("btd,dkh->btkh", n_BTD, p.wk), p.bk), KEYS)
+    v_BSKH = name(constrain(_biased(k.einsum("btd,dkh->btkh", n_BTD, p.wv), p.bv), KEYS), "value")
+    if cfg.qk_norm:
+        q_BTNH = k.rms_norm(q_BTNH, p.q_norm, cfg.norm_eps)[0]
+        k_BSKH = k.rms_norm(k_BSKH, p.k_norm, cfg.norm_eps)[0]
+    return q_BTNH, k_BSKH, v_BSKH
+
+
+def _biased(x_BTNH: torch.Tensor, bias_NH: Leaf) -> torch.Tensor:
+    return x_BTNH if bias_NH is None else k.bias(x_BTNH, bias_NH)
+
+
 def attention_block(
     p: Layer, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, cfg: ModelConfig
 ) -> torch.Tensor:
     """x + wo(attention(rope(wq n), rope(wk n), wv n)) with n = rms_norm(x)."""
     with named_scope("attention"):
         n_BTD = constrain(k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], BLOCK)
-        q_BTNH = constrain(k.einsum("btd,dnh->btnh", n_BTD, p.wq), QUERIES)
-        k_BSKH = constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wk), KEYS)
-        v_BSKH = name(constrain(k.einsum("btd,dkh->btkh", n_BTD, p.wv), KEYS), "value")
+        q_BTNH, k_BSKH, v_BSKH = queries_keys_values(p, n_BTD, cfg=cfg)
         q_BTNH, k_BSKH = (name(k.rope(x, cos, sin, False), as_) for x, as_ in ((q_BTNH, "query"), (k_BSKH, "key")))
         o_BTNH = name(k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5)[0], "context")
         o_BTNH = constrain(o_BTNH, P("batch", "full_seq", "heads", "head_dim"))

@@ -111,8 +111,9 @@ def add_decayed_weights(mask: Tree) -> Optimizer:
 
 
 def matrices(params: Tree) -> Tree:
-    """The mask of what weight decay applies to: every leaf of ArrayInfo but vectors, stacked or not (the norms)."""
-    return tree.map(lambda info: len([axis for axis in info.axes if axis != "layers"]) > 1, params)
+    """The mask of what weight decay applies to: every leaf of ArrayInfo but vectors, stacked or not (the norms), and
+    taken apart into heads or not (the biases)."""
+    return tree.map(lambda info: len([axis for axis in info.axes if axis not in ("layers", "head_dim")]) > 1, params)
 
 
 def scale_by_schedule(schedule: Schedule) -> Optimizer:

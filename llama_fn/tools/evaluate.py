@@ -35,14 +35,14 @@ def evaluate() -> int:
     from llama_fn.config import Config, DataConfig, RunConfig
     from llama_fn.tools import loading
 
-    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype, FLAGS.backend)
+    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype)
     data = DataConfig(
         tokenizer=str(model.tokenizer), seq_len=FLAGS.seq_len, global_batch_size=FLAGS.batch, split="1,0,0",
         jsonl_key=FLAGS.jsonl_key,
     )  # fmt: skip
     cfg = Config(model=model.cfg, data=data, run=RunConfig(eval_every=0, backend=FLAGS.backend))
     found = {}
-    step = _compiled(cfg, model)
+    step = _compiled(cfg)
     for path in FLAGS.path:
         loss, tokens = _loss(replace(cfg, data=replace(data, path=os.path.expanduser(path))), model, step)
         found[path] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
@@ -53,12 +53,12 @@ def evaluate() -> int:
     return 0
 
 
-def _compiled(cfg: Any, model: Any) -> Any:
+def _compiled(cfg: Any) -> Any:
     from llama_fn.planner import config_stages
     from llama_fn.tools import loading
 
     lowered = config_stages.evaluation(cfg).lower()
-    return lowered.compile(FLAGS.backend, **loading.backend_options(model, FLAGS.backend))
+    return lowered.compile(FLAGS.backend, **loading.backend_options(FLAGS.backend))
 
 
 def _loss(cfg: Any, model: Any, step: Any) -> tuple[float, int]:

@@ -34,14 +34,14 @@ def generate() -> int:
     from llama_fn.run import decoding
     from llama_fn.tools import loading
 
-    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype, FLAGS.backend)
+    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype)
     sampling = decoding.Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     begun = {"bos": model.pieces.bos_id(), "eos": model.pieces.eos_id(), "none": -1}
     begin = begun[FLAGS.begin if FLAGS.begin != "auto" else "eos" if model.weights.step else "bos"]
     ids = [[*([begin] if begin >= 0 else []), *model.pieces.encode(prompt)] for prompt in prompts]
     longest = max(map(len, ids))
     decoder = decoding.Decoder(
-        model.cfg, model.params, longest + FLAGS.tokens, FLAGS.backend, **loading.backend_options(model, FLAGS.backend)
+        model.cfg, model.params, longest + FLAGS.tokens, FLAGS.backend, **loading.backend_options(FLAGS.backend)
     )
     said: list[list[int]] = [[] for _ in prompts]
     shown, began = _Shown(model.pieces, prompts[0] if len(prompts) == 1 else None), time.perf_counter()

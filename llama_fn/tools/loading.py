@@ -32,11 +32,11 @@ class Loaded:
     tokenizer: Path
 
 
-def load(source: Path, tokenizer_path: str, dtype: Any, backend: str, flag: str = "--source") -> Loaded:
+def load(source: Path, tokenizer_path: str, dtype: Any) -> Loaded:
     """The newest checkpoint of `source`; UserError where there is none, and where no tokenizer is known."""
     logging.getLogger("llama_fn").setLevel(logging.WARNING)
     torch.set_num_threads(compat.physical_cores())
-    weights = Weights(source, flag)
+    weights = Weights(source, "--source")
     cfg = replace(weights.cfg, compute_dtype=dtype)
     path = Path(tokenizer_path) if tokenizer_path else _tokenizer(weights)
     pieces = tokenizer.load(path)
@@ -46,8 +46,8 @@ def load(source: Path, tokenizer_path: str, dtype: Any, backend: str, flag: str 
     return Loaded(weights, cfg, params, pieces, path)
 
 
-def backend_options(model: Loaded, backend: str) -> dict[str, Any]:
-    """What compiling a step of the model takes on this machine."""
+def backend_options(backend: str) -> dict[str, Any]:
+    """What compiling a step takes on this machine."""
     return {} if backend == "eager" else {"cache": code_cache.usable(code_cache.default())}
 
 

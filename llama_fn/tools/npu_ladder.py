@@ -109,6 +109,7 @@ def measured(rung: Rung, compiled: stages.Compiled, device: str) -> dict[str, An
     """What the step took on `device`: seconds to the end of the first, seconds of a later one (median), bytes at the
     peak; and of two steps the losses, beside the CPU's where it can say."""
     torch_device = torch.get_device_module(torch.device(device).type)
+    getattr(torch_device, "reset_peak_memory_stats", lambda: None)()
     losses, seconds = _losses(rung.cfg, compiled, device, torch_device.synchronize)
     peak = getattr(torch_device, "max_memory_allocated", lambda: None)()
     found = {

@@ -85,6 +85,7 @@ CASES = {
         [(1, 130, 6, 8), (1, 130, 2, 8), (1, 130, 2, 8)],
     ),
     "swiglu": (k.swiglu, lambda g, u: torch.nn.functional.silu(g) * u, [(2, 3, 13), (2, 3, 13)]),
+    "bias": (k.bias, lambda x, b: x + b, [(2, 5, 3, 4), (3, 4)]),
     "embedding": (lambda w: k.embedding(w, Y), lambda w: w[Y], [(11, 6)]),
     "cross_entropy": (lambda z: k.cross_entropy(z, Y)[0], lambda z: nll_oracle(z, Y), [(2, 5, 11)]),
     "head_cross_entropy": (
@@ -150,6 +151,7 @@ SAMPLES = {
         rand(2, 5, 4, 8), rand(2, 5, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 8), rand(2, 5, 4, 8), rand(2, 4, 5), 0.2,
     ),
     "swiglu": (rand(2, 3, 4), rand(2, 3, 4)),
+    "bias": (rand(2, 5, 3, 4), rand(3, 4)),
     "swiglu_bwd": (rand(2, 3, 4), rand(2, 3, 4), rand(2, 3, 4)),
     "embedding": (rand(11, 4), Y),
     "embedding_bwd": (rand(2, 5, 4), Y, rand(11, 4)),

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 SMALL = dict(
     num_hidden_layers=3,
@@ -31,6 +41,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+
+def shaken(model):
+    """Biases that are not 0 and norms that are not 1."""
+    with torch.no_grad():
+        for x in model.parameters():
+            if x.dim() == 1:
+                x.add_(0.3 * torch.randn_like(x))
+    return model
+
+
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=4, **SMALL)),
     "llama3": lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, rope_parameters=LLAMA3, **SMALL)),
@@ -38,6 +59,8 @@ MODELS = {
     "mistral": lambda: MistralForCausalLM(
         MistralConfig(num_key_value_heads=2, head_dim=32, sliding_window=None, **SMALL)
     ),
+    "qwen2": lambda: shaken(Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **SMALL))),
+    "qwen3": lambda: shaken(Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=32, **SMALL))),
 }
 TOKENS = torch.arange(2 * 24).reshape(2, 24) * 7 % 256
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from llama_fn.model import llama, weights
 from llama_fn.tools import convert_in, convert_out
 from sharding import Mesh
 
-NAMES = ("llama", "llama3", "tied", "mistral")
+NAMES = ("llama", "llama3", "tied", "mistral", "qwen2", "qwen3")
 TOKENS = torch.arange(2 * 24).reshape(2, 24) * 7 % 256
 
 
@@ -158,3 +159,25 @@ def test_a_run_begins_with_converted_weights_on_any_mesh(models, tmp_path):
 def test_a_folder_without_weights_is_told(tmp_path):
     with pytest.raises(UserError, match=r"--run\.init_from=.* has no checkpoints: name a work folder"):
         Weights(tmp_path, "--run.init_from")
+
+
+def test_a_training_begins_with_them_on_another_mesh(models, tmp_path):
+    """With a learning rate of 0, so that what it saves is what it read."""
+    convert_in.convert(models / "llama3", tmp_path / "ours", None)
+    flags = [
+        f"--flagfile={tmp_path / 'ours' / 'flags.txt'}", f"--run.init_from={tmp_path / 'ours'}",
+        f"--run.workdir={tmp_path / 'run'}", "--run.steps=1", "--run.backend=interpret", "--mesh.axes=data:2,model:2",
+        "--mesh.rules=fsdp_tp", "--optim.lr=0", "--optim.min_lr=0", "--data.seq_len=16", "--data.global_batch_size=4",
+        f"--data.path={Path(json.__file__).parent}", "--run.eval_every=0", "--run.tensorboard=false",
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "train.py", *flags], cwd=root, capture_output=True, text=True)
+    assert not done.returncode and "with the weights of" in done.stderr, done.stderr[-3000:]
+    before, after = (Weights(tmp_path / name, "--source") for name in ("ours", "run"))
+    infos = llama.abstract_params(before.cfg)
+    parts = layout.parts(infos, None, Mesh(), 0)
+    assert after.step == 1 and before.cfg.rope_scaling == after.cfg.rope_scaling
+    for a, b in zip(*(tree.leaves(w.load(infos, parts, "cpu")) for w in (before, after)), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match=r"params\.layers\.w_up: there \[3,64,96\], needed \[3,64,80\]"):
+        before.refuse_others(llama.abstract_params(replace(before.cfg, mlp_dim=80)))

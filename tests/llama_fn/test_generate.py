@@ -54,7 +54,7 @@ def test_greedy_tokens_are_those_of_reading_everything_anew(backend, params):
         assert [tokens[i] for tokens in said] == anew(params, prompt, len(said)), i
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
 def test_greedy_tokens_are_those_of_transformers(name, models, tmp_path):
     convert_in.convert(models / name, tmp_path, None)
     found = Weights(tmp_path, "--source")

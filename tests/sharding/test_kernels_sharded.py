@@ -33,6 +33,7 @@ CASES = {
     "attention": (lambda q, key, v: k.attention(q, key, v, 0.5)[0], ["btnh", "bsnh", "bsnh"], "btnh", "tsh"),
     "attention_gqa": (lambda q, key, v: k.attention(q, key, v, 0.5)[0], ["btnh", "bsmh", "bsmh"], "btnh", "tsh"),
     "swiglu": (k.swiglu, ["btf", "btf"], "btf", ""),
+    "bias": (k.bias, ["btnh", "nh"], "btnh", ""),
     "embedding": (k.embedding, ["vd", "bt:"], "btd", ""),
     "cross_entropy": (lambda z, y: k.cross_entropy(z, y)[0], ["btv", "bt:"], "bt", ""),
     "head_cross_entropy": (lambda x, w, y: k.head_cross_entropy(x, w, y)[0], ["btd", "vd", "bt:"], "bt", "d"),

@@ -49,7 +49,8 @@ _ATEN = {
     "reciprocal.default": "Reciprocal", "reshape.default": "", "rsub.Scalar": "Sxpy", "select.int": "GatherV2",
     "sin.default": "Sin", "slice.Tensor": "StridedSliceV2", "split.Tensor": "Cast Pack SplitV",
     "sqrt.default": "Sqrt", "squeeze.dim": "", "stack.default": "Pack", "sub.Tensor": "Sub",
-    "sum.default": "Cast ReduceSum", "transpose.int": "", "triu.default": "Triu", "unbind.int": "Unpack",
+    "sum.default": "Cast ReduceSum",
+    "sum.dim_IntList": "Cast ReduceSum", "transpose.int": "", "triu.default": "Triu", "unbind.int": "Unpack",
     "unsqueeze.default": "", "view.default": "", "where.self": "SelectV2", "zeros_like.default": "ZerosLike",
 }  # fmt: skip
 _C10D = {
