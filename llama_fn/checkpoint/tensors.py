@@ -37,7 +37,7 @@ def process_folder(folder: Path, process: int) -> Path:
 def write(folder: Path, process: int, arrays: Mapping[str, Stored], values: Mapping[str, list[torch.Tensor]]) -> None:
     """Write this process's regions, of `values` one tensor in CPU memory for each, which must stay as they are until
     this returns. OSError or ValueError of tensorstore where that fails."""
-    writer = Writer(folder, process, together=True)
+    writer = Writer(folder, process)
     pending = [
         writer.begin(path, array, at, value)
         for path, array in arrays.items()
@@ -45,34 +45,27 @@ def write(folder: Path, process: int, arrays: Mapping[str, Stored], values: Mapp
     ]
     for each in pending:
         each.result()
-    writer.finish()
 
 
 class Writer:
-    """Regions of arrays, into the store of one process. `together`: all at once when it finishes, which is faster."""
+    """Regions of arrays, into the store of one process. Not in a transaction: that would keep a copy of what is cut
+    into chunks until its end."""
 
-    def __init__(self, folder: Path, process: int, together: bool = False) -> None:
+    def __init__(self, folder: Path, process: int) -> None:
         self.ts, self.context = _tensorstore()
         self.store = process_folder(folder, process)
-        self.transaction = self.ts.Transaction() if together else None
         self.opened: dict[str, Any] = {}
 
     def begin(self, path: str, array: Stored, at: Region, value: torch.Tensor) -> Any:
         """A future; `value` must stay as it is until that is done."""
         if path not in self.opened:
             spec = {**_spec(self.store, name_of(path)), "metadata": _metadata(array)}
-            options = {"context": self.context, "transaction": self.transaction}
-            self.opened[path] = self.ts.open(spec, create=True, open=True, **options).result()
+            self.opened[path] = self.ts.open(spec, create=True, open=True, context=self.context).result()
         return self.opened[path][at].write(to_numpy(value), can_reference_source_data_indefinitely=True)
 
     def write(self, path: str, array: Stored, at: Region, value: torch.Tensor) -> None:
         """One region, now."""
         self.begin(path, array, at, value).result()
-
-    def finish(self) -> None:
-        """All that was begun together is on disk."""
-        if self.transaction is not None:
-            self.transaction.commit_sync()
 
 
 class Reader:

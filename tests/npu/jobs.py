@@ -12,7 +12,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 SHAPES = ("llama_60m", "llama_1b", "llama_7b", "llama_13b", "llama_33b", "llama_65b", "llama2_70b", "llama3_8b")
 
 NIGHTLY = {f"shape_{name}" for name in SHAPES[:6]} | {
-    "tiny_fp16", "tiny_fp32_data2_model4", "tiny_2_ranks", "tiny_one_stream", "65b_fused",
+    "tiny_fp16", "tiny_fp32_data2_model4", "tiny_2_ranks", "tiny_one_stream", "65b_fused", "tiny_variants",
 }  # fmt: skip
 
 
@@ -58,6 +58,16 @@ JOBS = {
         model__num_layers=2,
         mesh__remat="full",
         mesh__regather=True,
+    ),
+    "tiny_variants": job(
+        "model:2",
+        2,
+        model__qkv_bias=True,
+        model__qk_norm=True,
+        model__rope_factor=8.0,
+        model__head_size=32,
+        model__num_layers=2,
+        data__seq_len=64,
     ),
     "tiny_fused": job(
         "model:2",

@@ -142,6 +142,7 @@ def apart(a, b):
                 "tiny_pipeline",
                 "tiny_ulysses",
                 "tiny_remat",
+                "tiny_variants",
             )
         ),
     ],
