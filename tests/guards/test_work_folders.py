@@ -183,7 +183,7 @@ def test_a_second_run_in_a_work_folder_is_refused_and_the_first_goes_on(prefix, 
     status, said = attempt(prefix, tmp_path, run__steps=2000)
     assert status == 2 and f"is in use by process {first.pid}" in said and "Traceback" not in said
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 0
+    assert first.wait(60) == 5
     rows = iterations(tmp_path)
     assert rows == list(range(1, len(rows) + 1))
 
