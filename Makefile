@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.base
 	$(BIN)/python train.py --flagfile=configs/tiny_cpu.flags
-	$(BIN)/python -m llama_fn.tools.generate --source=work/tiny_cpu --prompt="def " --tokens=60
+	$(BIN)/python -m llama_fn.tools.generate --source=work/tiny_cpu --prompt="def " --tokens=60 --temperature=0.7 --top_k=40
 	@echo "Go on with:"
 	@echo "  $(BIN)/python train.py --flagfile=configs/tiny_cpu.flags --run.steps=1000 --run.accept_changes"
 	@echo "  $(BIN)/python -m llama_fn.tools.evaluate --source=work/tiny_cpu --path=README.md --seq_len=128"

@@ -11,6 +11,7 @@ Exit status 0, or 2 for wrong input.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -67,6 +68,7 @@ def _loss(cfg: Any, model: Any, step: Any) -> tuple[float, int]:
 
     from llama_fn.data import open_parts
 
+    logging.getLogger("llama_fn.data").setLevel(logging.ERROR)  # it warns of parts that a short text leaves empty
     tokens = open_parts(cfg, temporary_folder("llama_fn_evaluate_")).data.tokens
     if len(tokens) < 2:
         raise UserError(f"--path={cfg.data.path} has {len(tokens)} tokens; the second is the first that is predicted")
