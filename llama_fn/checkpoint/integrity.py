@@ -34,6 +34,13 @@ def sums_of(folder: Path, known: Sums = {}) -> dict[str, list[int]]:  # noqa: B0
         return dict(zip(files, threads.map(checksum, files.values()), strict=True)) | dict(known)
 
 
+def sums_of_process(folder: Path, mine: Path) -> dict[str, list[int]]:
+    """Of what a process wrote into `mine`, below the folder of an item, named from the checkpoint's folder."""
+    # Orbax's folder of an item has another name until the checkpoint is complete: state.orbax-checkpoint-tmp.
+    item = folder.name.partition(".")[0]
+    return {f"{item}/{mine.name}/{file}": sums for file, sums in sums_of(mine).items()}
+
+
 def write_list(path: Path, sums: Sums) -> None:
     """One of the two lists."""
     with atomic(path) as f:
@@ -71,6 +78,22 @@ def _compare(path: Path, name: str, wanted: list[int]) -> None:
     if actual != wanted:
         what = f"has {actual[0]} bytes instead of {wanted[0]}" if actual[0] != wanted[0] else "has another checksum"
         raise Damaged(f"{name} {what}")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides the arrays; Damaged where that is not what was written."""
+    path = folder / "meta" / "metadata"
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Damaged("meta/metadata is missing") from None
+    except ValueError:  # not JSON, not even text
+        raise Damaged("meta/metadata is not JSON") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if not isinstance(meta, dict) or meta.pop("crc32", None) != of_json(meta):
+        raise Damaged("meta/metadata has another checksum than when it was saved")
+    return meta
 
 
 def unreadable(path: Path, error: OSError) -> UserError:

@@ -9,7 +9,6 @@ for them, and merges what they wrote.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_fn.checkpoint.arrays_by_name import nested
-from llama_fn.checkpoint.integrity import Damaged, of_json, seal, unreadable
+from llama_fn.checkpoint.integrity import of_json, seal, unreadable
 from llama_fn.checkpoint.layout import Stored
 from llama_fn.checkpoint.quiet import quieten_orbax
 from llama_fn.errors import UserError
@@ -97,21 +96,6 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Iterations of the checkpoints there are, oldest first."""
         return sorted(self.manager.all_steps())
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """What a checkpoint holds besides the arrays; Damaged where that is not what was written."""
-        path = self.folder / str(step) / "meta" / "metadata"
-        try:
-            meta = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise Damaged("meta/metadata is missing") from None
-        except ValueError:  # not JSON, not even text
-            raise Damaged("meta/metadata is not JSON") from None
-        except OSError as error:
-            raise unreadable(path, error) from None
-        if not isinstance(meta, dict) or meta.pop("crc32", None) != of_json(meta):
-            raise Damaged("meta/metadata has another checksum than when it was saved")
-        return meta
 
     def set_aside(self, step: int) -> None:
         """Move a checkpoint that is damaged out of the way; UserError where that cannot be done."""

@@ -14,7 +14,7 @@ import torch
 
 from llama_fn.checkpoint import tensors
 from llama_fn.checkpoint.host_copy import HostCopy
-from llama_fn.checkpoint.integrity import SHARDS, sums_of, write_list
+from llama_fn.checkpoint.integrity import SHARDS, sums_of_process, write_list
 from llama_fn.checkpoint.layout import Stored
 from llama_fn.checkpoint.orbax import Checkpoints
 from llama_fn.distributed import Processes
@@ -95,9 +95,7 @@ class Saver:
         try:
             mine.mkdir()
             tensors.write(folder, self.rank, arrays, values)
-            # Orbax's folder has another name until the checkpoint is complete: state.orbax-checkpoint-tmp.
-            item = folder.name.partition(".")[0]
-            word = json.dumps({f"{item}/{mine.name}/{file}": sums for file, sums in sums_of(mine).items()})
+            word = json.dumps(sums_of_process(folder, mine))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the first process waits for a word
             word = f"failed: {error or type(error).__name__}"
         words = self.words(name, word)

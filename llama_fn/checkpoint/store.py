@@ -15,7 +15,7 @@ import torch
 
 from llama_fn import tree
 from llama_fn.checkpoint import layout, tensors
-from llama_fn.checkpoint.integrity import Damaged, check, is_sealed, seal
+from llama_fn.checkpoint.integrity import Damaged, check, is_sealed, read_meta, seal
 from llama_fn.checkpoint.orbax import Checkpoints, SavedStep
 from llama_fn.checkpoint.saving import Saver
 from llama_fn.distributed import Processes, by_chief
@@ -74,7 +74,7 @@ class Store:
     def _known(self, step: int, accept: Callable[[SavedStep], None]) -> tuple[SavedStep | None, str]:
         """What is known of a checkpoint before its arrays are looked at, or what proves damage."""
         try:
-            saved_step = SavedStep(step, self._first.meta(step))
+            saved_step = SavedStep(step, read_meta(self.folder / str(step)))
         except Damaged as damage:
             return None, str(damage)
         accept(saved_step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from llama_fn import tree
-from llama_fn.checkpoint.integrity import Damaged, check, of_json
+from llama_fn.checkpoint.integrity import Damaged, check, read_meta
 from llama_fn.checkpoint.tensors import Reader
 from llama_fn.config import ModelConfig
 from llama_fn.errors import UserError
@@ -29,13 +28,9 @@ class Weights:
         self.folder = _newest(folder, flag)
         try:
             check(self.folder)
-            meta = json.loads((self.folder / "meta" / "metadata").read_bytes())
-        except (Damaged, ValueError, OSError) as damage:
-            raise UserError(
-                f"{flag}={folder}: {self.folder} cannot be read or is damaged ({damage}). Name another iteration"
-            ) from None
-        if meta.pop("crc32", None) != of_json(meta):
-            raise UserError(f"{flag}={folder}: {self.folder / 'meta' / 'metadata'} is damaged. Name another iteration")
+            meta = read_meta(self.folder)
+        except Damaged as damage:
+            raise UserError(f"{flag}={folder}: {self.folder} is damaged ({damage}). Name another iteration") from None
         self.flag, self.given, self.step, self.meta = flag, folder, int(self.folder.name), meta
         self.cfg = _model(meta["config"])
         self.reader = Reader(self.folder / "state")

@@ -40,8 +40,7 @@ def prefill(
     """The cache with the prompts in its first T places, and the logits [B, V] float32 behind each prompt's end."""
     params = weights.gather(params, llama.abstract_params(cfg))
     with named_scope("embed"):
-        scaling = [list(cfg.rope_scaling)] if cfg.rope_scaling else []
-        cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta, *scaling)
+        cos, sin = llama.rope_table(tokens_BT, tokens_BT.shape[1], cfg=cfg)
         x_BTD = k.embedding(params.embed, tokens_BT)
     keys, values = [], []
     for i, p in enumerate(params.layers):
@@ -64,8 +63,7 @@ def decode(
     params = weights.gather(params, llama.abstract_params(cfg))
     length = cache.keys.shape[2]
     with named_scope("embed"):
-        scaling = [list(cfg.rope_scaling)] if cfg.rope_scaling else []
-        table = k.rope_table(tokens_B, length, cfg.head_dim, cfg.rope_theta, *scaling)
+        table = llama.rope_table(tokens_B, length, cfg=cfg)
         cos_BR, sin_BR = (torch.nn.functional.embedding(positions_B, part) for part in table)
         x_BTD = k.embedding(params.embed, tokens_B[:, None])
     places_BS = torch.arange(length, device=tokens_B.device)[None, :] == positions_B[:, None]

@@ -138,12 +138,18 @@ def _layer(p: Layer, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, 
     return mlp_block(p, attention_block(p, x_BTD, cos, sin, cfg=cfg), cfg=cfg)
 
 
+def rope_table(like: torch.Tensor, length: int, *, cfg: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """k.rope_table for positions 0..length-1, with the scaling that the model has."""
+    scaling = [list(cfg.rope_scaling)] if cfg.rope_scaling else []
+    cos, sin = k.rope_table(like, length, cfg.head_dim, cfg.rope_theta, *scaling)
+    return cos, sin
+
+
 def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
     """Normed output of the last layer, [B, T, D] in the parameters' dtype, for integer tokens [B, T] and parameters
     from weights.gather."""
     with named_scope("embed"):
-        scaling = [list(cfg.rope_scaling)] if cfg.rope_scaling else []
-        cos, sin = k.rope_table(tokens_BT, tokens_BT.shape[1], cfg.head_dim, cfg.rope_theta, *scaling)
+        cos, sin = rope_table(tokens_BT, tokens_BT.shape[1], cfg=cfg)
         x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)
     for i, weights in enumerate(params.layers):
         with named_scope(layer(i)):

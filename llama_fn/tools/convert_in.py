@@ -15,7 +15,7 @@ from rich.progress import track
 from llama_fn import config_fields, tree
 from llama_fn.checkpoint import huggingface, layout, tensors
 from llama_fn.checkpoint.huggingface import Tensor
-from llama_fn.checkpoint.integrity import SHARDS, sums_of, write_list
+from llama_fn.checkpoint.integrity import SHARDS, sums_of_process, write_list
 from llama_fn.checkpoint.layout import Stored
 from llama_fn.checkpoint.orbax import Checkpoints
 from llama_fn.config import Config
@@ -114,8 +114,7 @@ def _write(folder: Path, names: list[Tensor], arrays: dict[str, Stored], source:
                 f"{source / file}: {each.name} is {list(given.shape)}, which is not {list(shape)}"
             ) from None
         writer.write(each.path, array, at, value if each.layer is None else value[None])
-    item = folder.name.partition(".")[0]
-    write_list(folder.parent / SHARDS, {f"{item}/{mine.name}/{file}": sums for file, sums in sums_of(mine).items()})
+    write_list(folder.parent / SHARDS, sums_of_process(folder, mine))
 
 
 def _beside(source: Path, out: Path, config: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from absl import app, flags
 
 from llama_fn.errors import UserError
 from llama_fn.files import atomic, temporary_folder
-from llama_fn.tools import command
+from llama_fn.tools import command, loading_flags
 
 FLAGS = flags.FLAGS
 
@@ -103,13 +103,11 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("source", "", "work folder, checkpoint, or folder that convert wrote")
+    loading_flags.define()
     flags.DEFINE_multi_string("path", [], "text, .jsonl, folder of text, or PREFIX; may be given several times")
     flags.DEFINE_string("jsonl_key", "text", "field of a .jsonl line that holds the text")
-    flags.DEFINE_string("tokenizer", "", "tokenizer.model, where the source has none")
     flags.DEFINE_integer("seq_len", 2048, "tokens of a window", 1)
     flags.DEFINE_integer("batch", 1, "windows at a time", 1)
     flags.DEFINE_string("json", "", "file that gets the numbers as well")
-    flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "to compute in")
-    flags.DEFINE_enum("backend", "inductor", ["inductor", "eager"], "inductor compiles, which takes seconds to minutes")
+    flags.adopt_module_key_flags(loading_flags)
     app.run(main, flags_parser=command.parse)

@@ -21,7 +21,7 @@ from typing import Any
 from absl import app, flags
 
 from llama_fn.errors import UserError
-from llama_fn.tools import command
+from llama_fn.tools import command, loading_flags
 
 FLAGS = flags.FLAGS
 
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("source", "", "work folder, checkpoint, or folder that convert wrote")
+    loading_flags.define()
     flags.DEFINE_multi_string("prompt", [], "what the text begins with; may be given several times")
     flags.DEFINE_string("file", "", "file of prompts, a line each")
     flags.DEFINE_integer("tokens", 128, "how many to generate at most", 1)
@@ -116,7 +116,5 @@ if __name__ == "__main__":
         "begin", "auto", ["auto", "bos", "eos", "none"],
         "token before a prompt; auto: bos of converted weights, and of a run eos, behind which its documents begin",
     )  # fmt: skip
-    flags.DEFINE_string("tokenizer", "", "tokenizer.model, where the source has none")
-    flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "to compute in")
-    flags.DEFINE_enum("backend", "inductor", ["inductor", "eager"], "inductor compiles, which takes seconds to minutes")
+    flags.adopt_module_key_flags(loading_flags)
     app.run(main, flags_parser=command.parse)

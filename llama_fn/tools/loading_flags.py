@@ -1,0 +1,13 @@
+"""The flags of every tool that loads a model (loading.py, which imports torch)."""
+
+from __future__ import annotations
+
+from absl import flags
+
+
+def define() -> None:
+    """Once, before flags are parsed."""
+    flags.DEFINE_string("source", "", "work folder, checkpoint, or folder that convert wrote")
+    flags.DEFINE_string("tokenizer", "", "tokenizer.model, where the source has none")
+    flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "to compute in")
+    flags.DEFINE_enum("backend", "inductor", ["inductor", "eager"], "inductor compiles, which takes seconds to minutes")
