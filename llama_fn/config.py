@@ -201,6 +201,18 @@ class RunConfig:
     keep_every: int = number(
         0, "also keep each checkpoint whose iteration is a multiple of this; 0: none", 0, numbers=False
     )
+    local_every: int = number(
+        0,
+        "iterations between emergency copies in --run.local_dir (docs/checkpoints.md); 0: none",
+        0,
+        numbers=False,
+    )
+    local_dir: str = opt(
+        "",
+        "where emergency copies lie: a folder of each machine's own, on its disk or, such as /dev/shm, in its memory",
+        False,
+        path=True,
+    )
     stop_after_skipped: int = number(
         100, "stop after so many skipped iterations in a row, with status 4; 0: never", 0, numbers=False
     )

@@ -59,6 +59,11 @@ def check(cfg: Config) -> Config:
             f"--run.check_finite with --run.backend={cfg.run.backend}, whose code is fused and has no single ops to "
             "look at: add --run.backend=eager for one device, or interpret for a mesh; a checkpoint goes on there"
         )
+    if cfg.run.local_every and not cfg.run.local_dir:
+        raise UserError(
+            f"--run.local_every={cfg.run.local_every} needs --run.local_dir, a folder of each machine's own, such as "
+            "/dev/shm/copies"
+        )
     split_weights(cfg.data.split)
     profiled(cfg)
     dump_ranks(cfg.run)
@@ -165,6 +170,9 @@ def without_effect(cfg: Config) -> Iterator[str]:
          f"backend {r.backend} keeps no compiled code{', without --run.npu_cache' if r.backend == 'npu' else ''}"),
         ("run.keep_every", bool(r.keep_every % r.checkpoint_every),
          f"only multiples of --run.checkpoint_every={r.checkpoint_every} are saved, and few or none of these"),
+        ("run.local_dir", not r.local_every, "no copies are made there without --run.local_every"),
+        ("run.local_every", bool(r.local_every) and not r.local_every % r.checkpoint_every,
+         f"checkpoints are made as often (--run.checkpoint_every={r.checkpoint_every})"),
         ("run.eval_every", r.eval_every > r.steps, f"the run ends at iteration {r.steps} without a validation"),
         ("run.wandb", r.compile_only, "nothing is trained with --run.compile_only"),
         ("mesh.remat_names", m.remat != "names", f"--mesh.remat={m.remat} takes no names"),

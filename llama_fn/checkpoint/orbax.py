@@ -29,10 +29,11 @@ log = logging.getLogger("llama_fn.checkpoint")
 
 @dataclass(frozen=True)
 class SavedStep:
-    """A good checkpoint: its iteration, and all that it holds besides the arrays."""
+    """A good checkpoint, or a `local` copy (local.py): its iteration, and all that it holds besides the arrays."""
 
     step: int
     meta: dict[str, Any]
+    local: bool = False
 
 
 class Checkpoints:

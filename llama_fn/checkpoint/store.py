@@ -7,8 +7,9 @@ processes speak through torch.distributed's store, not by collectives, so that s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from llama_fn import tree
 from llama_fn.checkpoint import layout, tensors
 from llama_fn.checkpoint.integrity import Damaged, check, is_sealed, read_meta, seal
+from llama_fn.checkpoint.local import LocalCopies
 from llama_fn.checkpoint.orbax import Checkpoints, SavedStep
 from llama_fn.checkpoint.saving import Saver
 from llama_fn.distributed import Processes, by_chief
@@ -30,28 +32,38 @@ log = logging.getLogger("llama_fn.checkpoint")
 class Store:
     """The checkpoints of a run of one or several processes; UserErrors of the first are raised in all of them.
 
-    `infos`: the declaration of the state. `keep`: how many of the newest, and which multiple besides.
+    `infos`: the declaration of the state. `keep`: how many of the newest, and which multiple besides. `local`: copies
+    that are made between checkpoints.
     """
 
     def __init__(
-        self, infos: Any, folder: Path, keep: tuple[int, int], processes: Processes | None = None, device: str = "cpu"
-    ) -> None:
+        self, infos: Any, folder: Path, keep: tuple[int, int], processes: Processes | None = None, device: str = "cpu",
+        local: LocalCopies | None = None,
+    ) -> None:  # fmt: skip
         self.infos, self.folder, self.processes, self.device = infos, folder.absolute(), processes, device
         self.rank, self.mesh = (processes.rank, processes.mesh) if processes else (0, Mesh())
+        self.local, self.newest = local, 0  # the iteration of the newest checkpoint that `find` left
         opened: list[Checkpoints] = []
         by_chief(processes, lambda: opened.append(Checkpoints(self.folder, *keep)))
         self.checkpoints = opened[0] if opened else None  # the first process's
         self.saver = Saver(self.checkpoints, processes)
 
-    def find(self, accept: Callable[[SavedStep], None] = lambda saved: None) -> SavedStep | None:
-        """The newest good checkpoint, or None where there is none. One that is proven to be damaged is named, moved
-        aside and passed over.
+    def find(
+        self, accept: Callable[[SavedStep], None] = lambda saved: None, config: Mapping[str, Any] = MappingProxyType({})
+    ) -> SavedStep | None:
+        """The newest good checkpoint or local copy, or None where there is none. A checkpoint that is proven to be
+        damaged is named, moved aside and passed over. `config`: the flags of this start, for local copies.
 
         UserError where `accept` raises it, where the arrays are others than the state's, where none of several is good,
         and where one cannot be read: then nothing is touched.
         """
         steps: list[int] = by_chief(self.processes, lambda: self._first.steps())
-        for step in reversed(steps):
+        self.newest = steps[-1] if steps else 0
+        for step in [*reversed(steps), 0]:
+            if self.local is not None and (copy := self.local.newest(step, config, accept)) is not None:
+                return copy
+            if not step:
+                break
             saved_step, damage = by_chief(self.processes, lambda: self._known(step, accept))  # noqa: B023
             damage = damage or self._checked(step)
             if not damage:
@@ -59,6 +71,7 @@ class Store:
             if self.rank == 0:
                 log.error("checkpoint %s is damaged (%s); trying the one before", self.folder / str(step), damage)
             by_chief(self.processes, lambda: self._first.set_aside(step))  # noqa: B023
+            self.newest = max([0, *(s for s in steps if s < step)])
         if steps:
             raise UserError(
                 f"no checkpoint in {self.folder} can be restored (tried {steps[::-1]}; they were moved to ../damaged). "
@@ -120,6 +133,9 @@ class Store:
         """This process's part of the state of a checkpoint, sharded by `layouts`; without, all of it. UserError where
         it cannot be read, or where a chunk is not what its CRC-32C says."""
         parts = layout.parts(self.infos, self._own(layouts), self.mesh, self.rank)
+        if saved_step.local:
+            assert self.local is not None
+            return self.local.restore(saved_step.step, self.infos, parts, self.device)
         values: dict[str, torch.Tensor] = {}
         error = None
         try:
@@ -135,6 +151,11 @@ class Store:
         """Save the state as of `iteration`, with `meta` beside it, while the run goes on; `layouts`: of its leaves."""
         arrays = layout.stored(self.infos, self._own(layouts), self.mesh, self.rank)
         self.saver.begin(iteration, state, meta, arrays)
+
+    def copy(self, iteration: int, state: Any, meta: dict[str, Any]) -> None:
+        """The same as a local copy."""
+        assert self.local is not None
+        self.local.save(iteration, state, meta)
 
     def bytes(self, layouts: Sequence[P]) -> int:
         """What this process writes at a save."""
@@ -152,12 +173,17 @@ class Store:
     def wait(self) -> None:
         """Until nothing is being written here."""
         self.saver.wait()
+        if self.local is not None:
+            self.local.wait()
 
-    def close(self) -> None:
-        """Finish what is being written; UserError, in all processes, where the last save failed."""
+    def close(self, complete: bool = True) -> None:
+        """Finish what is being written; UserError, in all processes, where the last save failed. `complete`: a
+        checkpoint has the state as it is now, so that local copies are worth nothing any more."""
         self.wait()
         failure = self.saver.words("closed", self.saver.failure)[0]
         self.saver.thread.shutdown()
+        if self.local is not None:
+            self.local.close(remove=not failure and complete)
         if self.checkpoints is not None and not failure:  # Orbax would raise the failure again
             self.checkpoints.close()
         if failure:

@@ -69,13 +69,13 @@ class Writer:
 
 
 class Reader:
-    """The arrays of one folder, of ours or of another program that uses Orbax."""
+    """The arrays of one folder, of ours or of another program that uses Orbax; `zarr3` where no Orbax noted that."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, zarr3: bool | None = None) -> None:
         self.ts, self.context = _tensorstore()  # a new one: tensorstore remembers what a path held
         self.folder = folder
         self.ocdbt = (folder / "manifest.ocdbt").exists()
-        self.zarr3 = _uses_zarr3(folder)
+        self.zarr3 = _uses_zarr3(folder) if zarr3 is None else zarr3
         self.opened: dict[str, Any] = {}
 
     def array(self, path: str) -> Any:

@@ -53,6 +53,10 @@ class Watchdog:
         """Let the others know; once for each matter."""
         self.store.set(f"{about}.{self.rank}", word)
 
+    def forget(self, about: str) -> None:
+        """Take back what was reported about a matter, once all have read it: the store is in memory."""
+        self.store.delete_key(f"{about}.{self.rank}")
+
     def wait_for_all(self, about: str) -> list[str]:
         """Everybody's word, once all have given theirs, however long that takes."""
         keys = [f"{about}.{rank}" for rank in range(self.world)]

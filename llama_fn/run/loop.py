@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from llama_fn.checkpoint import SavedStep, Store
+from llama_fn import config_fields
+from llama_fn.checkpoint import LocalCopies, SavedStep, Store, run_folder
 from llama_fn.compiler import stages
 from llama_fn.compiler.finite import NonFinite
 from llama_fn.config import Config
@@ -59,12 +60,16 @@ class Run:
         """The signal that asks to stop; that of any process, so that all stop after the same step."""
         return self.stop.signal if self.processes is None else self.processes.any(self.stop.signal)
 
-    def save(self, cfg: Config, iteration: int, state: train_step.TrainState) -> None:
-        """Save the state as of `iteration`, with all that a resume needs; logs up to there reach the disk first."""
+    def save(self, cfg: Config, iteration: int, state: train_step.TrainState, local: bool = False) -> None:
+        """Save the state as of `iteration`, with all that a resume needs; logs up to there reach the disk first.
+        `local`: as an emergency copy."""
         if self.writer is not None:
             self.writer.sync()
         meta = resume.meta(cfg, self.mesh, self.batches, self.data)
-        self.store.save(iteration, state, meta, self.step.lowered.inputs)
+        if local:
+            self.store.copy(iteration, state, meta)
+        else:
+            self.store.save(iteration, state, meta, self.step.lowered.inputs)
 
 
 def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = None) -> int:
@@ -91,8 +96,11 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         workdir = Path(cfg.run.workdir)
         by_chief(members, lambda: held.enter_context(_locked(workdir)) and None)
         keep = (cfg.run.keep_latest, cfg.run.keep_every)
-        store = Store(train_step.abstract_state(cfg), workdir / "checkpoints", keep, members, cfg.run.device)
-        newest = store.find(lambda saved: resume.refuse_changes(cfg, saved))
+        local = None
+        if cfg.run.local_every:
+            local = LocalCopies(run_folder(Path(cfg.run.local_dir), workdir, members), members)
+        store = Store(train_step.abstract_state(cfg), workdir / "checkpoints", keep, members, cfg.run.device, local)
+        newest = store.find(lambda saved: resume.refuse_changes(cfg, saved), config_fields.flat(cfg))
         load = lambda: open_parts(cfg, workdir)  # noqa: E731
         data = load() if members is None else members.in_turn(load)
         return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data)
@@ -163,7 +171,8 @@ def _run(
         if display:
             display.start()
         stop.train()
-        status = _train(cfg, start, state, run)
+        saved = store.newest if newest is not None and newest.local else start
+        status = _train(cfg, start, saved, state, run)
         if members is not None:
             members.barrier()
         return status
@@ -179,9 +188,9 @@ class _Pending:
     consumed: dict[str, int]
 
 
-def _train(cfg: Config, start: int, state: train_step.TrainState, run: Run) -> int:
-    """The loop. Batch n + 1 is prepared in a thread while step n runs; the metrics of step n - 1 are written after
-    step n has been started."""
+def _train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run: Run) -> int:
+    """The loop, from iteration `start` on; `saved`: the newest that a checkpoint has. Batch n + 1 is prepared in a
+    thread while step n runs; the metrics of step n - 1 are written after step n has been started."""
     pending: _Pending | None = None
 
     def look(now: bool = False) -> None:
@@ -200,7 +209,7 @@ def _train(cfg: Config, start: int, state: train_step.TrainState, run: Run) -> i
                 run.display.record(row, run.writer.write(row))
         pending = None
 
-    iteration, began, signal, saved, due = start, time.perf_counter(), 0, start, False
+    iteration, began, signal, due = start, time.perf_counter(), 0, False
     while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
         batch, consumed = run.to_device(next(run.batches)), run.batches.state()
         if run.processes is not None:
@@ -230,11 +239,16 @@ def _train(cfg: Config, start: int, state: train_step.TrainState, run: Run) -> i
             if run.health.may_save:
                 run.save(cfg, iteration, state)
                 saved, due = iteration, False
+        elif cfg.run.local_every and iteration % cfg.run.local_every == 0:
+            look(now=True)
+            if run.health.may_save:
+                run.save(cfg, iteration, state, local=True)
     look(now=True)
-    if signal and iteration > saved and run.health.may_save:
+    # After a signal; and after a start from a local copy that had nothing more to do.
+    if iteration > saved and run.health.may_save and not run.health.verdict:
         run.save(cfg, iteration, state)
         saved = iteration
-    run.store.close()
+    run.store.close(saved == iteration)
     return _ended(cfg, iteration, saved, signal, run)
 
 

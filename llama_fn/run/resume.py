@@ -93,7 +93,8 @@ def restore_or_begin(cfg: Config, store: Store, checkpoint: SavedStep | None, lo
         log.info("beginning at iteration 0 with the weights of %s; the optimizer begins anew", weights.folder)
         return replace(state, params=weights.load(store.infos.params, held, cfg.run.device))
     state = store.restore(checkpoint, lowered.inputs)
-    log.info("resuming from iteration %d of %s", checkpoint.step, store.folder)
+    where = f"the local copies in {store.local.folder}" if store.local and checkpoint.local else store.folder
+    log.info("resuming from iteration %d of %s", checkpoint.step, where)
     return state
 
 

@@ -19,6 +19,9 @@ class Words:
         with self.lock:
             self.held[about] = text
 
+    def forget(self, about):
+        """Nobody is short of memory here."""
+
     def told(self, about):
         end = time.monotonic() + 60
         while about not in self.held:
