@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.base
 	$(BIN)/python train.py --flagfile=configs/tiny_cpu.flags
+	$(BIN)/python -m llama_fn.tools.chart work/tiny_cpu
 	$(BIN)/python -m llama_fn.tools.generate --source=work/tiny_cpu --prompt="def " --tokens=60 --temperature=0.7 --top_k=40
 	@echo "Go on with:"
 	@echo "  $(BIN)/python train.py --flagfile=configs/tiny_cpu.flags --run.steps=1000 --run.accept_changes"
@@ -32,7 +33,7 @@ $(VENV)/.base: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "llama_fn needs Python 3.11 or 3.12, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e '.[viz]'  # charts
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from kernels.registry import KERNELS
+from llama_fn.checkpoint import Store
 from llama_fn.compiler import passes
 from llama_fn.config import Config
+from llama_fn.model import train_step
 from llama_fn.run import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,11 +21,16 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
-def test_snippets_run(page, capsys):
+def test_snippets_run(page, capsys, tmp_path, monkeypatch, tiny_config, fresh_state):
     namespace: dict = {}
+    if page.name == "checkpoints.md":
+        monkeypatch.chdir(tmp_path)
+        saved(tiny_config(), fresh_state, tmp_path / "work/tiny_cpu/checkpoints")
     snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     for snippet in snippets:
         exec(compile(snippet, str(page), "exec"), namespace)
+    if page.name == "checkpoints.md":
+        assert capsys.readouterr().out == f"{tuple(fresh_state(tiny_config()).params.layers.wq.shape)}\n"
     if page.name == "README.md":
         assert snippets and callable(namespace["compiled"]) and "graph step traced" in capsys.readouterr().out
     if page.name == "adding.md":
@@ -40,6 +47,12 @@ def test_snippets_run(page, capsys):
         check_relu2(namespace)
         for name in ("relu2", "relu2_bwd"):  # other tests go over all kernels
             del KERNELS[name]
+
+
+def saved(cfg, fresh_state, folder):
+    store = Store(train_step.abstract_state(cfg), folder, (1, 0))
+    store.save(300, fresh_state(cfg), {})
+    store.close()
 
 
 def check_relu2(namespace):

@@ -59,7 +59,9 @@ class Writer:
     def begin(self, path: str, array: Stored, at: Region, value: torch.Tensor) -> Any:
         """A future; `value` must stay as it is until that is done."""
         if path not in self.opened:
+            # Zeros as well, as Orbax does: a chunk that is not there is one that was lost.
             spec = {**_spec(self.store, name_of(path)), "metadata": _metadata(array)}
+            spec["store_data_equal_to_fill_value"] = True
             self.opened[path] = self.ts.open(spec, create=True, open=True, context=self.context).result()
         return self.opened[path][at].write(to_numpy(value), can_reference_source_data_indefinitely=True)
 
@@ -82,7 +84,7 @@ class Reader:
         """The array of a path, of which nothing is read yet."""
         if path not in self.opened:
             driver = "zarr3" if self.zarr3 else "zarr"
-            spec = _spec(self.folder, name_of(path), driver, self.ocdbt)
+            spec = {**_spec(self.folder, name_of(path), driver, self.ocdbt), "fill_missing_data_reads": False}
             self.opened[path] = self.ts.open(spec, open=True, read=True, context=self.context).result()
         return self.opened[path]
 

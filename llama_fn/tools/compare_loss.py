@@ -50,8 +50,8 @@ class Comparison:
         return sum(self.errors) / len(self.errors)
 
 
-def read_losses(path: Path) -> dict[int, float]:
-    """Iteration -> lm_loss; UserError naming the file and line of what is not a record with a finite loss."""
+def logged_losses(path: Path) -> dict[int, float]:
+    """Iteration -> lm_loss, nan where it was not finite; UserError naming the file and line of what is no record."""
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} does not exist: name a run's work folder or its metrics.jsonl")
@@ -63,6 +63,12 @@ def read_losses(path: Path) -> dict[int, float]:
             losses[int(row["iteration"])] = math.nan if loss is None else float(loss)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is not a record with iteration and lm_loss: {error!r}") from None
+    return losses
+
+
+def read_losses(path: Path) -> dict[int, float]:
+    """The same, with a UserError for a loss that is not finite and positive."""
+    losses = logged_losses(path)
     bad = [i for i, loss in losses.items() if not math.isfinite(loss) or loss <= 0]
     if bad:
         raise UserError(

@@ -226,3 +226,15 @@ for name, zarr3 in (("two", False), ("three", True)):
         half = reader.part("a.half", part, "cpu")
         assert half.dtype == torch.bfloat16 and torch.equal(half, want[4:].bfloat16())
         assert int(reader.array("n").read().result()) == 7
+
+
+def test_zeros_are_written_and_a_chunk_that_is_not_there_is_an_error(tmp_path):
+    tensors.process_folder(tmp_path, 0).mkdir(parents=True)
+    held = torch.zeros(8, 4)
+    array = replace(layout.stored({"x": held}, None, Mesh(), 0)["x"], chunk=(4, 4))
+    writer = tensors.Writer(tmp_path, 0)
+    writer.write("x", array, (slice(0, 4), slice(0, 4)), held[:4])
+    reader = tensors.Reader(tensors.process_folder(tmp_path, 0), zarr3=True)
+    assert torch.equal(reader.tensor("x", (slice(0, 4), slice(0, 4))), held[:4])
+    with pytest.raises(ValueError, match="missing"):
+        reader.tensor("x", (slice(0, 8), slice(0, 4)))
