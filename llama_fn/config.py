@@ -218,6 +218,10 @@ class RunConfig:
     )
     eval_every: int = number(100, "iterations between validations; 0: never", 0, numbers=False)
     eval_batches: int = number(4, "global batches in one validation", 1, numbers=False)
+    sample_every: int = number(
+        0, "iterations between texts that the model writes into the logs; 0: none", 0, numbers=False
+    )
+    sample_prompts: str = opt("|def |The ", "what these texts begin with, separated by |", False)
     stop_signals: str = opt(
         "SIGTERM,SIGUSR1,SIGUSR2", "signals beside Ctrl-C that mean: finish the step, save, and stop", False
     )

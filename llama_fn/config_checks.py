@@ -59,6 +59,11 @@ def check(cfg: Config) -> Config:
             f"--run.check_finite with --run.backend={cfg.run.backend}, whose code is fused and has no single ops to "
             "look at: add --run.backend=eager for one device, or interpret for a mesh; a checkpoint goes on there"
         )
+    if cfg.run.sample_every and (cfg.run.backend == "npu" or "pipe" in cfg.mesh.axes):
+        raise UserError(
+            f"--run.sample_every={cfg.run.sample_every} goes with no pipeline and not with backend npu. Leave it out, "
+            "and write texts from a checkpoint: python -m llama_fn.tools.generate"
+        )
     if cfg.run.local_every and not cfg.run.local_dir:
         raise UserError(
             f"--run.local_every={cfg.run.local_every} needs --run.local_dir, a folder of each machine's own, such as "
@@ -173,6 +178,8 @@ def without_effect(cfg: Config) -> Iterator[str]:
         ("run.local_dir", not r.local_every, "no copies are made there without --run.local_every"),
         ("run.local_every", bool(r.local_every) and not r.local_every % r.checkpoint_every,
          f"checkpoints are made as often (--run.checkpoint_every={r.checkpoint_every})"),
+        ("run.sample_prompts", not r.sample_every, "no texts are written without --run.sample_every"),
+        ("run.sample_every", r.sample_every > r.steps, f"the run ends at iteration {r.steps} without a text"),
         ("run.eval_every", r.eval_every > r.steps, f"the run ends at iteration {r.steps} without a validation"),
         ("run.wandb", r.compile_only, "nothing is trained with --run.compile_only"),
         ("mesh.remat_names", m.remat != "names", f"--mesh.remat={m.remat} takes no names"),

@@ -65,6 +65,16 @@ _TP = {**_HEADS, "layers": (PIPE,), "vocab": ("model", PIPE)}
 _FSDP_TP = {**_TP, "embed": DATA}
 _FSDP_ULYSSES = {**_TP, "embed": (*DATA, "context")}
 
+# A token of each row at a time: heads, mlp and vocabulary are shared out, and there is no sequence to share.
+_DECODING: Table = {**_HEADS, **_WHOLE, "attn_heads": ("model",), "attn_kv_heads": ("model",)}
+
+
+def decoding(mesh: Mesh) -> Rules:
+    """For generation: over `model`; devices along other axes are copies of one another."""
+    copies = tuple(name for name, size in mesh.axes if name != "model")
+    return Rules("decoding", _HEADS, _HEADS, _DECODING, copies)
+
+
 PRESETS = {
     rules.name: rules
     for rules in (

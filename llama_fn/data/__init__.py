@@ -4,8 +4,8 @@ May import the ground and the declaration of a batch. Read prepare.py first; int
 """
 
 from llama_fn.data.iterator import BatchIterator
-from llama_fn.data.prepare import Parts, open_parts
+from llama_fn.data.prepare import Parts, open_parts, tokenizer_of
 from llama_fn.data.prepare import check as check_data
 from llama_fn.data.samples import Samples
 
-__all__ = ["BatchIterator", "Parts", "Samples", "check_data", "open_parts"]
+__all__ = ["BatchIterator", "Parts", "Samples", "check_data", "open_parts", "tokenizer_of"]

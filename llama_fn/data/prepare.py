@@ -62,6 +62,13 @@ def check(cfg: Config) -> None:
         _tokenizer(cfg, Path(cfg.data.tokenizer))
 
 
+def tokenizer_of(cfg: Config, workdir: Path) -> spm.SentencePieceProcessor | None:
+    """That of the data, once they are there; None where they are tokens and no tokenizer is named."""
+    if given_prefix(cfg.data.path) is None or cfg.data.tokenizer:
+        return _tokenizer(cfg, _tokenizer_path(cfg, workdir / "data", _text(cfg)))
+    return None
+
+
 def open_parts(cfg: Config, workdir: Path) -> Parts:
     """The data that cfg names, tokenized if it is text, verified, and taken apart."""
     data = indexed.IndexedDataset(_prefix(cfg, workdir))
@@ -102,20 +109,30 @@ def _prefix(cfg: Config, workdir: Path) -> Path:
     given = given_prefix(cfg.data.path)
     if given is not None:
         return given
-    folder, text = workdir / "data", f"{corpus.identity(cfg.data.path)}\0{cfg.data.jsonl_key}"
-    model_path = Path(cfg.data.tokenizer)
-    if not cfg.data.tokenizer:
-        model_path = folder / f"tokenizer_{_name(f'{text}{cfg.model.vocab_size}'.encode())}.model"
-        if not model_path.exists():
-            log.info("tokenizer: training %d pieces on %s", cfg.model.vocab_size, _corpus_name(cfg))
-            folder.mkdir(parents=True, exist_ok=True)
-            texts = corpus.documents(cfg.data.path, cfg.data.jsonl_key)
-            interruptible(lambda: tokenizer.train(texts, cfg.model.vocab_size, model_path))
+    folder, text = workdir / "data", _text(cfg)
+    model_path = _tokenizer_path(cfg, folder, text)
+    if not cfg.data.tokenizer and not model_path.exists():
+        log.info("tokenizer: training %d pieces on %s", cfg.model.vocab_size, _corpus_name(cfg))
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = corpus.documents(cfg.data.path, cfg.data.jsonl_key)
+        interruptible(lambda: tokenizer.train(texts, cfg.model.vocab_size, model_path))
     pieces = _tokenizer(cfg, model_path)
     prefix = folder / f"llama_{_name(text.encode() + model_path.read_bytes())}_text_document"
     if not indexed.exists(prefix):
         _tokenize(cfg, pieces, prefix)
     return prefix
+
+
+def _text(cfg: Config) -> str:
+    """What the corpus is."""
+    return f"{corpus.identity(cfg.data.path)}\0{cfg.data.jsonl_key}"
+
+
+def _tokenizer_path(cfg: Config, folder: Path, text: str) -> Path:
+    """Of the tokenizer that is given, or trained on `text`."""
+    if cfg.data.tokenizer:
+        return Path(cfg.data.tokenizer)
+    return folder / f"tokenizer_{_name(f'{text}{cfg.model.vocab_size}'.encode())}.model"
 
 
 def _name(of: bytes) -> str:

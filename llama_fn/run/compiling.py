@@ -41,6 +41,12 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
     return options
 
 
+def decoding_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
+    """Those for steps that generate: their code is not profiled, and theirs is one form of attention."""
+    options = backend_options(cfg, processes)
+    return {name: value for name, value in options.items() if name in ("processes", "device", "cache")}
+
+
 def _cache(cfg: Config) -> Path:
     return code_cache.usable(Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from llama_fn.config import ModelConfig
 from llama_fn.errors import UserError
 from llama_fn.model import decode, llama
 from llama_fn.model.arrays import DTYPES, ArrayInfo
+from sharding import Mesh, P, constrain
+from sharding.rules import Rules, decoding
 
 BUCKET = 64  # prompts are padded to a multiple, so that one compilation serves many
 
@@ -30,17 +32,48 @@ class Sampling:
 
 
 class Decoder:
-    """A model that generates; `params` as a checkpoint has them. `length`: of prompt and text together, at most."""
+    """A model that generates, on one device or sharded over the axis `model` of a mesh, all of whose processes call it
+    alike. `length`: of prompt and text together, at most. `rules`: that the parameters which `load` is given are laid
+    out by, by default those of decoding. `options`: of the backend.
+    """
 
     def __init__(
-        self, cfg: ModelConfig, params: llama.Params, length: int, backend: str = "inductor", **options: Any
-    ) -> None:
+        self, cfg: ModelConfig, length: int, backend: str = "inductor", mesh: Mesh | None = None,
+        rules: Rules | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         self.cfg, self.length, self.backend, self.options = cfg, length, backend, options
-        kind = DTYPES[cfg.compute_dtype]
-        self.params = tree.map(lambda x: x.to(kind), params)
-        self.device = tree.leaves(self.params)[0].device
-        self.infos = tree.map(lambda x: ArrayInfo(tuple(x.shape), x.dtype, stays=True), self.params)
+        self.mesh, self.rules, self.kind = mesh or Mesh(), rules, DTYPES[cfg.compute_dtype]
+        self.infos = tree.map(lambda x: replace(x, dtype=self.kind, stays=True), llama.abstract_params(cfg))
         self.compiled: dict[Any, stages.Compiled] = {}
+        self.params: llama.Params | None = None
+
+    def load(self, params: llama.Params) -> Decoder:
+        """Generate from these, as a checkpoint has them: this process's part where it is one of several. Returns
+        itself."""
+        moved = self.rules is not None and self.mesh.size > 1
+        self.params = self._move()(params) if moved else tree.map(lambda x: x.to(self.kind), params)
+        self.device = tree.leaves(self.params)[0].device
+        return self
+
+    def unload(self) -> None:
+        """Let go of the memory."""
+        self.params = None
+
+    def _move(self) -> stages.Compiled:
+        """What brings parameters into the layout of decoding."""
+        if "move" not in self.compiled:
+            assert self.rules is not None
+            rules = replace(decoding(self.mesh), params=self.rules.params, moments=self.rules.moments)
+
+            def move(params: llama.Params) -> Any:
+                return tree.map(lambda x, info: constrain(x.to(info.dtype), P(*info.axes)), params, self.infos)
+
+            # Nothing to fuse: not worth a compilation.
+            backend = "interpret" if self.backend == "interpret" else "eager"
+            options = {name: value for name, value in self.options.items() if name == "processes"}
+            lowered = stages.jit(move).trace(llama.abstract_params(self.cfg)).lower(self.mesh, rules)
+            self.compiled["move"] = lowered.compile(backend, **options)
+        return self.compiled["move"]
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: int = -1) -> Iterator[list[int]]:
         """The next token of each row, again and again until `length` is reached or every row has given `stop`; a row
@@ -67,9 +100,10 @@ class Decoder:
         """Cache and logits behind the prompts."""
         longest = min(-(-max(map(len, prompts)) // BUCKET) * BUCKET, self.length)
         padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
-        infos = decode.abstract_cache(self.cfg, len(prompts), self.length)
-        empty = tree.map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=self.device), infos)
-        return self._step(decode.prefill, len(prompts), longest)(empty, self.params, padded, lengths)
+        step = self._step(decode.prefill, len(prompts), longest)
+        held = step.lowered.local_signature if step.executable.local else step.lowered.signature
+        empty = decode.Cache(*(torch.zeros(x.shape, dtype=x.dtype, device=self.device) for x in held.in_infos[:2]))
+        return step(empty, self.params, padded, lengths)
 
     def _step(self, fn: Callable[..., Any], batch: int, longest: int) -> stages.Compiled:
         """`fn` compiled for so many rows and, of prompts, columns; its cache is overwritten."""
@@ -82,7 +116,8 @@ class Decoder:
                 return fn(cache, params, tokens, positions, cfg=self.cfg)
 
             traced = stages.jit(step, donate=0).trace(infos, self.infos, tokens, ArrayInfo((batch,), torch.int64))
-            self.compiled[key] = traced.lower().compile(self.backend, **self.options)
+            lowered = traced.lower(self.mesh, decoding(self.mesh))
+            self.compiled[key] = lowered.compile(self.backend, **self.options)
         return self.compiled[key]
 
 

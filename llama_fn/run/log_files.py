@@ -17,7 +17,7 @@ from pathlib import Path
 from llama_fn.files import atomic
 
 log = logging.getLogger("llama_fn.log_files")
-_ITERATION = re.compile(rb" iteration +(\d+)/| validation loss at iteration (\d+) ")
+_ITERATION = re.compile(rb" iteration +(\d+)/| (?:validation loss|sample) at iteration (\d+) ")
 
 
 def keep_records(path: Path, start: int) -> None:

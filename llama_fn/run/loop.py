@@ -28,6 +28,7 @@ from llama_fn.planner import config_stages
 from llama_fn.run import compiling, health, machine_checks, metrics, resume, runtime, stopping
 from llama_fn.run.batches import ToDevice, iterator, validation_batches
 from llama_fn.run.display import Display
+from llama_fn.run.samples import Samples, pieces_of
 from llama_fn.run.workdir_lock import WorkdirLock
 from llama_fn.signals import SAVED, UNSAVED, Interrupted, StopRequest, named
 from sharding import Mesh
@@ -55,6 +56,7 @@ class Run:
     profiler: Profiler
     health: health.Health
     mesh: Mesh
+    samples: Samples | None
 
     def stopping(self) -> int:
         """The signal that asks to stop; that of any process, so that all stop after the same step."""
@@ -138,7 +140,8 @@ def _run(
         resume.refuse_other_data(cfg, newest, data)
         resume.warn_of_other_digits(cfg, mesh, newest)
     start, consumed, tokens = resume.starting_point(newest)
-    samples = data.train_samples(cfg, consumed, max(0, cfg.run.steps - start))
+    train = data.train_samples(cfg, consumed, max(0, cfg.run.steps - start))
+    pieces = pieces_of(cfg, workdir) if cfg.run.sample_every else None
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
     step, evaluate = compiling.compile(cfg, mesh, hardware, members, data.valid is not None, backend)
@@ -148,7 +151,7 @@ def _run(
     to_device = ToDevice(cfg, step, members)
     stopping.say_how_long_a_save_takes(cfg, workdir, store.bytes(step.lowered.inputs), chief)
     with ExitStack() as held:
-        batches = iterator(cfg, samples, to_device, consumed, tokens)
+        batches = iterator(cfg, train, to_device, consumed, tokens)
         held.callback(batches.close)
         validation = validation_batches(cfg, data.valid_samples(cfg), to_device)
         display = Display(cfg.run.steps, start) if chief else None
@@ -162,11 +165,14 @@ def _run(
             if part is not None:
                 held.callback(part.close)
         held.callback(store.wait)
+        samples = None
+        if pieces is not None:
+            samples = Samples(cfg, pieces, step.lowered, compiling.decoding_options(cfg, members))
         hyper = train_step.hyperparameters(cfg, cfg.run.device)
         monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = Run(
             step, evaluate, hyper, to_device, batches, validation, data, store, writer, display, stop, hardware,
-            members, profiler, monitor, mesh,
+            members, profiler, monitor, mesh, samples,
         )  # fmt: skip
         if display:
             display.start()
@@ -231,6 +237,12 @@ def _train(cfg: Config, start: int, saved: int, state: train_step.TrainState, ru
         if run.evaluate is not None and iteration % cfg.run.eval_every == 0:
             look()
             _validate(run.evaluate, iteration, state, run)
+            began = time.perf_counter()
+        if run.samples is not None and iteration % cfg.run.sample_every == 0:
+            look()
+            texts = run.samples.write(state.params)
+            for line in run.writer.samples(iteration, texts) if run.writer is not None else ():
+                log.info("%s", line)
             began = time.perf_counter()
         # Behind the validation: a later process goes on after this iteration, and would not make it up.
         due |= iteration % cfg.run.checkpoint_every == 0 or iteration == cfg.run.steps

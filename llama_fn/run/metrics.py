@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,15 @@ class Writer:
         if self.board:
             self.board.add_scalar("validation/lm_loss", loss, iteration)
         return text
+
+    def samples(self, iteration: int, texts: Sequence[tuple[str, str]]) -> list[str]:
+        """Write prompts and the texts to them; returns their lines of train.log, in which a line break is \\n."""
+        lines = [f" sample at iteration {iteration} | {json.dumps([p, t], ensure_ascii=False)}" for p, t in texts]
+        for number, (prompt, text) in enumerate(texts):
+            self.note(lines[number])
+            if self.board:
+                self.board.add_text(f"samples/{number}", f"```\n{prompt}{text}\n```", iteration)
+        return lines
 
     def sync(self) -> None:
         """Until the logs are on disk: before a checkpoint, from which a later process goes on behind them."""

@@ -36,14 +36,15 @@ def evaluate() -> int:
     from llama_fn.config import Config, DataConfig, RunConfig
     from llama_fn.tools import loading
 
-    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype)
+    run = RunConfig(eval_every=0, backend=FLAGS.backend, device=FLAGS.device)
+    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype, run)
     data = DataConfig(
         tokenizer=str(model.tokenizer), seq_len=FLAGS.seq_len, global_batch_size=FLAGS.batch, split="1,0,0",
         jsonl_key=FLAGS.jsonl_key,
     )  # fmt: skip
-    cfg = Config(model=model.cfg, data=data, run=RunConfig(eval_every=0, backend=FLAGS.backend))
+    cfg = Config(model=model.cfg, data=data, run=run)
     found = {}
-    step = _compiled(cfg)
+    step = _compiled(cfg, model)
     for path in FLAGS.path:
         loss, tokens = _loss(replace(cfg, data=replace(data, path=os.path.expanduser(path))), model, step)
         found[path] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
@@ -54,12 +55,11 @@ def evaluate() -> int:
     return 0
 
 
-def _compiled(cfg: Any) -> Any:
+def _compiled(cfg: Any, model: Any) -> Any:
     from llama_fn.planner import config_stages
-    from llama_fn.tools import loading
 
     lowered = config_stages.evaluation(cfg).lower()
-    return lowered.compile(FLAGS.backend, **loading.backend_options(FLAGS.backend))
+    return lowered.compile(FLAGS.backend, **model.backend_options(FLAGS.backend))
 
 
 def _loss(cfg: Any, model: Any, step: Any) -> tuple[float, int]:
@@ -94,7 +94,7 @@ def _batches(tokens: Any, cfg: Any) -> Iterator[Any]:
         ids[: len(held)] = held
         mask = (np.arange(size * length) < len(held) - 1).astype(np.float32)
         given = [torch.from_numpy(x.reshape(1, size, length).copy()) for x in (ids[:-1], ids[1:], mask)]
-        yield train_step.Batch(*given)
+        yield train_step.Batch(*(x.to(cfg.run.device) for x in given))
 
 
 def main(argv: list[str]) -> None:

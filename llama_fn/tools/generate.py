@@ -3,6 +3,8 @@
     python -m llama_fn.tools.generate --source=work/tiny_cpu --prompt="def main():"
     python -m llama_fn.tools.generate --source=work/llama31_8b --file=prompts.txt --temperature=0.7 --top_p=0.9
 
+    torchrun --nproc_per_node=2 -m llama_fn.tools.generate --mesh=model:2 --source=work/llama31_8b --prompt="Once"
+
 One prompt is answered as the tokens come. Several (--prompt again, or a line each of --file) are answered together and
 printed one after the other. Temperature 0 takes the likeliest token each time; a --seed makes the others repeatable.
 
@@ -31,20 +33,23 @@ def generate() -> int:
     prompts = [*FLAGS.prompt, *_lines()]
     if not FLAGS.source or not prompts:
         raise UserError("give --source, a work folder, and --prompt or --file")
+    from llama_fn.config import RunConfig
     from llama_fn.run import decoding
     from llama_fn.tools import loading
 
-    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype)
+    run = RunConfig(backend=FLAGS.backend, device=FLAGS.device)
+    model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype, run, FLAGS.mesh)
     sampling = decoding.Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     begun = {"bos": model.pieces.bos_id(), "eos": model.pieces.eos_id(), "none": -1}
     begin = begun[FLAGS.begin if FLAGS.begin != "auto" else "eos" if model.weights.step else "bos"]
     ids = [[*([begin] if begin >= 0 else []), *model.pieces.encode(prompt)] for prompt in prompts]
     longest = max(map(len, ids))
     decoder = decoding.Decoder(
-        model.cfg, model.params, longest + FLAGS.tokens, FLAGS.backend, **loading.backend_options(FLAGS.backend)
-    )
+        model.cfg, longest + FLAGS.tokens, FLAGS.backend, model.mesh, **model.backend_options(FLAGS.backend)
+    ).load(model.params)  # fmt: skip
     said: list[list[int]] = [[] for _ in prompts]
-    shown, began = _Shown(model.pieces, prompts[0] if len(prompts) == 1 else None), time.perf_counter()
+    alone = prompts[0] if len(prompts) == 1 and model.chief else None
+    shown, began = _Shown(model.pieces, alone), time.perf_counter()
     steps = decoder.generate(ids, sampling, model.pieces.eos_id())
     for count, tokens in enumerate(steps, 1):
         for answer, token in zip(said, tokens, strict=True):
@@ -55,6 +60,9 @@ def generate() -> int:
         if count == FLAGS.tokens or (texts and all(any(stop in text for stop in FLAGS.stop) for text in texts)):
             break
     shown.end()
+    model.close()
+    if not model.chief:
+        return 0
     if len(prompts) > 1:
         for prompt, answer in zip(prompts, said, strict=True):
             print(f"--- {prompt}\n{_cut(model.pieces.decode(answer))}")
@@ -116,5 +124,6 @@ if __name__ == "__main__":
         "begin", "auto", ["auto", "bos", "eos", "none"],
         "token before a prompt; auto: bos of converted weights, and of a run eos, behind which its documents begin",
     )  # fmt: skip
+    flags.DEFINE_string("mesh", "", "model:N shares the model out over N processes, which torchrun starts")
     flags.adopt_module_key_flags(loading_flags)
     app.run(main, flags_parser=command.parse)

@@ -8,47 +8,88 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece as spm
-import torch
 
-from llama_fn import compat
+from llama_fn import tree
 from llama_fn.checkpoint import layout
 from llama_fn.checkpoint.weights import Weights
 from llama_fn.compiler.backends import code_cache
-from llama_fn.config import ModelConfig
+from llama_fn.config import ModelConfig, RunConfig
 from llama_fn.data import tokenizer
+from llama_fn.distributed import Processes, start
 from llama_fn.errors import UserError
+from llama_fn.launch import launched
 from llama_fn.model import llama
+from llama_fn.run import runtime
 from sharding import Mesh
+from sharding.rules import decoding
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Parameters in float32, and what they are of."""
+    """Parameters in float32, this process's part of them, and what they are of."""
 
     weights: Weights
     cfg: ModelConfig
     params: llama.Params
     pieces: spm.SentencePieceProcessor
     tokenizer: Path
+    device: str
+    mesh: Mesh
+    processes: Processes | None
+
+    @property
+    def chief(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.processes is None or self.processes.chief
+
+    def close(self) -> None:
+        """Leave the other processes."""
+        if self.processes is not None:
+            self.processes.close()
+
+    def backend_options(self, backend: str) -> dict[str, Any]:
+        """What compiling a step takes here."""
+        options: dict[str, Any] = {} if self.processes is None else {"processes": self.processes}
+        if backend == "interpret":
+            return options
+        options |= {"device": self.device}
+        return options | ({} if backend == "eager" else {"cache": code_cache.usable(code_cache.default())})
 
 
-def load(source: Path, tokenizer_path: str, dtype: Any) -> Loaded:
-    """The newest checkpoint of `source`; UserError where there is none, and where no tokenizer is known."""
+def load(source: Path, tokenizer_path: str, dtype: Any, run: RunConfig, axes: str = "") -> Loaded:
+    """The newest checkpoint of `source`, on the device of `run`, over a mesh of `axes`; UserError where there is none,
+    and where no tokenizer is known."""
     logging.getLogger("llama_fn").setLevel(logging.WARNING)
-    torch.set_num_threads(compat.physical_cores())
+    runtime.setup(run)
+    mesh = _mesh(axes, run.backend)
+    processes = start(mesh, run.device, run.timeout_s)
     weights = Weights(source, "--source")
     cfg = replace(weights.cfg, compute_dtype=dtype)
     path = Path(tokenizer_path) if tokenizer_path else _tokenizer(weights)
     pieces = tokenizer.load(path)
     tokenizer.check_vocabulary(pieces, cfg.vocab_size, path)
-    infos = llama.abstract_params(cfg)
-    params = weights.load(infos, layout.parts(infos, None, Mesh(), 0), "cpu")
-    return Loaded(weights, cfg, params, pieces, path)
+    infos, layouts, rank = llama.abstract_params(cfg), None, 0
+    if processes is not None:
+        rules, rank = decoding(mesh), processes.rank
+        layouts = [rules.layout(info.axes, info.table, mesh) for info in tree.leaves(infos)]
+    params = weights.load(infos, layout.parts(infos, layouts, mesh, rank), run.device)
+    return Loaded(weights, cfg, params, pieces, path, run.device, mesh, processes)
 
 
-def backend_options(backend: str) -> dict[str, Any]:
-    """What compiling a step takes on this machine."""
-    return {} if backend == "eager" else {"cache": code_cache.usable(code_cache.default())}
+def _mesh(axes: str, backend: str) -> Mesh:
+    """UserError for other axes than `model`, and for devices that nobody started processes for."""
+    try:
+        mesh = Mesh.parse(axes)
+    except ValueError as error:
+        raise UserError(f"--mesh={axes}: {error}") from None
+    if other := [name for name, size in mesh.axes if size > 1 and name != "model"]:
+        raise UserError(f"--mesh={axes}: text is generated over model:N; devices along {other[0]} would be copies")
+    if mesh.size > 1 and launched().world == 1 and backend != "interpret":
+        raise UserError(
+            f"--mesh={axes} has {mesh.size} devices, and one process was started: torchrun --nproc_per_node="
+            f"{mesh.size} -m llama_fn.tools.generate ..., or --backend=interpret, which simulates them"
+        )
+    return mesh
 
 
 def _tokenizer(weights: Weights) -> Path:

@@ -10,4 +10,8 @@ def define() -> None:
     flags.DEFINE_string("source", "", "work folder, checkpoint, or folder that convert wrote")
     flags.DEFINE_string("tokenizer", "", "tokenizer.model, where the source has none")
     flags.DEFINE_enum("dtype", "fp32", ["fp32", "bf16", "fp16"], "to compute in")
-    flags.DEFINE_enum("backend", "inductor", ["inductor", "eager"], "inductor compiles, which takes seconds to minutes")
+    flags.DEFINE_enum(
+        "backend", "inductor", ["inductor", "eager", "interpret"],
+        "inductor compiles, which takes seconds to minutes; interpret simulates a mesh in one process",
+    )  # fmt: skip
+    flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "to compute on")

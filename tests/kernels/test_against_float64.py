@@ -150,6 +150,9 @@ SAMPLES = {
     "attention_bwd": (
         rand(2, 5, 4, 8), rand(2, 5, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 8), rand(2, 5, 4, 8), rand(2, 4, 5), 0.2,
     ),
+    "rope_at": (rand(2, 1, 3, 8), rand(5, 4), rand(5, 4), torch.tensor([4, 0])),
+    "cached": (rand(2, 5, 2, 8), rand(2, 3, 2, 8), torch.tensor([4, 0])),
+    "cached_attention": (rand(2, 1, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 8), torch.tensor([4, 0]), 0.2),
     "swiglu": (rand(2, 3, 4), rand(2, 3, 4)),
     "bias": (rand(2, 5, 3, 4), rand(3, 4)),
     "swiglu_bwd": (rand(2, 3, 4), rand(2, 3, 4), rand(2, 3, 4)),
@@ -181,6 +184,23 @@ SAMPLES = {
 def test_every_kernel_but_the_collectives_has_a_sample():
     messages = {name for name, kernel in KERNELS.items() if kernel.op in MESSAGES}
     assert set(KERNELS) - set(SAMPLES) <= {*COLLECTIVES, *FUSED, *messages}
+
+
+def test_a_token_at_its_place_is_that_row_of_all_tokens_at_once():
+    """Rows at positions of their own: rope, the cache and attention over it, against the same of the whole sequence."""
+    q, key, v = rand(2, 6, 4, 8), rand(2, 6, 2, 8, seed=1), rand(2, 6, 2, 8, seed=2)
+    cos, sin = (table.double() for table in k.rope_table(torch.empty(0), 6, 8, 10000.0))
+    positions = torch.tensor([5, 2])
+    at = lambda x: torch.stack([row[p : p + 1] for row, p in zip(x, positions, strict=True)])  # noqa: E731
+    assert torch.equal(k.rope_at(at(q), cos, sin, positions), at(k.rope(q, cos, sin, False)))
+    behind = torch.arange(6)[None, :, None, None] >= positions[:, None, None, None]
+    keys, values = (
+        k.cached(torch.where(behind, torch.full_like(x, 7.0), x), at(x), positions) for x in (key, v)
+    )  # what lies behind is not read
+    assert error(k.cached_attention(at(q), keys, values, positions, 8**-0.5), at(attention_oracle(q, key, v))) < 1e-12
+    several = k.cached(torch.zeros(2, 6, 2, 8), key[:, :3].float(), positions)
+    assert torch.equal(several[0, 5:], key[0, :1].float()) and torch.equal(several[1, 2:5], key[1, :3].float())
+    assert not several[0, :5].any() and not several[1, :2].any() and not several[1, 5:].any()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hf_run import transformers
 
 from llama_fn.checkpoint import layout
 from llama_fn.checkpoint.weights import Weights
+from llama_fn.compiler.passes.partition import rules_named
 from llama_fn.config import ModelConfig
 from llama_fn.data import tokenizer, writer
 from llama_fn.errors import UserError
@@ -48,10 +49,19 @@ def anew(params, prompt, count):
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_greedy_tokens_are_those_of_reading_everything_anew(backend, params):
     """Prompts of different lengths together, one longer than a bucket, up to the end of the cache."""
-    said = list(Decoder(CFG, params, 90, backend).generate(PROMPTS, Sampling()))
+    said = list(Decoder(CFG, 90, backend).load(params).generate(PROMPTS, Sampling()))
     assert len(said) == 90 - 70 + 1
     for i, prompt in enumerate(PROMPTS):
         assert [tokens[i] for tokens in said] == anew(params, prompt, len(said)), i
+
+
+@pytest.mark.parametrize(("axes", "rules"), [("model:2", None), ("model:2", "tp_sp"), ("data:2,model:2", "fsdp_tp")])
+def test_a_mesh_gives_the_tokens_of_one_device(axes, rules, params):
+    """From weights laid out for decoding, and from those of a training."""
+    named = rules_named(rules) if rules else None
+    decoder = Decoder(CFG, 90, "interpret", Mesh.parse(axes), named).load(params)
+    want = list(Decoder(CFG, 90, "eager").load(params).generate(PROMPTS, Sampling()))
+    assert list(decoder.generate(PROMPTS, Sampling())) == want
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
@@ -61,7 +71,7 @@ def test_greedy_tokens_are_those_of_transformers(name, models, tmp_path):
     infos = llama.abstract_params(found.cfg)
     held = found.load(infos, layout.parts(infos, None, Mesh(), 0), "cpu")
     prompts = (torch.arange(2 * 24).reshape(2, 24) * 7 % 256)[:, :9].tolist()
-    said = list(Decoder(found.cfg, held, 29, "eager").generate(prompts, Sampling()))
+    said = list(Decoder(found.cfg, 29, "eager").load(held).generate(prompts, Sampling()))
     want = np.load(models / name / "answers.npz")["greedy"]
     assert np.array(said[:20]).T.tolist() == want.tolist()
 
@@ -69,15 +79,15 @@ def test_greedy_tokens_are_those_of_transformers(name, models, tmp_path):
 def test_a_row_that_ended_gives_its_stop_on_and_the_last_ends_all(params):
     first = anew(params, PROMPTS[0], 12)
     stop = first[4]
-    said = list(Decoder(CFG, params, 90, "eager").generate(PROMPTS[:1], Sampling(), stop))
+    said = list(Decoder(CFG, 90, "eager").load(params).generate(PROMPTS[:1], Sampling(), stop))
     assert [tokens[0] for tokens in said] == first[: first.index(stop) + 1]
-    both = list(Decoder(CFG, params, 40, "eager").generate(PROMPTS[:2], Sampling(), stop))
+    both = list(Decoder(CFG, 40, "eager").load(params).generate(PROMPTS[:2], Sampling(), stop))
     ended = [tokens[0] for tokens in both].index(stop)
     assert all(tokens[0] == stop for tokens in both[ended:]) and len(both) > ended + 1
 
 
 def test_a_seed_repeats_and_narrow_choices_are_the_likeliest(params):
-    decoder = Decoder(CFG, params, 30, "eager")
+    decoder = Decoder(CFG, 30, "eager").load(params)
 
     def said(**sampling):
         return [tokens[0] for tokens in decoder.generate(PROMPTS[:1], Sampling(**sampling))]
@@ -101,7 +111,7 @@ def test_tokens_are_drawn_by_their_probabilities():
 def test_prompts_that_leave_no_room_are_refused(params):
     for prompt in ([], [1] * 30):
         with pytest.raises(UserError, match="it needs 1 to 29 of --length"):
-            next(Decoder(CFG, params, 30, "eager").generate([prompt], Sampling()))
+            next(Decoder(CFG, 30, "eager").load(params).generate([prompt], Sampling()))
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +135,20 @@ def test_the_tool_answers_one_prompt_or_several(model, tmp_path):
     (tmp_path / "prompts.txt").write_text("import os\n\ndef main(\n")
     two = tool("generate", f"--source={model}", f"--file={tmp_path / 'prompts.txt'}", "--tokens=12", "--backend=eager")
     assert f"--- import os\n{one.stdout.removeprefix('import os').rstrip()}" in two.stdout, "alone or with others"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llama_fn.tools.generate"]
+    flags = [f"--source={model}", "--prompt=import os", "--tokens=12", "--backend=eager", "--mesh=model:2"]
+    both = subprocess.run([sys.executable, *launcher, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert not both.returncode and both.stdout == one.stdout, both.stderr
     assert "--- def main(" in two.stdout and "24 tokens in" in two.stderr
-    for flags, said in (
+    for wrongs, said in (
         (["--prompt=x"], "give --source"),
         ([f"--source={tmp_path}", "--prompt=x"], "has no checkpoints: name a work folder"),
         ([f"--source={model}", "--prompt=x", "--promt=y"], "Did you mean prompt?"),
+        ([*flags[:-1], "--mesh=data:2"], "text is generated over model:N"),
+        (flags, "--mesh=model:2 has 2 devices, and one process was started: torchrun"),
         ([f"--source={model}", "--file=/none"], "--file=/none cannot be read"),
     ):
-        wrong = tool("generate", *flags)
+        wrong = tool("generate", *wrongs)
         assert wrong.returncode == 2 and said in wrong.stderr, wrong.stderr
 
 
