@@ -46,18 +46,19 @@ class Tensor:
     layer: int | None
 
     @property
-    def _kind(self) -> str:
+    def kind(self) -> str:
+        """What it is of a layer, or of the model: "wq"."""
         return self.path.rsplit(".", 1)[-1]
 
     def ours(self, theirs: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Hugging Face's values in our order, `shape` without the layers. ValueError where they do not go in."""
-        return (theirs.T if self._kind in _TURNED else theirs).reshape(shape)
+        return (theirs.T if self.kind in _TURNED else theirs).reshape(shape)
 
     def theirs(self, ours: torch.Tensor) -> torch.Tensor:
         """Our values in Hugging Face's order."""
-        if self._kind not in _TURNED:
-            return ours.flatten() if self._kind in _BIASES else ours
-        split = ours.dim() - 1 if self._kind in _INTO else 1  # dimensions before it are what goes in
+        if self.kind not in _TURNED:
+            return ours.flatten() if self.kind in _BIASES else ours
+        split = ours.dim() - 1 if self.kind in _INTO else 1  # dimensions before it are what goes in
         return ours.flatten(split).flatten(0, split - 1).T.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's safetensors to a work folder of ours."""
+"""Weights of Hugging Face or of Meta to a work folder of ours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
 
 from llama_fn import config_fields, tree
@@ -17,35 +18,70 @@ from llama_fn.checkpoint import huggingface, layout, tensors
 from llama_fn.checkpoint.huggingface import Tensor
 from llama_fn.checkpoint.integrity import SHARDS, sums_of_process, write_list
 from llama_fn.checkpoint.layout import Stored
+from llama_fn.checkpoint.meta_llama import MetaFolder
 from llama_fn.checkpoint.orbax import Checkpoints
-from llama_fn.config import Config
+from llama_fn.config import Config, ModelConfig
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
 from llama_fn.model import llama
 from sharding import Mesh
 
 
+class HuggingFaceFolder:
+    """Safetensors, one file or several with an index; files are opened one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cfg = huggingface.model_config(huggingface.read_config(folder), folder / "config.json")
+        self.files = _files(folder)
+        self.names = set(self.files) - _known_extras(self.cfg)
+        self.opened: tuple[str, Any] = "", None
+
+    def name(self, each: Tensor) -> str:
+        """What Hugging Face calls it."""
+        return each.name
+
+    def where(self, each: Tensor) -> str:
+        """The file in which it lies."""
+        return self.files[each.name]
+
+    def dtype(self) -> torch.dtype:
+        """That of the embedding."""
+        kind: torch.dtype = self.tensor(next(huggingface.tensors(self.cfg))).dtype
+        return kind
+
+    def tensor(self, each: Tensor) -> torch.Tensor:
+        """One of them."""
+        if self.opened[0] != (file := self.where(each)):
+            self.opened = file, _opened(self.folder / file)
+        held: torch.Tensor = self.opened[1].get_tensor(each.name)
+        return held
+
+
+Source = HuggingFaceFolder | MetaFolder
+
+
 def convert(source: Path, out: Path, dtype: str | None) -> None:
     """Write `out`, a work folder with iteration 0; UserError where the model is not one of ours."""
-    config = huggingface.read_config(source)
-    cfg = huggingface.model_config(config, source / "config.json")
-    files = _files(source)
-    names = list(huggingface.tensors(cfg))
-    missing = [each.name for each in names if each.name not in files]
-    extra = sorted(set(files) - {each.name for each in names} - _known_extras(names))
+    folder: Source = MetaFolder(source) if any(source.glob("consolidated.*.pth")) else HuggingFaceFolder(source)
+    each = list(huggingface.tensors(folder.cfg))
+    needed = [folder.name(one) for one in each]
+    missing, extra = sorted(set(needed) - folder.names), sorted(folder.names - set(needed))
     if missing or extra:
         what = f"lacks {', '.join(missing[:5])}" if missing else f"has {', '.join(extra[:5])}, which have no place here"
         raise UserError(f"{source} {what} ({len(missing) + len(extra)} in all)")
-    arrays, kept = _arrays(cfg, names, source, files, dtype)
-    values = config_fields.flat(replace(Config(), model=cfg), "saved")
+    kept = huggingface.DTYPES[dtype] if dtype else folder.dtype()
+    arrays = _arrays(folder.cfg, kept)
+    values = config_fields.flat(replace(Config(), model=folder.cfg), "saved")
     model = {name: value for name, value in values.items() if name.startswith("model.")}
     meta = {"config": model, "from": str(source)}
     checkpoints = Checkpoints(out / "checkpoints", 1, 0)
-    checkpoints.begin(0, arrays, meta, lambda folder: _write(folder, names, arrays, source, files))
+    checkpoints.begin(0, arrays, meta, lambda target: _write(target, each, arrays, folder))
     checkpoints.commit(0)
     checkpoints.close()
     _beside(source, out, model)
-    print(f"{len(names)} tensors in {kept} in {out / 'checkpoints' / '0'}; train on with --run.init_from={out}")
+    kind = str(kept).removeprefix("torch.")
+    print(f"{len(each)} tensors in {kind} in {out / 'checkpoints' / '0'}; train on with --run.init_from={out}")
 
 
 def _files(source: Path) -> dict[str, str]:
@@ -68,41 +104,31 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def _known_extras(names: list[Tensor]) -> set[str]:
+def _known_extras(cfg: ModelConfig) -> set[str]:
     """What old files have beside the weights: rotary tables, and a head that is the embedding."""
-    layers = {each.name.rsplit(".self_attn.", 1)[0] for each in names if ".self_attn." in each.name}
-    return {f"{layer}.self_attn.rotary_emb.inv_freq" for layer in layers} | {"lm_head.weight"}
+    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(cfg.num_layers)}
+    return tables | ({"lm_head.weight"} if cfg.tie_embeddings else set())
 
 
-def _arrays(
-    cfg: Any, names: list[Tensor], source: Path, files: dict[str, str], dtype: str | None
-) -> tuple[dict[str, Stored], str]:
-    """Ours, in the dtype that is asked for or the one of the first tensor."""
-    kept = huggingface.DTYPES[dtype] if dtype else None
-    if kept is None:
-        with _opened(source / files[names[0].name]) as held:
-            kept = held.get_tensor(names[0].name).dtype
+def _arrays(cfg: ModelConfig, kept: torch.dtype) -> dict[str, Stored]:
+    """Ours, in that dtype."""
     infos = tree.map(lambda info: replace(info, dtype=kept), llama.abstract_params(cfg))
     arrays = layout.stored({"params": infos}, None, Mesh(), 0)
     # A layer at a time is written.
-    arrays = {p: replace(a, chunk=(1, *a.chunk[1:])) if ".layers." in p else a for p, a in arrays.items()}
-    return arrays, str(kept).removeprefix("torch.")
+    return {p: replace(a, chunk=(1, *a.chunk[1:])) if ".layers." in p else a for p, a in arrays.items()}
 
 
-def _write(folder: Path, names: list[Tensor], arrays: dict[str, Stored], source: Path, files: dict[str, str]) -> None:
-    """Every tensor into its place; files are opened one after the other."""
+def _write(folder: Path, every: list[Tensor], arrays: dict[str, Stored], source: Source) -> None:
+    """Every tensor into its place, file by file."""
     mine = tensors.process_folder(folder, 0)
     mine.mkdir()
     writer = tensors.Writer(folder, 0)
     by_file: dict[str, list[Tensor]] = defaultdict(list)
-    for each in names:
-        by_file[files[each.name]].append(each)
-    every = [(file, each) for file, held in by_file.items() for each in held]
-    opened: dict[str, Any] = {}
-    for file, each in track(every, "converting", disable=not sys.stderr.isatty()):
-        if file not in opened:
-            opened = {file: _opened(source / file)}
-        array, given = arrays[each.path], opened[file].get_tensor(each.name)
+    for each in every:
+        by_file[source.where(each)].append(each)
+    in_turn = [each for held in by_file.values() for each in held]
+    for each in track(in_turn, "converting", disable=not sys.stderr.isatty()):
+        array, given = arrays[each.path], source.tensor(each)
         at = tuple(slice(0, n) for n in array.shape)
         shape = array.shape
         if each.layer is not None:
@@ -111,7 +137,8 @@ def _write(folder: Path, names: list[Tensor], arrays: dict[str, Stored], source:
             value = each.ours(given, shape).to(array.dtype)
         except RuntimeError:
             raise UserError(
-                f"{source / file}: {each.name} is {list(given.shape)}, which is not {list(shape)}"
+                f"{source.folder / source.where(each)}: {source.name(each)} is {list(given.shape)}, which is not "
+                f"{list(shape)}"
             ) from None
         writer.write(each.path, array, at, value if each.layer is None else value[None])
     write_list(folder.parent / SHARDS, sums_of_process(folder, mine))
