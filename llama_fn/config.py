@@ -80,7 +80,10 @@ class DataConfig:
     """Where tokens come from and how they are batched."""
 
     path: str = opt(
-        "", "text file, .jsonl file, folder of text, or PREFIX of PREFIX.bin/.idx; empty: Python's library", path=True
+        "",
+        "text file, .jsonl file, folder of text, PREFIX of PREFIX.bin/.idx, or a mixture (docs/data.md): a .yaml file, or "
+        "WEIGHT PREFIX WEIGHT PREFIX ...; empty: Python's library",
+        path=True,
     )
     tokenizer: str = opt(
         "", "sentencepiece tokenizer.model; empty: train one of model.vocab_size on the corpus", path=True

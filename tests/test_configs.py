@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from llama_fn import config, config_fields
+from llama_fn.data import mixture
 from llama_fn.model import hyper, optim
 from llama_fn.run import metrics
 from sharding import Mesh
@@ -100,3 +102,17 @@ def test_run_scripts_parse_and_say_how_they_are_used(script):
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
     done = subprocess.run(["bash", str(path)], capture_output=True, text=True)
     assert done.returncode == 2 and f"bash configs/{script}" in done.stderr
+
+
+def test_the_stand_ins_of_llamas_mixture_are_made_and_named_in_its_file(tmp_path):
+    """Seven sources of real text without a network, whose names and weights are those of the paper."""
+    command = [sys.executable, "-m", "llama_fn.tools.corpus", f"--out={tmp_path}", "--mb=0.05"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    listed = mixture.sources(str(ROOT / "configs" / "mixture_llama.yaml"))
+    assert {f"{source.name}.jsonl" for source in listed} == {path.name for path in tmp_path.iterdir()}
+    assert [source.weight for source in listed] == [67, 15, 4.5, 4.5, 4.5, 2.5, 2]
+    for source in listed:
+        assert Path(source.path) == Path("work/corpus") / f"{source.name}.jsonl"
+        texts = [json.loads(line)["text"] for line in (tmp_path / f"{source.name}.jsonl").read_text().splitlines()]
+        assert 10_000 < sum(map(len, texts)) <= 50_000

@@ -130,6 +130,41 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(kill_at, uninterrupted,
     assert [line for line in log if not line.startswith(" sample")] == logged(uninterrupted)
 
 
+def test_a_mixture_goes_on_where_it_was_killed_and_validates_each_source(corpus, tmp_path):
+    lines = [
+        f"  - {{name: {name}, path: {corpus / file}, weight: {weight}}}"
+        for name, file, weight in (("one", "argparse.py", 3), ("two", "ast.py", 1.5), ("three", "cmd.py", 0.5))
+    ]
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("\n".join(["sources:", *lines]))
+    flags = [*SMALL, f"--data.path={mixture}", "--data.split=1,1,0", "--run.steps=20"]
+    whole, killed = ([*flags, f"--run.workdir={tmp_path / name}"] for name in ("whole", "killed"))
+    for name in ("argparse.py", "ast.py", "cmd.py"):  # several documents of each
+        text = (corpus / name).read_text().splitlines(keepends=True)
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(0, len(text), 40):
+            (folder / f"{i:05d}.txt").write_text("".join(text[i : i + 40]))
+    mixture.write_text(mixture.read_text().replace(str(corpus), str(tmp_path)))
+    code, out = run(*whole)
+    assert code == 0 and "mixture of 3 sources, 160 samples" in out, out
+    process = start(*killed)
+    wait_for_rows(tmp_path / "killed", 11, process)
+    process.kill()
+    process.communicate()
+    code, out = run(*killed)
+    assert code == 0, out
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    said = [line for line in logged(tmp_path / "whole") if "validation" in line]
+    named = [re.match(r" validation loss at iteration 16 \|( \w+ \|)? lm loss value: (\S+) ", line) for line in said]
+    assert [m[1] for m in named] == [None, " one |", " two |", " three |"]
+    assert float(named[0][2]) == pytest.approx(sum(float(m[2]) for m in named[1:]) / 3, rel=1e-6)
+    mixture.write_text(mixture.read_text().replace("weight: 0.5", "weight: 0.6"))
+    code, out = run(*killed)
+    assert code == 2 and "weight 0.6" in out, out
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
 )

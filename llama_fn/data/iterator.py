@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
+from llama_fn.data.blend import Blend
 from llama_fn.data.samples import Samples
 from llama_fn.errors import UserError
 from llama_fn.model.train_step import Batch
@@ -21,7 +23,7 @@ class BatchIterator:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: Samples | Blend,
         size: int,
         microbatches: int,
         vocab_size: int,
@@ -45,8 +47,9 @@ class BatchIterator:
         rows = np.stack([self.samples[int(k)] for k in wanted.flat])
         if rows.max() >= self.vocab_size or rows.min() < 0:
             wrong = int(rows.min() if rows.min() < 0 else rows.max())
+            at = int(wanted.flat[int(np.argwhere(rows == wrong)[0][0])])
             raise UserError(
-                f"{self.samples.data.bin_path} holds token {wrong}, --model.vocab_size is {self.vocab_size}: "
+                f"{self.samples.file(at)} holds token {wrong}, --model.vocab_size is {self.vocab_size}: "
                 "the data was made with another tokenizer"
             )
         shaped = torch.from_numpy(rows).reshape(*wanted.shape, -1)
@@ -62,9 +65,13 @@ class BatchIterator:
         self._prefetch()
         return batch
 
-    def state(self) -> dict[str, int]:
-        """How many samples and tokens were handed out so far, for a checkpoint."""
+    def counts(self) -> dict[str, int]:
+        """How many samples and tokens were handed out so far."""
         return {"consumed_samples": self.consumed, "consumed_tokens": self.tokens}
+
+    def state(self) -> dict[str, Any]:
+        """The same, and what else a later run needs to go on, for a checkpoint."""
+        return {**self.counts(), **self.samples.state(self.consumed)}
 
     def close(self) -> None:
         """End the thread that prepares batches."""

@@ -8,6 +8,8 @@ index is written to disk: the order is made anew in memory from a few NumPy call
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +55,15 @@ class Samples:
         total = (epochs * per_epoch - 1) // seq_len
         self.shuffle = _shuffled_parts(before_last if separate else total, total, random)
         self.data, self.seq_len, self.count, self.epochs = data, seq_len, count, epochs
+        self.per_epoch = (per_epoch - 1) / seq_len  # samples, not whole ones
+
+    def file(self, k: int) -> Path:
+        """Where sample k comes from."""
+        return self.data.bin_path
+
+    def state(self, consumed: int) -> dict[str, Any]:
+        """Nothing: the number of samples says where one is."""
+        return {}
 
     def row(self, i: int) -> tuple[int, int]:
         """(document position, offset) of flat token i * seq_len."""

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from llama_fn import tree
 from llama_fn.compiler import stages
 from llama_fn.config import Config
-from llama_fn.data import BatchIterator, Samples
+from llama_fn.data import BatchIterator, Blend, Samples
 from llama_fn.distributed import Processes
 from llama_fn.model import train_step
 from sharding import P
 
 
-def iterator(cfg: Config, samples: Samples, to_device: ToDevice, consumed: int = 0, tokens: int = 0) -> BatchIterator:
+def iterator(
+    cfg: Config, samples: Samples | Blend, to_device: ToDevice, consumed: int = 0, tokens: int = 0
+) -> BatchIterator:
     """Batches of `samples` for this run, from `consumed` samples on."""
     d = cfg.data
     shape = (d.global_batch_size, d.microbatches, cfg.model.vocab_size)
     return BatchIterator(samples, *shape, consumed, tokens, to_device.rows)
 
 
-def validation_batches(cfg: Config, samples: Samples | None, to_device: ToDevice) -> list[train_step.Batch]:
-    """The batches of every validation, on the device; none where there are no samples."""
-    if samples is None:
-        return []
-    batches = iterator(cfg, samples, to_device)
-    held = [to_device(next(batches)) for _ in range(cfg.run.eval_batches)]
-    batches.close()
+def validation_batches(
+    cfg: Config, sources: Mapping[str, Samples], to_device: ToDevice
+) -> dict[str, list[train_step.Batch]]:
+    """The batches of every validation, by source, on the device."""
+    held = {}
+    for name, samples in sources.items():
+        batches = iterator(cfg, samples, to_device)
+        held[name] = [to_device(next(batches)) for _ in range(cfg.run.eval_batches)]
+        batches.close()
     return held
 
 

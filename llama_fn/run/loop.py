@@ -45,7 +45,7 @@ class Run:
     hyper: train_step.Hyper
     to_device: ToDevice
     batches: BatchIterator
-    validation: list[train_step.Batch]
+    validation: dict[str, list[train_step.Batch]]
     data: Parts
     store: Store
     writer: metrics.Writer | None
@@ -140,11 +140,12 @@ def _run(
         resume.refuse_other_data(cfg, newest, data)
         resume.warn_of_other_digits(cfg, mesh, newest)
     start, consumed, tokens = resume.starting_point(newest)
-    train = data.train_samples(cfg, consumed, max(0, cfg.run.steps - start))
+    known = newest.meta["iterator"] if newest is not None else {}
+    train = data.train_samples(cfg, consumed, max(0, cfg.run.steps - start), known)
     pieces = pieces_of(cfg, workdir) if cfg.run.sample_every else None
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
-    step, evaluate = compiling.compile(cfg, mesh, hardware, members, data.valid is not None, backend)
+    step, evaluate = compiling.compile(cfg, mesh, hardware, members, data.has_validation, backend)
     if members is not None:
         members.all_reached("compiled")
     state = resume.restore_or_begin(cfg, store, newest, step.lowered)
@@ -217,7 +218,7 @@ def _train(cfg: Config, start: int, saved: int, state: train_step.TrainState, ru
 
     iteration, began, signal, due = start, time.perf_counter(), 0, False
     while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
-        batch, consumed = run.to_device(next(run.batches)), run.batches.state()
+        batch, consumed = run.to_device(next(run.batches)), run.batches.counts()
         if run.processes is not None:
             run.processes.watchdog.begin(iteration)
         run.profiler.before(iteration + 1)
@@ -265,9 +266,12 @@ def _train(cfg: Config, start: int, saved: int, state: train_step.TrainState, ru
 
 
 def _validate(evaluate: stages.Compiled, iteration: int, state: train_step.TrainState, run: Run) -> None:
-    losses = [evaluate(state.params, batch).item() for batch in run.validation]
-    if run.writer is not None:
-        log.info("%s", run.writer.validation(iteration, sum(losses) / len(losses)))
+    by_source = {
+        name: sum(evaluate(state.params, batch).item() for batch in batches) / len(batches)
+        for name, batches in run.validation.items()
+    }
+    for line in run.writer.validation(iteration, by_source) if run.writer is not None else ():
+        log.info("%s", line)
 
 
 def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> int:

@@ -122,15 +122,23 @@ class Writer:
             self.wandb.log(dict(row), step=row["iteration"])
         return text
 
-    def validation(self, iteration: int, loss: float) -> str:
-        """Write a validation loss, in nats per token; returns its line of train.log."""
-        text = (
-            f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {_exp(loss):.6E} |"
-        )
-        self.note(text)
-        if self.board:
-            self.board.add_scalar("validation/lm_loss", loss, iteration)
-        return text
+    def validation(self, iteration: int, by_source: Mapping[str, float]) -> list[str]:
+        """Write validation losses, in nats per token, of each source of a mixture and their mean; returns their lines
+        of train.log."""
+        mean = sum(by_source.values()) / len(by_source)
+        lines = []
+        for name, loss in {"": mean, **(by_source if len(by_source) > 1 else {})}.items():
+            of = f" {name} |" if name else ""
+            lines.append(
+                f" validation loss at iteration {iteration} |{of} lm loss value: {loss:.6E} | lm loss PPL: "
+                f"{_exp(loss):.6E} |"
+            )
+            self.note(lines[-1])
+            if self.board:
+                self.board.add_scalar(f"validation/{f'{name}_' if name else ''}lm_loss", loss, iteration)
+            if self.wandb:
+                self.wandb.log({f"validation/{f'{name}_' if name else ''}lm_loss": loss}, step=iteration)
+        return lines
 
     def samples(self, iteration: int, texts: Sequence[tuple[str, str]]) -> list[str]:
         """Write prompts and the texts to them; returns their lines of train.log, in which a line break is \\n."""

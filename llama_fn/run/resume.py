@@ -32,7 +32,7 @@ def meta(cfg: Config, mesh: Mesh, batches: BatchIterator, data: Parts) -> dict[s
     return {
         "iterator": batches.state(),
         "config": config_fields.flat(cfg, "saved"),
-        "data": data.data.fingerprint,
+        "data": data.fingerprint,
         "arithmetic": _arithmetic(cfg, mesh),
     }
 
@@ -61,14 +61,21 @@ def refuse_changes(cfg: Config, checkpoint: SavedStep) -> None:
 
 def refuse_other_data(cfg: Config, checkpoint: SavedStep, data: Parts) -> None:
     """UserError when a checkpoint was made with data that held other tokens."""
-    was, now = checkpoint.meta["data"], data.data.fingerprint
+    was, now = checkpoint.meta["data"], data.fingerprint
     if was != now and not cfg.run.accept_changes:
-        describe = "{sequences} documents, {tokens} tokens, CRC-32 {index_crc32:x}".format_map
         raise UserError(
             f"--data.path={cfg.data.path} is not the data that iteration {checkpoint.step} of {cfg.run.workdir} "
-            f"was trained on ({describe(was)}; now {describe(now)}). Bring it back, name another --run.workdir, or "
+            f"was trained on ({_described(was)}; now {_described(now)}). Bring it back, name another --run.workdir, or "
             "accept the change, this once, with --run.accept_changes"
         )
+
+
+def _described(fingerprint: Mapping[str, Any]) -> str:
+    """Of one source, or of each of a mixture."""
+    one = "{sequences} documents, {tokens} tokens, CRC-32 {index_crc32:x}"
+    if "sources" not in fingerprint:
+        return one.format_map(fingerprint)
+    return ", ".join(f"{{name}}: weight {{weight:g}}, {one}".format_map(each) for each in fingerprint["sources"])
 
 
 def warn_of_other_digits(cfg: Config, mesh: Mesh, checkpoint: SavedStep) -> None:

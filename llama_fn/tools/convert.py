@@ -4,10 +4,10 @@
     python -m llama_fn.tools.convert --source=work/run --out=DIR --to=huggingface
 
 The first reads a folder of Hugging Face (LLaMA 1 to 3.x, Mistral without sliding window, dense Qwen 2 and 3) or of Meta
-(params.json and consolidated.*.pth). It writes a work folder of one checkpoint: train with --run.init_from=work/llama3_8b,
-whatever the mesh. The second reads a work folder, its newest checkpoint or the one that is named
-(work/run/checkpoints/300), and writes what transformers and vLLM load. Memory is that of the largest tensor, a few times.
---dtype changes the numbers, and is said.
+(params.json and consolidated.*.pth). It writes a work folder of one checkpoint: train with
+--run.init_from=work/llama3_8b, whatever the mesh. The second reads a work folder, its newest checkpoint or the one that
+is named (work/run/checkpoints/300), and writes what transformers and vLLM load. Memory is that of the largest tensor, a
+few times. --dtype changes the numbers, and is said.
 
 Exit status 0, or 2 for wrong input.
 """

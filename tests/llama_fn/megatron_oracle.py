@@ -21,21 +21,47 @@ def main() -> None:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    assert helpers
+    if prefix == "orders":
+        orders(json.loads(sys.argv[4]), folder, helpers)
+        return
+    specs = json.loads(sys.argv[4])
+    if "blend" in specs[0]:
+        for spec in specs:
+            target = f"{folder}/blend_{spec['count']}.npz"
+            blend = (spec["blend"], spec["weights"])
+            np.savez(target, samples=np.stack(samples_of(
+                blend, target, spec, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+            )))  # fmt: skip
+        return
     raw = IndexedDataset(prefix)
-    for spec in json.loads(sys.argv[4]):
+    for spec in specs:
         target = f"{folder}/{spec['count']}.npz"
-        samples = samples_of(prefix, target, spec, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig)
+        samples = samples_of(
+            ([prefix], None), target, spec, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+        )
         index = {"lengths": raw.sequence_lengths, "first": raw[0], "documents": raw.document_indices}
         np.savez(target, samples=np.stack(samples), **index)
 
 
-def samples_of(prefix, target, spec, builder, dataset, configuration):
+def orders(cases, folder, helpers):
+    """build_blending_indices for each case of weights and size."""
+    found = {}
+    for number, (weights, size) in enumerate(cases):
+        weights = np.array(weights, dtype=np.float64)
+        weights = weights / weights.sum()
+        weights = weights / weights.sum()
+        sources, indices = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
+        helpers.build_blending_indices(sources, indices, weights, len(weights), size, False)
+        found |= {f"sources_{number}": sources, f"indices_{number}": indices}
+    np.savez(f"{folder}/orders.npz", **found)
+
+
+def samples_of(blend, target, spec, builder, dataset, configuration):
     import torch
 
     tokenizer = types.SimpleNamespace(eod=0, pad=-1, vocab_size=1000, unique_identifiers={"name": "test"})
     config = configuration(
-        random_seed=spec["seed"], sequence_length=spec["seq_len"], blend=([prefix], None), split=spec["split"],
+        random_seed=spec["seed"], sequence_length=spec["seq_len"], blend=blend, split=spec["split"],
         tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
         path_to_cache=target + ".cache",
     )  # fmt: skip

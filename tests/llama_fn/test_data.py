@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import corpus, indexed, prepare, tokenizer, writer
+from llama_fn.data import corpus, indexed, open_parts, prepare, tokenizer, writer
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.samples import Samples, split_ranges
 from llama_fn.errors import UserError
@@ -99,14 +99,14 @@ def test_text_is_tokenized_once_and_decodes_back(tmp_path, monkeypatch):
     for i, text in enumerate(texts):
         (folder / f"{i:02}.txt").write_text(text)
     cfg = config(tmp_path, folder, split="8,2,0")
-    parts = prepare.open_parts(cfg, tmp_path / "work")
+    parts = open_parts(cfg, tmp_path / "work")
     (model,) = (tmp_path / "work" / "data").glob("tokenizer_*.model")
     pieces, data = tokenizer.load(model), parts.data
     assert len(data) == 40 and parts.valid_samples(cfg) is not None
     ids = data.read(3, 0, int(data.lengths[3])).tolist()
     assert ids[-1] == pieces.eos_id() and pieces.decode(ids[:-1]) == texts[3]
     monkeypatch.setattr(prepare, "_tokenize", lambda *a: pytest.fail("tokenized twice"))
-    prepare.open_parts(cfg, tmp_path / "work")
+    open_parts(cfg, tmp_path / "work")
 
 
 def test_jsonl_documents_are_read_by_key(tmp_path):
@@ -159,7 +159,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     cfg = config(tmp_path, tmp_path / "t.txt", tokenizer=str(tmp_path / "t.model"))
     cfg = replace(cfg, model=replace(cfg.model, vocab_size=32000))
     with pytest.raises(UserError, match=r"280 pieces, the model --model.vocab_size=32000 rows"):
-        prepare.open_parts(cfg, tmp_path / "work")
+        open_parts(cfg, tmp_path / "work")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
         tokenizer.load(tmp_path / "bad.model")

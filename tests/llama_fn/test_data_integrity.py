@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import indexed, integrity, prepare, samples, tokenizer, writer
+from llama_fn.data import indexed, integrity, open_parts, samples, tokenizer, writer
 from llama_fn.errors import UserError
 
 N = 4
@@ -121,8 +121,8 @@ def test_damaged_sums_are_told_and_verification_can_be_left_out(tmp_path):
         run=RunConfig(steps=2, eval_every=0),
     )  # fmt: skip
     with pytest.raises(UserError, match=r"x.sums.json is damaged"):
-        prepare.open_parts(cfg, tmp_path)
-    assert len(prepare.open_parts(replace(cfg, data=replace(cfg.data, verify=False)), tmp_path).data) == 4
+        open_parts(cfg, tmp_path)
+    assert len(open_parts(replace(cfg, data=replace(cfg.data, verify=False)), tmp_path).data) == 4
 
 
 def test_a_fingerprint_tells_other_tokens_apart(tmp_path):
@@ -176,10 +176,10 @@ def test_a_corpus_that_changed_is_tokenized_anew_with_its_own_tokenizer(tmp_path
         model=ModelConfig(vocab_size=300), data=DataConfig(path=str(folder), seq_len=8, split="1"),
         run=RunConfig(eval_every=0),
     )  # fmt: skip
-    first = prepare.open_parts(cfg, tmp_path / "work").data
-    again = prepare.open_parts(cfg, tmp_path / "work").data
+    first = open_parts(cfg, tmp_path / "work").data
+    again = open_parts(cfg, tmp_path / "work").data
     (folder / "a.txt").write_text(text.replace("words", "other"))
-    other = prepare.open_parts(cfg, tmp_path / "work").data
+    other = open_parts(cfg, tmp_path / "work").data
     assert first.prefix == again.prefix != other.prefix and first.fingerprint != other.fingerprint
     assert len(list((tmp_path / "work" / "data").glob("tokenizer_*.model"))) == 2
     model = next((tmp_path / "work" / "data").glob("tokenizer_*.model"))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import corpus, indexed, prepare, tokenizer, writer
+from llama_fn.data import corpus, indexed, open_parts, tokenizer, writer
 from llama_fn.data.samples import Samples
 from llama_fn.errors import UserError
 
@@ -65,7 +65,7 @@ def use_tokenizer(folder: Path):
         data=DataConfig(path=str(folder / "t.txt"), tokenizer=str(folder / "t.model"), seq_len=8, split="1"),
         run=RunConfig(steps=2, eval_every=0),
     )
-    data = prepare.open_parts(cfg, folder / "work").data
+    data = open_parts(cfg, folder / "work").data
     return data.tokens.tolist()
 
 
