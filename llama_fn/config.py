@@ -81,12 +81,12 @@ class DataConfig:
 
     path: str = opt(
         "",
-        "text file, .jsonl file, folder of text, PREFIX of PREFIX.bin/.idx, or a mixture (docs/data.md): a .yaml file, or "
+        "text or .jsonl file, folder of text, PREFIX of PREFIX.bin/.idx, or a mixture (docs/data.md): a .yaml file, or "
         "WEIGHT PREFIX WEIGHT PREFIX ...; empty: Python's library",
         path=True,
     )
     tokenizer: str = opt(
-        "", "sentencepiece tokenizer.model; empty: train one of model.vocab_size on the corpus", path=True
+        "", "tokenizer.model or tokenizer.json; empty: train one of model.vocab_size on the corpus", path=True
     )
     jsonl_key: str = opt("text", "field of a .jsonl line that holds the text")
     split: str = opt("949,50,1", "weights of train, validation and test parts of the documents")

@@ -16,6 +16,9 @@ from llama_fn.config import ModelConfig
 from llama_fn.errors import UserError
 from sharding.parts import Part
 
+# Beside weights; the first that there is says how text becomes tokens.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+
 
 class Weights:
     """Those in `folder`, which is checked as `flag` names it. `cfg`: the model that they are of; `step`: the iteration
@@ -34,8 +37,8 @@ class Weights:
         self.flag, self.given, self.step, self.meta = flag, folder, int(self.folder.name), meta
         self.cfg = _model(meta["config"])
         self.reader = Reader(self.folder / "state")
-        beside = self.folder.parent.parent / "tokenizer.model"
-        self.tokenizer = beside if beside.exists() else None
+        beside = (self.folder.parent.parent / name for name in TOKENIZER_FILES)
+        self.tokenizer = next((path for path in beside if path.exists()), None)
 
     def refuse_others(self, infos: Any) -> None:
         """UserError listing the parameters whose shape is not that of `infos`; dtypes may differ."""

@@ -11,11 +11,11 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
-import sentencepiece as spm
 
 from llama_fn.config import Config
 from llama_fn.data import corpus, identity, indexed, tokenizer, writer
 from llama_fn.data.mixture import Source, sources
+from llama_fn.data.vocabularies import Tokenizer
 from llama_fn.errors import UserError
 from llama_fn.signals import interruptible
 
@@ -35,7 +35,7 @@ def check(cfg: Config) -> None:
             _tokenizer(cfg, Path(cfg.data.tokenizer))
 
 
-def tokenizer_of(cfg: Config, workdir: Path) -> spm.SentencePieceProcessor | None:
+def tokenizer_of(cfg: Config, workdir: Path) -> Tokenizer | None:
     """That of the data, once they are there; None where they are tokens and no tokenizer is named."""
     texts = _texts(cfg)
     return _tokenizer(cfg, _tokenizer_path(cfg, workdir / "data", texts)) if texts or cfg.data.tokenizer else None
@@ -121,11 +121,11 @@ def _name(of: bytes) -> str:
     return hashlib.sha256(of).hexdigest()[:12]
 
 
-def _tokenizer(cfg: Config, path: Path) -> spm.SentencePieceProcessor:
+def _tokenizer(cfg: Config, path: Path) -> Tokenizer:
     pieces = tokenizer.load(path)
     tokenizer.check_vocabulary(pieces, cfg.model.vocab_size, path)
     if pieces.eos_id() < 0:
-        raise UserError(f"--data.tokenizer={path} has no end-of-sequence piece; documents need one")
+        raise UserError(f"--data.tokenizer={path} has no end-of-sequence token; documents need one")
     return pieces
 
 
@@ -133,7 +133,7 @@ def _corpus_name(source: Source) -> str:
     return source.path or "Python's standard library"
 
 
-def _tokenize(cfg: Config, source: Source, pieces: spm.SentencePieceProcessor, prefix: Path) -> None:
+def _tokenize(cfg: Config, source: Source, pieces: Tokenizer, prefix: Path) -> None:
     start = time.monotonic()
     log.info("tokenizing %s into %s", _corpus_name(source), prefix)
     count, tokens = writer.write_on(
@@ -147,13 +147,13 @@ def _tokenize(cfg: Config, source: Source, pieces: spm.SentencePieceProcessor, p
     log.info("tokenized %d documents, %d tokens in %.1f s", count, tokens, time.monotonic() - start)
 
 
-def _sequences(texts: Iterator[str], pieces: spm.SentencePieceProcessor, done: int) -> Iterator[np.ndarray]:
+def _sequences(texts: Iterator[str], pieces: Tokenizer, done: int) -> Iterator[np.ndarray]:
     """Token ids of each of `texts` but the first `done`, closed by the end-of-sequence token."""
     pending: list[str] = []
     count, waiting, said = 0, 0, time.monotonic()
 
     def encode() -> Iterator[np.ndarray]:
-        for ids in pieces.encode(pending, num_threads=0):
+        for ids in tokenizer.encode_all(pieces, pending):
             yield np.array([*ids, pieces.eos_id()], dtype=np.int64)
 
     for text in islice(texts, done, None):

@@ -1,16 +1,17 @@
-"""sentencepiece tokenizers: load a LLaMA tokenizer.model, or train one like it on a corpus."""
+"""Load a tokenizer of any family, or train one like LLaMA's on a corpus."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece as spm
 
 from llama_fn.data.integrity import BlockSums, check_file, read_sums, write_sums
+from llama_fn.data.vocabularies import HuggingFaceTokenizer, TiktokenTokenizer, Tokenizer, tiktoken_ranks
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
 
@@ -19,20 +20,45 @@ LINE_CHARS = 1 << 14  # at most four bytes each: the 65,536 bytes that sentencep
 PADDING = 1024  # rows that a model may have beyond its tokenizer's pieces
 
 
-def load(path: Path) -> spm.SentencePieceProcessor:
-    """The tokenizer at `path`; UserError if it is missing, not a sentencepiece model, or not as `train` wrote it."""
+def load(path: Path) -> Tokenizer:
+    """The tokenizer at `path`: a sentencepiece model, Hugging Face's tokenizer.json, or Llama 3's tiktoken file, told
+    apart by what they hold. UserError if it is missing, none of these, or not as `train` wrote it."""
     if not path.is_file():
-        raise UserError(f"--data.tokenizer={path}: no such file; expected a sentencepiece tokenizer.model")
+        raise UserError(
+            f"--data.tokenizer={path}: no such file; expected sentencepiece's tokenizer.model, tokenizer.json, or the "
+            "tokenizer.model of Llama 3"
+        )
     if listed := read_sums(path).get(path.name):
         check_file(path, listed)
     try:
-        return spm.SentencePieceProcessor(model_proto=path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"--data.tokenizer={path} cannot be read: {error.strerror}") from None
+    if data.lstrip()[:1] == b"{":
+        return HuggingFaceTokenizer(path)
+    if (ranks := tiktoken_ranks(data)) is not None:
+        return TiktokenTokenizer(path, ranks)
+    return load_model(path, data)
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, on all cores."""
+    if isinstance(tokenizer, spm.SentencePieceProcessor):
+        return list(tokenizer.encode(list(texts), num_threads=0))
+    return list(tokenizer.encode(list(texts)))
+
+
+def load_model(path: Path, data: bytes) -> spm.SentencePieceProcessor:
+    """A sentencepiece model, which `data` has to be; UserError where it is none."""
+    try:
+        loaded = spm.SentencePieceProcessor(model_proto=data)
+        if not data or not loaded.vocab_size():
+            raise RuntimeError("it has no pieces")
+        return loaded
     except (RuntimeError, UnicodeDecodeError) as error:  # the latter where its message quotes the damage
         raise UserError(
-            f"--data.tokenizer={path} is not a sentencepiece model ({str(error)[:80]}). LLaMA-3's tokenizer.model is a "
-            "tiktoken file and cannot be used here"
+            f"--data.tokenizer={path} is not a sentencepiece model ({str(error)[:80]}), and neither a tokenizer.json "
+            "nor a tiktoken file"
         ) from None
 
 
@@ -80,7 +106,7 @@ def _lines(texts: Iterable[str]) -> Iterable[str]:
                     yield block
 
 
-def check_vocabulary(tokenizer: spm.SentencePieceProcessor, vocab_size: int, path: Path) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
     """UserError unless the model's rows fit the tokenizer, padding of up to PADDING rows allowed."""
     pieces = tokenizer.vocab_size()
     if not pieces <= vocab_size < pieces + PADDING:

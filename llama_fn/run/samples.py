@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import sentencepiece as spm
-
 from llama_fn.compiler.stages import Lowered
 from llama_fn.config import Config
 from llama_fn.data import tokenizer_of
+from llama_fn.data.vocabularies import Tokenizer
 from llama_fn.errors import UserError
 from llama_fn.run.decoding import Decoder, Sampling
 
@@ -17,7 +16,7 @@ TOKENS = 64
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
-def pieces_of(cfg: Config, workdir: Path) -> spm.SentencePieceProcessor:
+def pieces_of(cfg: Config, workdir: Path) -> Tokenizer:
     """The tokenizer of the data; UserError where it is not known."""
     pieces = tokenizer_of(cfg, workdir)
     if pieces is None:
@@ -31,9 +30,7 @@ def pieces_of(cfg: Config, workdir: Path) -> spm.SentencePieceProcessor:
 class Samples:
     """`lowered`: the step, whose parameters are read; `options`: of the backend, for decoding."""
 
-    def __init__(
-        self, cfg: Config, pieces: spm.SentencePieceProcessor, lowered: Lowered, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, cfg: Config, pieces: Tokenizer, lowered: Lowered, options: dict[str, Any]) -> None:
         self.pieces, self.prompts = pieces, cfg.run.sample_prompts.split("|")
         # A document begins behind the end of another.
         self.ids = [[pieces.eos_id(), *pieces.encode(prompt)] for prompt in self.prompts]

@@ -20,6 +20,7 @@ from llama_fn.checkpoint.integrity import SHARDS, sums_of_process, write_list
 from llama_fn.checkpoint.layout import Stored
 from llama_fn.checkpoint.meta_llama import MetaFolder
 from llama_fn.checkpoint.orbax import Checkpoints
+from llama_fn.checkpoint.weights import TOKENIZER_FILES
 from llama_fn.config import Config, ModelConfig
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
@@ -146,8 +147,9 @@ def _write(folder: Path, every: list[Tensor], arrays: dict[str, Stored], source:
 
 def _beside(source: Path, out: Path, config: dict[str, Any]) -> None:
     """The tokenizer and the flags."""
-    if (source / "tokenizer.model").exists():
-        shutil.copyfile(source / "tokenizer.model", out / "tokenizer.model")
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
     with atomic(out / "config.json") as f:
         json.dump(config, f, indent=1)
     with atomic(out / "flags.txt") as f:

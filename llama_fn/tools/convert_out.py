@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import sentencepiece as spm
 import torch
 from rich.progress import track
 
 from llama_fn.checkpoint import huggingface
-from llama_fn.checkpoint.weights import Weights
+from llama_fn.checkpoint.weights import TOKENIZER_FILES, Weights
 from llama_fn.data import tokenizer
 from llama_fn.files import atomic
 
@@ -86,16 +87,26 @@ def _tokenizer(weights: Weights, out: Path) -> dict[str, int]:
         print(f"no tokenizer.model beside {weights.given}: put one into {out}", file=sys.stderr)
         return {}
     loaded = tokenizer.load(path)
-    shutil.copyfile(path, out / "tokenizer.model")
+    if isinstance(loaded, spm.SentencePieceProcessor):
+        shutil.copyfile(path, out / "tokenizer.model")
+        _json(out / "tokenizer_config.json", _config(loaded))
+    else:  # as they came, whatever they are called here
+        for name in {path.name, *TOKENIZER_FILES}:
+            if path.with_name(name).exists():
+                shutil.copyfile(path.with_name(name), out / name)
+    ids = {"bos_token_id": loaded.bos_id(), "eos_token_id": loaded.eos_id()}
+    return {name: number for name, number in ids.items() if number >= 0}
+
+
+def _config(loaded: spm.SentencePieceProcessor) -> dict[str, Any]:
+    """tokenizer_config.json of a sentencepiece model."""
     special = {name: loaded.id_to_piece(number()) for name, number in (
         ("bos_token", loaded.bos_id), ("eos_token", loaded.eos_id), ("unk_token", loaded.unk_id),
     ) if number() >= 0}  # fmt: skip
-    _json(out / "tokenizer_config.json", {
+    return {
         "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
         "clean_up_tokenization_spaces": False, **special,
-    })  # fmt: skip
-    ids = {"bos_token_id": loaded.bos_id(), "eos_token_id": loaded.eos_id(), "pad_token_id": loaded.pad_id()}
-    return {name: number for name, number in ids.items() if number >= 0}
+    }  # fmt: skip
 
 
 def _json(path: Path, content: Any) -> None:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import sentencepiece as spm
-
 from llama_fn import tree
 from llama_fn.checkpoint import layout
 from llama_fn.checkpoint.weights import Weights
 from llama_fn.compiler.backends import code_cache
 from llama_fn.config import ModelConfig, RunConfig
 from llama_fn.data import tokenizer
+from llama_fn.data.vocabularies import Tokenizer
 from llama_fn.distributed import Processes, start
 from llama_fn.errors import UserError
 from llama_fn.launch import launched
@@ -31,7 +30,7 @@ class Loaded:
     weights: Weights
     cfg: ModelConfig
     params: llama.Params
-    pieces: spm.SentencePieceProcessor
+    pieces: Tokenizer
     tokenizer: Path
     device: str
     mesh: Mesh
