@@ -11,8 +11,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from llama_fn import config, config_checks
-from llama_fn.data import open_parts
 from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.parts import open_parts
 from llama_fn.model import arrays, random, train_step
 from llama_fn.planner import config_stages
 from llama_fn.run import runtime

@@ -10,10 +10,11 @@ import hashlib
 import logging
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llama_fn.data import json_text
+from llama_fn.data import json_text, tables
+from llama_fn.data.streams import Reading, kind
 from llama_fn.errors import UserError
 
 log = logging.getLogger("llama_fn.data")
@@ -23,8 +24,9 @@ RUN_FILE = "run.lock"  # what tells a work folder
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def documents(path: str, jsonl_key: str) -> Iterator[str]:
-    """The documents under `path` in a fixed order; an empty path is the standard library's sources.
+def documents(path: str, reading: Reading | str) -> Iterator[str]:
+    """The documents under `path` in a fixed order; an empty path is the standard library's sources. `reading`: how, or
+    the key of texts in JSON and tables.
 
     UserError names the file (and line) that is missing, not UTF-8 text, or not the JSON that was expected.
     """
@@ -32,16 +34,21 @@ def documents(path: str, jsonl_key: str) -> Iterator[str]:
         yield from _standard_library()
         return
     root, any_text = _existing(path), False
-    for file in _text_files(root):
-        try:
-            for text in _texts(file, jsonl_key, alone=file == root):
-                if text.strip():
-                    any_text = True
-                    yield text
-        except OSError as error:
-            raise UserError(f"--data.path: {file} cannot be read: {error.strerror or error}") from None
+    for text in of_files(files(root), Reading(reading) if isinstance(reading, str) else reading, root.is_file()):
+        any_text = True
+        yield text
     if not any_text:
         raise UserError(f"--data.path={path} holds no text: expected at least one non-empty document")
+
+
+def of_files(listed: Iterable[Path], reading: Reading, named: bool) -> Iterator[str]:
+    """The documents of files, one file after the other; empty ones are passed over. `named`: each was named itself, and
+    was not found in a folder."""
+    for file in listed:
+        try:
+            yield from (text for text in _texts(file, reading, named) if text.strip())
+        except OSError as error:
+            raise UserError(f"--data.path: {file} cannot be read: {error.strerror or error}") from None
 
 
 def identity(path: str) -> str:
@@ -51,7 +58,7 @@ def identity(path: str) -> str:
         digest.update(f"{platform.python_version()} {sysconfig.get_path('stdlib')}".encode())
         return digest.hexdigest()
     root = _existing(path)
-    for file in _text_files(root):
+    for file in files(root):
         stat = file.stat()
         digest.update(
             f"{file.relative_to(root.parent)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
@@ -68,13 +75,15 @@ def _existing(path: str) -> Path:
     return root
 
 
-def _texts(file: Path, key: str, alone: bool) -> Iterator[str]:
+def _texts(file: Path, reading: Reading, alone: bool) -> Iterator[str]:
     """A file's documents. `alone`: it is what the user named, not one of a folder, where JSON may also be just text."""
-    suffix = file.suffix.lower()
+    suffix = kind(file)
     if suffix in json_text.LINES:
-        return json_text.from_lines(file, key)
-    documents = json_text.from_json(file, key, required=alone) if suffix == ".json" else None
-    return _pieces(_text(file, alone)) if documents is None else documents
+        return json_text.from_lines(file, reading)
+    if suffix in tables.TABLES and (suffix != ".csv" or tables.has_column(file, reading)):
+        return tables.from_table(file, reading)
+    documents = json_text.from_json(file, reading, required=alone) if suffix == ".json" else None
+    return _pieces(_text(file, alone, reading)) if documents is None else documents
 
 
 def _standard_library() -> Iterator[str]:
@@ -89,15 +98,15 @@ def _standard_library() -> Iterator[str]:
             yield from _pieces(text)
 
 
-def _text_files(root: Path) -> list[Path]:
+def files(root: Path) -> list[Path]:
     """The files to read under a folder, or the file itself."""
     if root.is_file():
         return [root]
-    wanted = TEXT_SUFFIXES | json_text.LINES
+    wanted = TEXT_SUFFIXES | json_text.LINES | tables.TABLES
     texts, empty, runs = [], 0, set()
     for file in sorted(root.rglob("*")):
         below = file.relative_to(root)
-        if any(part.startswith(".") for part in below.parts) or file.suffix.lower() not in wanted or not file.is_file():
+        if any(part.startswith(".") for part in below.parts) or kind(file) not in wanted or not file.is_file():
             continue
         run = next((p for p in below.parents if (root / p / RUN_FILE).is_file()), None)
         if run is not None:
@@ -116,8 +125,9 @@ def _text_files(root: Path) -> list[Path]:
     return texts
 
 
-def _text(file: Path, alone: bool) -> str:
-    raw = file.read_bytes().removeprefix(json_text.BOM)
+def _text(file: Path, alone: bool, reading: Reading) -> str:
+    with reading.opened(file) as stream:
+        raw = stream.read().removeprefix(json_text.BOM)
     if not raw.strip():
         if not alone:
             return ""
@@ -130,7 +140,7 @@ def _text(file: Path, alone: bool) -> str:
             "or the PREFIX of PREFIX.bin and PREFIX.idx"
         )
     try:
-        return raw.decode("utf-8")
+        return reading.text(raw) or ""
     except UnicodeDecodeError as error:
         raise UserError(
             f"--data.path: {file} is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}; convert it "

@@ -19,6 +19,14 @@ def note(prefix: Path, tokenizer: Path) -> None:
         json.dump({"name": tokenizer.name, "sha256": _hash(tokenizer)}, f)
 
 
+def hand_on(prefixes: Iterable[Path], to: Path) -> None:
+    """Write the note of `prefixes` for what is made of them, if one has any."""
+    found = next((found for prefix in prefixes if (found := _read(prefix)) is not None), None)
+    if found is not None:
+        with atomic(_path(to)) as f:
+            json.dump({"name": found[0], "sha256": found[1]}, f)
+
+
 def refuse_others(prefixes: Iterable[Path], tokenizer: Path | None) -> None:
     """UserError where a prefix is known to be of another tokenizer than `tokenizer`, or than another prefix. One
     without a note may be of any."""

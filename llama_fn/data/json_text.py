@@ -9,25 +9,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llama_fn.data.streams import Reading
 from llama_fn.errors import UserError
 
 log = logging.getLogger("llama_fn.data")
 LINES = {".jsonl", ".ndjson"}
 WHOLE_BYTES = 1 << 30  # of an array, which is read at once
 BOM = b"\xef\xbb\xbf"
+LEFT_OUT = object()  # a document that is not UTF-8, where those are skipped
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def from_lines(file: Path, key: str) -> Iterator[str]:
-    """The text of every line; UserError naming the line that is not UTF-8, not JSON, or has no text under `key`."""
+def from_lines(file: Path, reading: Reading) -> Iterator[str]:
+    """The text of every line; UserError naming the line that is not UTF-8, not JSON, or has no text under the key."""
     halves = 0
-    with open(file, "rb") as lines:
+    with reading.opened(file) as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
-            text = _text_of(_parsed(line, f"{file}:{number}"), key, f"{file}:{number}")
-            text, n = _HALF.subn("�", text)
+            value = _parsed(line, f"{file}:{number}", reading)
+            if value is LEFT_OUT:
+                continue
+            text = _text_of(value, reading.key, f"{file}:{number}")
+            # Only an escape can spell half of a character, and looking for one is much faster.
+            text, n = _HALF.subn("�", text) if b"\\ud" in line or b"\\uD" in line else (text, 0)
             if n and not halves:
                 log.warning(
                     "%s:%d holds half of a character (a lone surrogate such as \\ud83d): such halves become U+FFFD",
@@ -39,12 +45,12 @@ def from_lines(file: Path, key: str) -> Iterator[str]:
         log.warning("%s: %d halves of characters became U+FFFD", file, halves)
 
 
-def from_json(file: Path, key: str, required: bool) -> Iterator[str] | None:
+def from_json(file: Path, reading: Reading, required: bool) -> Iterator[str] | None:
     """The documents of a .json file: of its lines, its array, or itself. None, or UserError where the file is
-    `required` to hold some, for JSON that has no text under `key`, and for what is not JSON."""
-    shape = _shape(file, key)
+    `required` to hold some, for JSON that has no text under the key, and for what is not JSON."""
+    shape, key = _shape(file, reading), reading.key
     if shape == "lines":
-        return from_lines(file, key)
+        return from_lines(file, reading)
     if shape == "other" and not required:
         return None
     if file.stat().st_size > WHOLE_BYTES:
@@ -52,19 +58,23 @@ def from_json(file: Path, key: str, required: bool) -> Iterator[str] | None:
             f"{file} is one JSON value of more than 1 GiB, which is read at once; turn it into one object per line: "
             f"jq -c '.[]' {file.name} > {file.stem}.jsonl"
         )
-    value = _parsed(file.read_bytes().removeprefix(BOM), str(file))
+    with reading.opened(file) as stream:
+        value = _parsed(stream.read().removeprefix(BOM), str(file), reading)
+    if value is LEFT_OUT:
+        return iter([])
     parts = value if isinstance(value, list) else [value]
     named = [(part, f"{file}, element {i}" if value is parts else str(file)) for i, part in enumerate(parts)]
-    if not required and not all(isinstance(part, dict) and isinstance(part.get(key), str) for part in parts):
+    if not required and not all(isinstance(_under(part, key), str) for part in parts):
         return None
     return iter([_HALF.sub("�", _text_of(part, key, where)) for part, where in named])
 
 
-def _shape(file: Path, key: str) -> str:
+def _shape(file: Path, reading: Reading) -> str:
     """lines, array, object, or other, judged by the first line; lines too must have a text in the first one."""
-    with open(file, "rb") as f:
+    with reading.opened(file) as f:
         first = next((line for line in f if line.removeprefix(BOM).strip()), b"").removeprefix(BOM).strip()
         more = any(line.strip() for line in f)
+    reading.finished_bytes -= file.stat().st_size  # it will be read again
     if first[:1] == b"[":
         return "array"
     if first[:1] != b"{":
@@ -73,15 +83,16 @@ def _shape(file: Path, key: str) -> str:
         value = json.loads(first)
     except (ValueError, RecursionError):
         return "object"  # that goes on in the next line
-    return "lines" if more and isinstance(value.get(key), str) else "object"
+    return "lines" if more and isinstance(_under(value, reading.key), str) else "object"
 
 
-def _parsed(text: bytes, where: str) -> Any:
+def _parsed(raw: bytes, where: str, reading: Reading) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        text = reading.text(raw)
+        return LEFT_OUT if text is None else json.loads(text)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where} is not UTF-8: byte {error.start} of it is 0x{text[error.start]:02x}; convert the file "
+            f"{where} is not UTF-8: byte {error.start} of it is 0x{raw[error.start]:02x}; convert the file "
             "(iconv -t UTF-8)"
         ) from None
     except json.JSONDecodeError as error:
@@ -91,8 +102,16 @@ def _parsed(text: bytes, where: str) -> Any:
 
 
 def _text_of(value: Any, key: str, where: str) -> str:
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+    text = _under(value, key)
+    if not isinstance(text, str):
         has = sorted(map(str, value))[:12] if isinstance(value, dict) else type(value).__name__
         raise UserError(f"{where} has no text under --data.jsonl_key={key}; found {has}")
-    text: str = value[key]
     return text
+
+
+def _under(value: Any, key: str) -> Any:
+    """What stands under a key, or under "a.b" within a."""
+    if isinstance(value, dict) and key not in value and "." in key:
+        first, rest = key.split(".", 1)
+        return _under(value.get(first), rest)
+    return value.get(key) if isinstance(value, dict) else None

@@ -27,8 +27,13 @@ JOURNAL_S = 5.0
 
 def write(prefix: Path, sequences: Iterable[np.ndarray], dtype: type) -> tuple[int, int]:
     """Write one document per sequence, from the first; returns (documents, tokens)."""
-    _Aside(prefix).remove()
+    drop(prefix)
     return write_on(prefix, lambda done: islice(sequences, done, None), dtype)
+
+
+def drop(prefix: Path) -> None:
+    """What was begun and not finished."""
+    _Aside(prefix).remove()
 
 
 def write_on(

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from llama_fn import tree
 from llama_fn.compiler import stages
 from llama_fn.config import Config
-from llama_fn.data import BatchIterator, Blend, Samples
+from llama_fn.data.blend import Blend
+from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.samples import Samples
 from llama_fn.distributed import Processes
 from llama_fn.model import train_step
 from sharding import P

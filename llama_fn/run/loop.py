@@ -17,7 +17,8 @@ from llama_fn.compiler import stages
 from llama_fn.compiler.finite import NonFinite
 from llama_fn.config import Config
 from llama_fn.config_checks import profiled, resolved
-from llama_fn.data import BatchIterator, Parts, open_parts
+from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.parts import Parts, open_parts
 from llama_fn.distributed import Processes, by_chief
 from llama_fn.distributed import start as start_processes
 from llama_fn.hardware import Hardware

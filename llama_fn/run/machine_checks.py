@@ -11,7 +11,7 @@ from llama_fn.compiler import backends
 from llama_fn.compiler.backends import inductor
 from llama_fn.config import Config
 from llama_fn.config_checks import dump_ranks, without_effect
-from llama_fn.data import check_data
+from llama_fn.data.prepare import check as check_data
 from llama_fn.errors import FULL_DISK, UserError
 from sharding import Mesh
 

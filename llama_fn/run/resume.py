@@ -16,7 +16,8 @@ from llama_fn.checkpoint import SavedStep, Store, layout
 from llama_fn.checkpoint.weights import Weights
 from llama_fn.compiler.stages import Lowered
 from llama_fn.config import Config
-from llama_fn.data import BatchIterator, Parts
+from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.parts import Parts
 from llama_fn.errors import UserError
 from llama_fn.files import atomic
 from llama_fn.hardware import total_bytes

@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_fn.compiler.stages import Lowered
 from llama_fn.config import Config
-from llama_fn.data import tokenizer_of
+from llama_fn.data.prepare import tokenizer_of
 from llama_fn.data.vocabularies import Tokenizer
 from llama_fn.errors import UserError
 from llama_fn.run.decoding import Decoder, Sampling

@@ -66,7 +66,7 @@ def _loss(cfg: Any, model: Any, step: Any) -> tuple[float, int]:
     """Mean nats per token, and of how many."""
     from rich.progress import track
 
-    from llama_fn.data import open_parts
+    from llama_fn.data.parts import open_parts
 
     logging.getLogger("llama_fn.data").setLevel(logging.ERROR)  # it warns of parts that a short text leaves empty
     tokens = open_parts(cfg, temporary_folder("llama_fn_evaluate_")).data.tokens

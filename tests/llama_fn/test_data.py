@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import corpus, indexed, open_parts, prepare, tokenizer, writer
+from llama_fn.data import corpus, indexed, prepare, tokenizer, writer
 from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.parts import open_parts
 from llama_fn.data.samples import Samples, split_ranges
 from llama_fn.errors import UserError
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import indexed, integrity, open_parts, samples, tokenizer, writer
+from llama_fn.data import indexed, integrity, samples, tokenizer, writer
+from llama_fn.data.parts import open_parts
 from llama_fn.errors import UserError
 
 N = 4

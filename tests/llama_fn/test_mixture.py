@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import blend, identity, mixture, open_parts, prepare, tokenizer, writer
+from llama_fn.data import blend, identity, mixture, prepare, tokenizer, writer
 from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.parts import open_parts
 from llama_fn.errors import UserError
 
 LLAMA = [67, 15, 4.5, 4.5, 4.5, 2.5, 2]

@@ -15,7 +15,8 @@ import regex
 import tokenizers
 from test_mixture import config
 
-from llama_fn.data import open_parts, prepare, tokenizer
+from llama_fn.data import prepare, tokenizer
+from llama_fn.data.parts import open_parts
 from llama_fn.data.vocabularies import LLAMA3_PATTERN, HuggingFaceTokenizer, TiktokenTokenizer, tiktoken_ranks
 from llama_fn.errors import UserError
 

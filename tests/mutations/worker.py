@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import corpus, indexed, open_parts, tokenizer, writer
+from llama_fn.data import corpus, indexed, tokenizer, writer
+from llama_fn.data.parts import open_parts
 from llama_fn.data.samples import Samples
 from llama_fn.errors import UserError
 
