@@ -93,6 +93,15 @@ class DataConfig:
     verify: bool = opt(
         True, "read all data once, when it is first used: every checksum there is, and every token id", False
     )
+    cache: str = opt(
+        "",
+        "folder for long orders of samples, shared by the processes of a machine; empty: in run.workdir",
+        False,
+        path=True,
+    )
+    skip: str = opt(
+        "", "FROM:TO,... of consumed samples to pass over, as train.log counts them; no batch has any of them"
+    )
     seq_len: int = number(256, "T, tokens per sample", 1)
     global_batch_size: int = number(8, "samples per iteration over all devices", 1)
     microbatches: int = number(1, "parts that the global batch is computed in, gradients summed", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -10,15 +11,19 @@ import torch
 
 from llama_fn.data.blend import Blend
 from llama_fn.data.samples import Samples
+from llama_fn.data.skips import Ranges, after
 from llama_fn.errors import UserError
 from llama_fn.model.train_step import Batch
+
+log = logging.getLogger("llama_fn.data")
 
 
 class BatchIterator:
     """Global batch i holds samples [i * size, (i + 1) * size) whatever the microbatches or devices.
 
     Of each microbatch only `rows` are read and returned: this process's own (default: all). `consumed` counts the
-    samples handed out to all of them, `tokens` their tokens: with the config they are the whole state.
+    samples handed out to all of them or `skipped`, `tokens` the tokens handed out: with the config they are the whole
+    state. A batch has nothing of a range that is skipped: the next one begins behind it.
     """
 
     def __init__(
@@ -30,16 +35,18 @@ class BatchIterator:
         consumed: int = 0,
         tokens: int = 0,
         rows: slice = slice(None),
+        skipped: Ranges = (),
     ) -> None:
         self.samples, self.size, self.microbatches, self.vocab_size = samples, size, microbatches, vocab_size
-        self.consumed, self.tokens, self.rows = consumed, tokens, rows
+        self.consumed, self.tokens, self.rows, self.skipped = consumed, tokens, rows, skipped
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: Future[Batch] | None = None
         self._prefetch()
 
     def _prefetch(self) -> None:
-        more = self.consumed + self.size <= self.samples.count
-        self._next = self._worker.submit(self.batch_at, self.consumed) if more else None
+        self._first = after(self.consumed, self.size, self.skipped)
+        more = self._first + self.size <= self.samples.count
+        self._next = self._worker.submit(self.batch_at, self._first) if more else None
 
     def batch_at(self, first: int) -> Batch:
         """The batch of samples first..first+size."""
@@ -60,7 +67,9 @@ class BatchIterator:
         if self._next is None:
             raise StopIteration
         batch = self._next.result()
-        self.consumed += self.size
+        if self._first > self.consumed:
+            log.info("data: samples %d to %d are skipped", self.consumed, self._first)
+        self.consumed = self._first + self.size
         self.tokens += self.size * self.samples.seq_len
         self._prefetch()
         return batch

@@ -15,6 +15,7 @@ from llama_fn.data.blend import Blend, requested
 from llama_fn.data.mixture import Source, sources
 from llama_fn.data.prepare import prefixes
 from llama_fn.data.samples import Samples, split_ranges
+from llama_fn.data.skips import ahead, ranges
 
 log = logging.getLogger("llama_fn.data")
 VERIFIED = "verified.json"
@@ -60,10 +61,11 @@ class Parts:
     ) -> Samples | Blend:
         """The samples of a run that has consumed some and has `left` iterations to go. `known`: the iterator's state
         in a checkpoint."""
-        count = consumed + left * cfg.data.global_batch_size
+        size = cfg.data.global_batch_size
+        count = consumed + left * size + ahead(consumed, size, ranges(cfg.data.skip))
         if len(self.parts) == 1:
             (part,) = self.parts
-            samples = Samples(part.data, part.train, cfg.data.seq_len, count, cfg.run.seed, "train")
+            samples = Samples(part.data, part.train, cfg.data.seq_len, count, cfg.run.seed, "train", _cache(cfg))
             use.refuse_too_often(part.source, samples.count / samples.per_epoch)
             log.info(
                 "data: %s, %d documents, %d tokens; train %d samples over %d epochs",
@@ -71,9 +73,10 @@ class Parts:
             )  # fmt: skip
             return samples
         weights = [part.source.weight for part in self.parts]
+        length, seed, cache = cfg.data.seq_len, cfg.run.seed, _cache(cfg)
         each = [
-            Samples(part.data, part.train, cfg.data.seq_len, size, cfg.run.seed, f"{part.source.name} train")
-            for part, size in zip(self.parts, requested(weights, count), strict=True)
+            Samples(p.data, p.train, length, size, seed, f"{p.source.name} train", cache)
+            for p, size in zip(self.parts, requested(weights, count), strict=True)
         ]
         log.info("%s", use.table([part.source for part in self.parts], each, count))
         return Blend(each, weights, count, known.get("blend"))
@@ -87,6 +90,11 @@ class Parts:
             for p in self.parts
             if p.valid is not None
         }
+
+
+def _cache(cfg: Config) -> Path:
+    """Where orders of samples are kept."""
+    return Path(cfg.data.cache or Path(cfg.run.workdir) / "data")
 
 
 def open_parts(cfg: Config, workdir: Path) -> Parts:

@@ -1,8 +1,8 @@
 """Megatron's sample order for one source: which tokens are sample k, given seed, length and count.
 
 Follows megatron-core's GPTDataset: documents shuffled over all epochs together (the last epoch apart where it is
-used by less than 80 %), cut into samples of seq_len + 1 tokens that overlap by one, and the samples shuffled. No
-index is written to disk: the order is made anew in memory from a few NumPy calls.
+used by less than 80 %), cut into samples of seq_len + 1 tokens that overlap by one, and the samples shuffled. The order
+is made in memory from a few NumPy calls; a long one is kept on disk (orders.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llama_fn.config_checks import split_weights
+from llama_fn.data import orders
 from llama_fn.data.indexed import IndexedDataset
 from llama_fn.errors import UserError
 from llama_fn.hardware import available_bytes
@@ -31,29 +32,44 @@ def split_ranges(split: str, sequences: int) -> list[tuple[int, int]]:
 
 
 class Samples:
-    """Sample k (0 <= k < count) as seq_len + 1 tokens."""
+    """Sample k (0 <= k < count) as seq_len + 1 tokens. `cache`: folder for orders that are long."""
 
-    def __init__(self, data: IndexedDataset, part: tuple[int, int], seq_len: int, count: int, seed: int, name: str):
-        sequences = np.arange(part[0], part[1], dtype=np.int32)
+    def __init__(
+        self, data: IndexedDataset, part: tuple[int, int], seq_len: int, count: int, seed: int, name: str,
+        cache: Path | None = None,
+    ) -> None:  # fmt: skip
         per_epoch = int(data.lengths[part[0] : part[1]].sum(dtype=np.int64))
         if per_epoch < 2:
             raise UserError(
-                f"{data.bin_path}: the {name} part has {len(sequences)} of {len(data)} documents and {per_epoch} "
+                f"{data.bin_path}: the {name} part has {part[1] - part[0]} of {len(data)} documents and {per_epoch} "
                 "tokens; it needs at least 2 tokens. Change --data.split or give more data"
             )
         epochs = -(-(count * seq_len + 1) // per_epoch)
-        _refuse_too_long(data, name, epochs, len(sequences), (epochs * per_epoch - 1) // seq_len)
         before_last = ((epochs - 1) * per_epoch - 1) // seq_len
         separate = epochs > 1 and count - before_last < int(SEPARATE_BELOW * ((per_epoch - 1) // seq_len))
-        random = np.random.RandomState(seed)
-        if separate:
-            order = [_repeat_shuffled(sequences, epochs - 1, random), _repeat_shuffled(sequences, 1, random)]
-            self.sequences = np.concatenate(order)
-        else:
-            self.sequences = _repeat_shuffled(sequences, epochs, random)
-        self.ends = np.cumsum(data.lengths[self.sequences], dtype=np.int64)
         total = (epochs * per_epoch - 1) // seq_len
-        self.shuffle = _shuffled_parts(before_last if separate else total, total, random)
+        entries = epochs * (part[1] - part[0]) + total
+
+        def make() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            _refuse_too_long(data, name, epochs, part[1] - part[0], total)
+            random = np.random.RandomState(seed)
+            sequences = np.arange(part[0], part[1], dtype=np.int32)
+            if separate:
+                order = [_repeat_shuffled(sequences, epochs - 1, random), _repeat_shuffled(sequences, 1, random)]
+                sequences = np.concatenate(order)
+            else:
+                sequences = _repeat_shuffled(sequences, epochs, random)
+            ends = np.cumsum(data.lengths[sequences], dtype=np.int64)
+            return sequences, ends, _shuffled_parts(before_last if separate else total, total, random)
+
+        if cache is None or entries < orders.LEAST:
+            self.sequences, self.ends, self.shuffle = make()
+        else:
+            made_of = {
+                "data": data.fingerprint["index_crc32"], "part": part, "seq_len": seq_len, "epochs": epochs,
+                "separate": separate, "seed": seed,
+            }  # fmt: skip
+            self.sequences, self.ends, self.shuffle = orders.kept(cache, made_of, make)
         self.data, self.seq_len, self.count, self.epochs = data, seq_len, count, epochs
         self.per_epoch = (per_epoch - 1) / seq_len  # samples, not whole ones
 

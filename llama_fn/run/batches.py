@@ -10,18 +10,19 @@ from llama_fn.config import Config
 from llama_fn.data.blend import Blend
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.samples import Samples
+from llama_fn.data.skips import Ranges
 from llama_fn.distributed import Processes
 from llama_fn.model import train_step
 from sharding import P
 
 
 def iterator(
-    cfg: Config, samples: Samples | Blend, to_device: ToDevice, consumed: int = 0, tokens: int = 0
+    cfg: Config, samples: Samples | Blend, to_device: ToDevice, consumed: int = 0, tokens: int = 0, skipped: Ranges = ()
 ) -> BatchIterator:
     """Batches of `samples` for this run, from `consumed` samples on."""
     d = cfg.data
     shape = (d.global_batch_size, d.microbatches, cfg.model.vocab_size)
-    return BatchIterator(samples, *shape, consumed, tokens, to_device.rows)
+    return BatchIterator(samples, *shape, consumed, tokens, to_device.rows, skipped)
 
 
 def validation_batches(

@@ -17,8 +17,11 @@ from llama_fn.compiler import stages
 from llama_fn.compiler.finite import NonFinite
 from llama_fn.config import Config
 from llama_fn.config_checks import profiled, resolved
+from llama_fn.data.blend import Blend
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.parts import Parts, open_parts
+from llama_fn.data.samples import Samples
+from llama_fn.data.skips import ranges
 from llama_fn.distributed import Processes, by_chief
 from llama_fn.distributed import start as start_processes
 from llama_fn.hardware import Hardware
@@ -29,7 +32,7 @@ from llama_fn.planner import config_stages
 from llama_fn.run import compiling, health, machine_checks, metrics, resume, runtime, stopping
 from llama_fn.run.batches import ToDevice, iterator, validation_batches
 from llama_fn.run.display import Display
-from llama_fn.run.samples import Samples, pieces_of
+from llama_fn.run.text_samples import TextSamples, pieces_of
 from llama_fn.run.workdir_lock import WorkdirLock
 from llama_fn.signals import SAVED, UNSAVED, Interrupted, StopRequest, named
 from sharding import Mesh
@@ -57,7 +60,7 @@ class Run:
     profiler: Profiler
     health: health.Health
     mesh: Mesh
-    samples: Samples | None
+    samples: TextSamples | None
 
     def stopping(self) -> int:
         """The signal that asks to stop; that of any process, so that all stop after the same step."""
@@ -104,9 +107,19 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
             local = LocalCopies(run_folder(Path(cfg.run.local_dir), workdir, members), members)
         store = Store(train_step.abstract_state(cfg), workdir / "checkpoints", keep, members, cfg.run.device, local)
         newest = store.find(lambda saved: resume.refuse_changes(cfg, saved), config_fields.flat(cfg))
-        load = lambda: open_parts(cfg, workdir)  # noqa: E731
-        data = load() if members is None else members.in_turn(load)
-        return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data)
+        load = lambda: _loaded(cfg, workdir, newest)  # noqa: E731
+        data, train = load() if members is None else members.in_turn(load)
+        return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train)
+
+
+def _loaded(cfg: Config, workdir: Path, newest: SavedStep | None) -> tuple[Parts, Samples | Blend]:
+    """The data, and the samples that are left to train on; the first process of a machine leaves both on disk."""
+    data = open_parts(cfg, workdir)
+    if newest is not None:
+        resume.refuse_other_data(cfg, newest, data)
+    start, consumed, _ = resume.starting_point(newest)
+    known = newest.meta["iterator"] if newest is not None else {}
+    return data, data.train_samples(cfg, consumed, max(0, cfg.run.steps - start), known)
 
 
 @contextmanager
@@ -134,15 +147,13 @@ def _locked(workdir: Path) -> Iterator[WorkdirLock]:
 def _run(
     cfg: Config, flags_text: str, backend: compiling.Backend | None, mesh: Mesh, hardware: Hardware | None,
     members: Processes | None, stop: StopRequest, store: Store, newest: SavedStep | None, data: Parts,
+    train: Samples | Blend,
 ) -> int:  # fmt: skip
     """The rest of `run`, once it is known what there is."""
     chief, workdir = members is None or members.chief, Path(cfg.run.workdir)
     if newest is not None:
-        resume.refuse_other_data(cfg, newest, data)
         resume.warn_of_other_digits(cfg, mesh, newest)
     start, consumed, tokens = resume.starting_point(newest)
-    known = newest.meta["iterator"] if newest is not None else {}
-    train = data.train_samples(cfg, consumed, max(0, cfg.run.steps - start), known)
     pieces = pieces_of(cfg, workdir) if cfg.run.sample_every else None
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
@@ -153,7 +164,7 @@ def _run(
     to_device = ToDevice(cfg, step, members)
     stopping.say_how_long_a_save_takes(cfg, workdir, store.bytes(step.lowered.inputs), chief)
     with ExitStack() as held:
-        batches = iterator(cfg, train, to_device, consumed, tokens)
+        batches = iterator(cfg, train, to_device, consumed, tokens, ranges(cfg.data.skip))
         held.callback(batches.close)
         validation = validation_batches(cfg, data.valid_samples(cfg), to_device)
         display = Display(cfg.run.steps, start) if chief else None
@@ -169,7 +180,7 @@ def _run(
         held.callback(store.wait)
         samples = None
         if pieces is not None:
-            samples = Samples(cfg, pieces, step.lowered, compiling.decoding_options(cfg, members))
+            samples = TextSamples(cfg, pieces, step.lowered, compiling.decoding_options(cfg, members))
         hyper = train_step.hyperparameters(cfg, cfg.run.device)
         monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = Run(

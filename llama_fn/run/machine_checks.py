@@ -12,6 +12,7 @@ from llama_fn.compiler.backends import inductor
 from llama_fn.config import Config
 from llama_fn.config_checks import dump_ranks, without_effect
 from llama_fn.data.prepare import check as check_data
+from llama_fn.data.skips import ranges
 from llama_fn.errors import FULL_DISK, UserError
 from sharding import Mesh
 
@@ -39,6 +40,7 @@ def check_machine(cfg: Config, world: int) -> None:
     for name, path in (("dump_dir", cfg.run.dump_dir), ("workdir", cfg.run.workdir)):
         if path and os.path.lexists(path) and not os.path.isdir(path):
             raise UserError(f"--run.{name}={path} is no folder; name another")
+    ranges(cfg.data.skip)
     if not cfg.run.compile_only:
         check_data(cfg)
 

@@ -11,20 +11,20 @@ import numpy as np
 
 
 def main() -> None:
-    prefix, folder, port = sys.argv[1:4]
+    prefix, folder, specs_text = sys.argv[1:4]
     import torch
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    meeting = f"file://{folder}/meeting.{os.getpid()}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     from megatron.core.datasets import helpers
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     if prefix == "orders":
-        orders(json.loads(sys.argv[4]), folder, helpers)
+        orders(json.loads(specs_text), folder, helpers)
         return
-    specs = json.loads(sys.argv[4])
+    specs = json.loads(specs_text)
     if "blend" in specs[0]:
         for spec in specs:
             target = f"{folder}/blend_{spec['count']}.npz"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import corpus, indexed, prepare, tokenizer, writer
+from llama_fn.data import corpus, indexed, orders, prepare, skips, tokenizer, writer
+from llama_fn.data import samples as samples_module
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.parts import open_parts
 from llama_fn.data.samples import Samples, split_ranges
@@ -57,7 +60,7 @@ def megatron(tmp_path_factory):
         for count, seq_len, split in CASES
     ]
     script = Path(__file__).with_name("megatron_oracle.py")
-    command = [sys.executable, "-P", str(script), str(folder / "x"), str(folder), "29609", json.dumps(specs)]
+    command = [sys.executable, "-P", str(script), str(folder / "x"), str(folder), json.dumps(specs)]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=240)
     return folder
 
@@ -178,3 +181,73 @@ def test_a_split_of_nothing_is_refused(tmp_path):
         Samples(data, split_ranges("0,1", 2)[0], 4, 1, 1, "train")
     with pytest.raises(UserError, match="sum to 0"):
         split_ranges("0,0", 2)
+
+
+def test_long_orders_are_made_once_mapped_and_made_again_when_damaged(tmp_path, monkeypatch, caplog):
+    data = write(tmp_path / "x", LENGTHS)
+    want = Samples(data, (0, 30), 8, 200, 1234, "train")
+    monkeypatch.setattr(orders, "LEAST", 1)
+
+    def kept():
+        return Samples(data, (0, 30), 8, 200, 1234, "train", tmp_path / "cache")
+
+    def equal(samples):
+        arrays = [(s.sequences, s.ends, s.shuffle) for s in (samples, want)]
+        return all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
+
+    with ThreadPoolExecutor(4) as threads:  # who is first makes it
+        assert all(map(equal, threads.map(lambda _: kept(), range(8))))
+    (folder,) = (tmp_path / "cache").iterdir()
+    shuffles = []
+    monkeypatch.setattr(samples_module, "_repeat_shuffled", lambda *args: shuffles.append(args))
+    assert equal(kept()) and isinstance(kept().shuffle, np.memmap) and not shuffles
+    monkeypatch.undo()
+    monkeypatch.setattr(orders, "LEAST", 1)
+    for name in ("shuffle.npy", "ends.npy", "sums.json"):
+        raw = bytearray((folder / name).read_bytes())
+        raw[-3] ^= 1
+        (folder / name).write_bytes(raw)
+        assert equal(kept()), name
+    assert "shuffle.npy is damaged" in caplog.text
+    (folder / "ends.npy").unlink()
+    assert equal(kept()) and sorted(p.name for p in folder.iterdir()) == [
+        "ends.npy", "sequences.npy", "shuffle.npy", "sums.json"
+    ]  # fmt: skip
+    os.utime(folder / "ends.npy")  # copied: looked at once more, and good
+    caplog.clear()
+    assert equal(kept()) and not caplog.text
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    Samples(data, (0, 30), 8, 200, 1235, "train", tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "another seed is another order"
+
+
+def test_ranges_that_are_skipped_are_in_no_batch_and_a_resume_knows_them(tmp_path):
+    samples = Samples(write(tmp_path / "x", [50] * 60), (0, 60), 8, 200, 1, "train")
+    skipped = skips.ranges("10:13, 40:52")
+
+    def read(consumed=0, count=100):
+        batches = BatchIterator(samples, 8, 1, 1000, consumed, skipped=skipped)
+        seen = [(batches.consumed, next(batches).tokens, batches.consumed) for _ in range(count)]
+        return [(end, tokens) for _, tokens, end in seen]
+
+    whole = read(count=12)
+    # 0..8 | 8..16 holds 10: from 13 | 21 | 29..37 | 37..45 holds 40: from 52
+    assert [end for end, _ in whole[:6]] == [8, 21, 29, 37, 60, 68]
+    for end, tokens in whole:
+        want = np.stack([samples[k][:-1] for k in range(end - 8, end)])
+        assert np.array_equal(tokens[0].numpy(), want)
+    for i in range(11):
+        assert all(
+            a[0] == b[0] and a[1].equal(b[1]) for a, b in zip(read(whole[i][0], 11 - i), whole[i + 1 :], strict=True)
+        )
+    for consumed in (0, 8, 21, 37, 60):
+        steps, at = 0, consumed
+        while at < 100:
+            at, steps = skips.after(at, 8, skipped) + 8, steps + 1
+        assert at == consumed + 8 * steps + skips.ahead(consumed, 8, skipped), consumed
+
+
+@pytest.mark.parametrize("text", ["5", "5:5", "9:3", "a:b", "1:2:3", "10:20,15:30", "-1:4"])
+def test_ranges_that_are_none_are_refused(text):
+    with pytest.raises(UserError, match=r"--data\.skip"):
+        skips.ranges(text)

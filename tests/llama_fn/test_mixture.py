@@ -22,7 +22,7 @@ LLAMA = [67, 15, 4.5, 4.5, 4.5, 2.5, 2]
 
 def megatron(folder, prefix, specs):
     script = Path(__file__).with_name("megatron_oracle.py")
-    command = [sys.executable, "-P", str(script), prefix, str(folder), "29617", json.dumps(specs)]
+    command = [sys.executable, "-P", str(script), prefix, str(folder), json.dumps(specs)]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=240)
 
 

@@ -120,8 +120,8 @@ def files_of(prefix):
 def sources(tmp_path_factory):
     """Text enough for some seconds."""
     folder = tmp_path_factory.mktemp("sources")
-    texts = [p.read_text() for p in sorted(Path(json.__file__).parents[1].glob("*.py"))[:120]]
-    for i in range(6):
+    texts = [p.read_text() for p in sorted(Path(json.__file__).parents[1].glob("*.py"))[:100]]
+    for i in range(3):
         (folder / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder
 

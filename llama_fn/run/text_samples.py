@@ -27,7 +27,7 @@ def pieces_of(cfg: Config, workdir: Path) -> Tokenizer:
     return pieces
 
 
-class Samples:
+class TextSamples:
     """`lowered`: the step, whose parameters are read; `options`: of the backend, for decoding."""
 
     def __init__(self, cfg: Config, pieces: Tokenizer, lowered: Lowered, options: dict[str, Any]) -> None:
