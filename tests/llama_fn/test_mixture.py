@@ -31,9 +31,10 @@ def made(order, count):
     return [source for source, _ in pairs], [index for _, index in pairs]
 
 
-def test_the_order_is_megatrons_in_a_thousand_random_cases(tmp_path):
+def test_the_order_is_megatrons_in_a_thousand_random_cases(tmp_path, monkeypatch):
+    monkeypatch.setattr(blend, "CHUNK", 256)
     chance = np.random.default_rng(0)
-    cases = [(LLAMA, 70_000)]  # more than a chunk
+    cases = [(LLAMA, 20_000)]
     for _ in range(1000):
         weights = chance.choice([0.1, 0.25, 1, 2, 3, 7, *chance.random(4)], chance.integers(2, 9))
         cases.append((weights.tolist(), int(chance.integers(1, 400))))
@@ -99,7 +100,8 @@ sources:
     for each in (path, f"3 {a} 1 {b}"):
         cfg = config(each, tmp_path)
         parts = open_parts(cfg, tmp_path / "work")
-        results.append(np.stack([parts.train_samples(cfg, 0, 10)[k] for k in range(80)]))
+        samples = parts.train_samples(cfg, 0, 10)
+        results.append(np.stack([samples[k] for k in range(80)]))
     assert np.array_equal(*results)
     named = open_parts(config(path, tmp_path), tmp_path / "work")
     assert list(named.valid_samples(config(path, tmp_path))) == ["first"]
