@@ -7,7 +7,7 @@ from kernels.barrier import barrier
 from kernels.bias import bias
 from kernels.checkpoint_name import checkpoint_name
 from kernels.cross_entropy import cross_entropy, head_cross_entropy
-from kernels.decoding import cached, cached_attention, rope_at
+from kernels.decoding import cached, cached_attention
 from kernels.einsum import einsum
 from kernels.embedding import embedding
 from kernels.layers import stack, unbind
@@ -33,7 +33,6 @@ __all__ = [
     "join_rows",
     "rms_norm",
     "rope",
-    "rope_at",
     "rope_table",
     "split_rows",
     "stack",

@@ -1,8 +1,10 @@
 """Causal grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023).
 
 Letters: B batch, T query, S key, N query heads, K kv heads, G = N/K, H head dim.
-`reference` is the formula. A faster form, chosen by name: `blocked` works on a few blocks of queries against the keys
-they can see, as plain batched matrix products that a compiler fuses the softmax into.
+`starts` [B, T], where given, is the position at which the document of each token begins: a query sees the keys from
+there to itself. Without, a row is one document. `reference` is the formula. A faster form, chosen by name: `blocked`
+works on a few blocks of queries against the keys they can see, as plain batched matrix products that a compiler fuses
+the softmax into.
 """
 
 from __future__ import annotations
@@ -38,20 +40,26 @@ def _hidden(start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(stop, device=device)[None, :] > query
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, start: int) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, start: int, starts: Tensor | None) -> Tensor:
     """Masked scores [B, K, G, rows, S] of query rows start.. against the first S keys, in float32 or wider."""
     b, kv, g, rows, h = q.shape
     s = k.shape[2]
     raw = torch.matmul(q.reshape(b, kv, g * rows, h), k.transpose(-1, -2)).reshape(b, kv, g, rows, s)
-    return (upcast(raw) * scale).masked_fill(_hidden(start, start + rows, q.device), float("-inf"))
+    hidden = _hidden(start, start + rows, q.device)
+    if starts is not None:
+        others = torch.arange(s, device=q.device) < starts[:, start : start + rows, None]
+        hidden = (hidden | others)[:, None, None]
+    return (upcast(raw) * scale).masked_fill(hidden, float("-inf"))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: int) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: int, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     kv = k.shape[2]
     qg, ks, vs = _grouped(q, kv), k.transpose(1, 2), v.transpose(1, 2)
     outs, lses = [], []
     for start, stop in _spans(q.shape[1], blocks):
-        z = _scores(qg[..., start:stop, :], ks[:, :, :stop], scale, start)
+        z = _scores(qg[..., start:stop, :], ks[:, :, :stop], scale, start, starts)
         top = z.amax(-1, keepdim=True)
         e = torch.exp(z - top)
         total = e.sum(-1, keepdim=True)
@@ -65,7 +73,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: int) -> tupl
 
 
 def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, blocks: int
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    blocks: int,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kv = k.shape[2]
     qg, dog, ks, vs = _grouped(q, kv), _grouped(do, kv), k.transpose(1, 2), v.transpose(1, 2)
@@ -79,7 +95,7 @@ def _backward(
         qb, dob, kb, vb = qg[span], dog[span], ks[:, :, :stop], vs[:, :, :stop]
         b, _, g, rows, h = qb.shape
         flat = (b, kv, g * rows, -1)
-        p = torch.exp(_scores(qb, kb, scale, start) - lse[span])
+        p = torch.exp(_scores(qb, kb, scale, start, starts) - lse[span])
         dp = torch.matmul(dob.reshape(flat), vb.transpose(-1, -2)).reshape(p.shape)
         ds = (p * (upcast(dp) - delta[span]) * scale).to(q.dtype).reshape(flat)
         p = p.to(q.dtype).reshape(flat)
@@ -99,62 +115,71 @@ def _blocks(t: int) -> int:
     return max(1, min(MAX_BLOCKS, t // MIN_BLOCK))
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """o [B, T, N, H] in q's dtype = softmax(scale q k^T + causal mask) v, and log-sum-exp [B, N, T] of the scores."""
-    return _forward(q, k, v, scale, 1)
+    return _forward(q, k, v, scale, 1, starts)
 
 
 def attention_bwd_reference(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v; probabilities are computed again from lse."""
-    return _backward(do, q, k, v, o, lse, scale, 1)
+    return _backward(do, q, k, v, o, lse, scale, 1, starts)
 
 
-def attention_blocked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_blocked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As attention_reference, on a few blocks of queries against the keys they can see."""
-    return _forward(q, k, v, scale, _blocks(q.shape[1]))
+    return _forward(q, k, v, scale, _blocks(q.shape[1]), starts)
 
 
 def attention_bwd_blocked(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As attention_bwd_reference, block by block."""
-    return _backward(do, q, k, v, o, lse, scale, _blocks(q.shape[1]))
+    return _backward(do, q, k, v, o, lse, scale, _blocks(q.shape[1]), starts)
 
 
 _MASK = 2048  # FlashAttentionScore's sparse mode 2 takes one mask of this size for causal attention of any length
 
 
-def _causal(q: Tensor) -> dict[str, object]:
-    """What FlashAttentionScore and its gradient are told about the mask."""
-    hidden = torch.ones((_MASK, _MASK), dtype=torch.bool, device=q.device).triu(1)
-    return {"atten_mask": hidden, "sparse_mode": 2, "next_tockens": 0}
+def _mask(q: Tensor, starts: Tensor | None) -> dict[str, object]:
+    """What FlashAttentionScore and its gradient are told about the mask: the compressed causal one, or, with documents,
+    the whole of it, [B, 1, T, T]."""
+    if starts is None:
+        hidden = torch.ones((_MASK, _MASK), dtype=torch.bool, device=q.device).triu(1)
+        return {"atten_mask": hidden, "sparse_mode": 2, "next_tockens": 0}
+    t = q.shape[1]
+    others = torch.arange(t, device=q.device) < starts[:, :, None]
+    return {"atten_mask": (_hidden(0, t, q.device) | others)[:, None], "sparse_mode": 0}
 
 
-def attention_npu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_npu(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """FlashAttentionScore in the layout [B, N, S, D]. Its two statistics per row, each eight times over, become the one
     log-sum-exp that is kept for the backward."""
-    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    o, top, total, *_ = torch.ops.npu.npu_fusion_attention(*heads_first, q.shape[2], "BNSD", scale=scale, **_causal(q))
+    heads_first, mask = [x.transpose(1, 2).contiguous() for x in (q, k, v)], _mask(q, starts)
+    o, top, total, *_ = torch.ops.npu.npu_fusion_attention(*heads_first, q.shape[2], "BNSD", scale=scale, **mask)
     return o.transpose(1, 2).contiguous(), top[..., 0] + total[..., 0].log()
 
 
 def attention_bwd_npu(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient computes exp(score - top) / total: with top = lse and total = 1 these are the probabilities."""
     query, key, value, dy, out = (x.transpose(1, 2).contiguous() for x in (q, k, v, do, o))
     top = lse[..., None].expand(*lse.shape, 8).contiguous()
     dq, dk, dv, *_ = torch.ops.npu.npu_fusion_attention_grad(
         query, key, value, dy, q.shape[2], "BNSD", softmax_max=top, softmax_sum=torch.ones_like(top), attention_in=out,
-        scale_value=scale, **_causal(q),
+        scale_value=scale, **_mask(q, starts),
     )  # fmt: skip
     dq, dk, dv = (x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv
 
 
-def _abstract(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _abstract(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     b, t, n, _ = q.shape
     if n % k.shape[2]:
         raise ValueError(f"attention: {n} query heads are not a multiple of {k.shape[2]} kv heads")
@@ -167,13 +192,18 @@ def _flops(q: Tensor, k: Tensor, *_: Argument) -> int:
     return 4 * q.numel() * k.shape[1] // 2
 
 
+_OF_STARTS = ", b t"
+
 attention_bwd = kernel(
     name="attention_bwd",
-    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, Tensor? starts=None) "
+    "-> (Tensor, Tensor, Tensor)",
     reference=attention_bwd_reference,
-    abstract=lambda do, q, k, v, o, lse, scale: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
-    factors=lambda *_: Factors(
-        "b t n h, b t n h, b s n h, b s n h, b t n h, b n t -> b t n h, b s n h, b s n h", frozenset("tsh")
+    abstract=lambda do, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    factors=lambda do, q, k, v, o, lse, scale, starts=None: Factors(
+        f"b t n h, b t n h, b s n h, b s n h, b t n h, b n t{_OF_STARTS if starts is not None else ''} "
+        "-> b t n h, b s n h, b s n h",
+        frozenset("tsh"),
     ),
     flops=lambda do, q, k, *_: 5 * _flops(q, k) // 2,
     impls={"blocked": attention_bwd_blocked},
@@ -182,14 +212,16 @@ attention_bwd = kernel(
 
 attention = kernel(
     name="attention",
-    schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? starts=None) -> (Tensor, Tensor)",
     reference=attention_reference,
     abstract=_abstract,
-    factors=lambda *_: Factors("b t n h, b s n h, b s n h -> b t n h, b n t", frozenset("tsh")),
+    factors=lambda q, k, v, scale, starts=None: Factors(
+        f"b t n h, b s n h, b s n h{_OF_STARTS if starts is not None else ''} -> b t n h, b n t", frozenset("tsh")
+    ),
     flops=_flops,
     vjp=lambda inputs, outputs, cts: (
-        *attention_bwd(cts[0], *inputs[:3], outputs[0], outputs[1], inputs[3]),
-        None,
+        *attention_bwd(cts[0], *inputs[:3], outputs[0], outputs[1], *inputs[3:]),
+        *[None for _ in inputs[3:]],
     ),
     impls={"blocked": attention_blocked},
     npu=attention_npu,

@@ -1,6 +1,6 @@
-"""What a model needs to read one token of each row: keys and values that were kept, and rows at places of their own.
+"""What a model needs to read one token of each row: keys and values that were kept.
 
-Letters as in attention.py; S is the length of the cache, R = H/2. `positions` [B] says where each row stands.
+Letters as in attention.py; S is the length of the cache. `positions` [B] says where each row stands.
 """
 
 from __future__ import annotations
@@ -10,14 +10,6 @@ from torch import Tensor
 
 from kernels.registry import Factors, kernel
 from kernels.rms_norm import upcast
-
-
-def rope_at_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """x [B, 1, N, H] with each pair turned by the angle of its row's position; cos and sin [S, R]."""
-    half = x.shape[-1] // 2
-    first, second = upcast(x[..., :half]), upcast(x[..., half:])
-    cos, sin = cos[positions][:, None, None, :], sin[positions][:, None, None, :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def cached_reference(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
@@ -40,14 +32,6 @@ def cached_attention_reference(q: Tensor, keys: Tensor, values: Tensor, position
     weights = torch.softmax(scores.masked_fill(ahead[:, None, None, :], float("-inf")), -1).to(q.dtype)
     return torch.matmul(weights, vs).reshape(b, 1, n, h)
 
-
-rope_at = kernel(
-    name="rope_at",
-    schema="(Tensor x, Tensor cos, Tensor sin, Tensor positions) -> Tensor",
-    reference=rope_at_reference,
-    abstract=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    factors=lambda *_: Factors("b t n h, s r, s r, b -> b t n h", frozenset("thsr")),
-)
 
 cached = kernel(
     name="cached",

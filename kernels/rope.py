@@ -51,34 +51,54 @@ rope_table = kernel(
 )
 
 
-def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """x [B, T, N, H] with each pair (x[i], x[i + H/2]) turned by its position's angle (`inverse`: turned back)."""
+def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[T, 1, R], or [B, T, 1, R] for positions [B, T]."""
+    if positions is not None:
+        cos, sin = (torch.nn.functional.embedding(positions, part) for part in (cos, sin))
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, positions: Tensor | None = None) -> Tensor:
+    """x [B, T, N, H] with each pair (x[i], x[i + H/2]) turned by its position's angle (`inverse`: turned back).
+
+    Positions are 0..T-1 in every row, or `positions` [B, T], rows of the table.
+    """
     half = x.shape[-1] // 2
     first, second = upcast(x[..., :half]), upcast(x[..., half:])
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = _angles(cos, sin, positions)
     if inverse:
         sin = -sin
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat([part.to(x.dtype) for part in turned], dim=-1)
 
 
-def rope_npu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def rope_npu(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, positions: Tensor | None = None) -> Tensor:
     """RotaryMul wants cos and sin as upcast as x and in its dtype, so in bf16 the angles are rounded to bf16."""
-    wide_cos, wide_sin = (torch.cat([part, part], -1)[None, :, None, :].to(x.dtype) for part in (cos, sin))
+    if positions is not None:
+        cos, sin = (torch.nn.functional.embedding(positions, part) for part in (cos, sin))
+    else:
+        cos, sin = cos[None], sin[None]
+    wide_cos, wide_sin = (torch.cat([part, part], -1)[:, :, None, :].to(x.dtype) for part in (cos, sin))
     return torch.ops.npu.npu_rotary_mul(x, wide_cos, -wide_sin if inverse else wide_sin)
 
 
 def _vjp(inputs: Sequence[Argument], outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Argument, ...]:
-    _, cos, sin, inverse = inputs
-    return rope(cotangents[0], cos, sin, not inverse), None, None, None
+    _, cos, sin, inverse, *positions = inputs
+    return rope(cotangents[0], cos, sin, not inverse, *positions), None, None, None, *[None for _ in positions]
+
+
+def _factors(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, positions: Tensor | None = None) -> Factors:
+    if positions is None:
+        return Factors("b t n h, t r, t r -> b t n h", frozenset("hr"))
+    return Factors("b t n h, s r, s r, b t -> b t n h", frozenset("hrs"))
 
 
 rope = kernel(
     name="rope",
-    schema="(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    schema="(Tensor x, Tensor cos, Tensor sin, bool inverse, Tensor? positions=None) -> Tensor",
     reference=rope_reference,
-    abstract=lambda x, cos, sin, inverse: torch.empty_like(x, memory_format=torch.contiguous_format),
-    factors=lambda *_: Factors("b t n h, t r, t r -> b t n h", frozenset("hr")),
+    abstract=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    factors=_factors,
     vjp=_vjp,
     npu=rope_npu,
 )

@@ -99,6 +99,8 @@ class DataConfig:
         False,
         path=True,
     )
+    segments: bool = opt(False, "documents of a row do not see one another: attention and positions begin anew at each")
+    mask_ends: bool = opt(False, "the first token of a document is no target of the one before it in its row")
     skip: str = opt(
         "", "FROM:TO,... of consumed samples to pass over, as train.log counts them; no batch has any of them"
     )

@@ -56,7 +56,11 @@ def random_inputs():
         shape = (m, size // m, cfg.data.seq_len + 1)
         ids = torch.randint(0, cfg.model.vocab_size, shape, generator=generator)
         mask = (torch.rand(ids[..., 1:].shape, generator=generator) > 0.1).float()
-        return Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), mask), hyperparameters(cfg)
+        starts = None
+        if cfg.data.segments:  # a document begins at one token of eight
+            at = torch.arange(ids.shape[-1] - 1)
+            starts = ((torch.rand(mask.shape, generator=generator) < 0.125) * at).cummax(-1).values
+        return Batch(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), mask, starts), hyperparameters(cfg)
 
     return make
 

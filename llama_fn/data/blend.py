@@ -96,6 +96,11 @@ class Blend:
         source, index = self.order[k]
         return self.parts[source][index]
 
+    def documents(self, k: int) -> list[np.ndarray]:
+        """The parts of documents that make sample k."""
+        source, index = self.order[k]
+        return self.parts[source].documents(index)
+
     def file(self, k: int) -> Path:
         """Where sample k comes from."""
         return self.parts[self.order[k][0]].data.bin_path

@@ -23,7 +23,8 @@ class BatchIterator:
 
     Of each microbatch only `rows` are read and returned: this process's own (default: all). `consumed` counts the
     samples handed out to all of them or `skipped`, `tokens` the tokens handed out: with the config they are the whole
-    state. A batch has nothing of a range that is skipped: the next one begins behind it.
+    state. A batch has nothing of a range that is skipped: the next one begins behind it. `segments` and `mask_ends`: as
+    the flags say.
     """
 
     def __init__(
@@ -36,9 +37,12 @@ class BatchIterator:
         tokens: int = 0,
         rows: slice = slice(None),
         skipped: Ranges = (),
+        segments: bool = False,
+        mask_ends: bool = False,
     ) -> None:
         self.samples, self.size, self.microbatches, self.vocab_size = samples, size, microbatches, vocab_size
         self.consumed, self.tokens, self.rows, self.skipped = consumed, tokens, rows, skipped
+        self.segments, self.mask_ends = segments, mask_ends
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: Future[Batch] | None = None
         self._prefetch()
@@ -51,17 +55,28 @@ class BatchIterator:
     def batch_at(self, first: int) -> Batch:
         """The batch of samples first..first+size."""
         wanted = np.arange(first, first + self.size).reshape(self.microbatches, -1)[:, self.rows]
-        rows = np.stack([self.samples[int(k)] for k in wanted.flat])
+        samples = [self.samples.documents(int(k)) for k in wanted.flat]
+        rows = np.stack([np.concatenate(parts).astype(np.int64) for parts in samples])
+        self._refuse_others(rows, wanted)
+        shaped = torch.from_numpy(rows).reshape(*wanted.shape, -1)
+        tokens, targets = shaped[..., :-1].contiguous(), shaped[..., 1:].contiguous()
+        mask = torch.ones(tokens.shape, dtype=torch.float32)
+        if not (self.segments or self.mask_ends):
+            return Batch(tokens, targets, mask)
+        begins = torch.from_numpy(np.stack([_begins(parts) for parts in samples])).reshape(shaped.shape)
+        if self.mask_ends:
+            mask[begins[..., 1:] != begins[..., :-1]] = 0.0
+        return Batch(tokens, targets, mask, begins[..., :-1].contiguous() if self.segments else None)
+
+    def _refuse_others(self, rows: np.ndarray, wanted: np.ndarray) -> None:
+        """UserError for a token that is none of the model's."""
         if rows.max() >= self.vocab_size or rows.min() < 0:
             wrong = int(rows.min() if rows.min() < 0 else rows.max())
             at = int(wanted.flat[int(np.argwhere(rows == wrong)[0][0])])
             raise UserError(
-                f"{self.samples.file(at)} holds token {wrong}, --model.vocab_size is {self.vocab_size}: "
-                "the data was made with another tokenizer"
+                f"{self.samples.file(at)} holds token {wrong}, --model.vocab_size is {self.vocab_size}: the data was "
+                "made with another tokenizer"
             )
-        shaped = torch.from_numpy(rows).reshape(*wanted.shape, -1)
-        tokens, targets = shaped[..., :-1].contiguous(), shaped[..., 1:].contiguous()
-        return Batch(tokens, targets, torch.ones(tokens.shape, dtype=torch.float32))
 
     def __next__(self) -> Batch:
         if self._next is None:
@@ -85,3 +100,9 @@ class BatchIterator:
     def close(self) -> None:
         """End the thread that prepares batches."""
         self._worker.shutdown(wait=True, cancel_futures=True)
+
+
+def _begins(parts: list[np.ndarray]) -> np.ndarray:
+    """For each token of a row, where the part of a document that it is in begins, int64."""
+    lengths = [len(part) for part in parts]
+    return np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)

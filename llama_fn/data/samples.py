@@ -89,6 +89,10 @@ class Samples:
 
     def __getitem__(self, k: int) -> np.ndarray:
         """int64 [seq_len + 1]."""
+        return np.concatenate(self.documents(k)).astype(np.int64)
+
+    def documents(self, k: int) -> list[np.ndarray]:
+        """The parts of documents that make sample k, one after the other."""
         position, offset = self.row(int(self.shuffle[k]))
         parts, missing = [], self.seq_len + 1
         while missing:
@@ -97,7 +101,7 @@ class Samples:
             parts.append(tokens)
             missing -= len(tokens)
             position, offset = position + 1, 0
-        return np.concatenate(parts).astype(np.int64)
+        return [part for part in parts if len(part)]
 
 
 def _refuse_too_long(data: IndexedDataset, name: str, epochs: int, sequences: int, samples: int) -> None:

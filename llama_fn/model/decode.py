@@ -73,9 +73,9 @@ def decode(
     for i, (p, old_keys, old_values) in enumerate(_layers(params, cache)):
         with named_scope(layer(i)):
             q_BTNH, k_BTKH, v_BTKH = _products(p, x_BTD, cfg)
-            keys.append(k.cached(old_keys, k.rope_at(k_BTKH, cos, sin, positions_B), positions_B))
+            q_BTNH, k_BTKH = (k.rope(x, cos, sin, False, positions_B[:, None]) for x in (q_BTNH, k_BTKH))
+            keys.append(k.cached(old_keys, k_BTKH, positions_B))
             values.append(k.cached(old_values, v_BTKH, positions_B))
-            q_BTNH = k.rope_at(q_BTNH, cos, sin, positions_B)
             o_BTNH = k.cached_attention(q_BTNH, keys[-1], values[-1], positions_B, cfg.head_dim**-0.5)
             x_BTD = _rest(p, x_BTD, o_BTNH, cfg)
     return Cache(k.stack(keys), k.stack(values)), _logits(params, x_BTD, cfg)

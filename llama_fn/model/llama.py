@@ -6,6 +6,7 @@ Letters: B batch, T query, S key, D embed, N query heads, K kv heads, H head dim
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -112,15 +113,31 @@ def _biased(x_BTNH: torch.Tensor, bias_NH: Leaf) -> torch.Tensor:
     return x_BTNH if bias_NH is None else k.bias(x_BTNH, bias_NH)
 
 
-def attention_block(
-    p: Layer, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, cfg: ModelConfig
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of each row stand: the rotary table, and with several documents in a row the position of each
+    token in its own, and where that begins, [B, T]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+    def turned(self, x_BTNH: torch.Tensor) -> torch.Tensor:
+        """k.rope at these places."""
+        positions = () if self.positions is None else (self.positions,)
+        turned: torch.Tensor = k.rope(x_BTNH, self.cos, self.sin, False, *positions)
+        return turned
+
+
+def attention_block(p: Layer, x_BTD: torch.Tensor, places: Places, *, cfg: ModelConfig) -> torch.Tensor:
     """x + wo(attention(rope(wq n), rope(wk n), wv n)) with n = rms_norm(x)."""
     with named_scope("attention"):
         n_BTD = constrain(k.rms_norm(x_BTD, p.attn_norm, cfg.norm_eps)[0], BLOCK)
         q_BTNH, k_BSKH, v_BSKH = queries_keys_values(p, n_BTD, cfg=cfg)
-        q_BTNH, k_BSKH = (name(k.rope(x, cos, sin, False), as_) for x, as_ in ((q_BTNH, "query"), (k_BSKH, "key")))
-        o_BTNH = name(k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5)[0], "context")
+        q_BTNH, k_BSKH = name(places.turned(q_BTNH), "query"), name(places.turned(k_BSKH), "key")
+        starts = () if places.starts is None else (places.starts,)
+        o_BTNH = name(k.attention(q_BTNH, k_BSKH, v_BSKH, cfg.head_dim**-0.5, *starts)[0], "context")
         o_BTNH = constrain(o_BTNH, P("batch", "full_seq", "heads", "head_dim"))
         return x_BTD + name(constrain(k.einsum("btnh,nhd->btd", o_BTNH, p.wo), RESIDUAL), "out_proj")
 
@@ -134,8 +151,8 @@ def mlp_block(p: Layer, x_BTD: torch.Tensor, *, cfg: ModelConfig) -> torch.Tenso
         return x_BTD + constrain(k.einsum("btf,fd->btd", h_BTF, p.w_down), RESIDUAL)
 
 
-def _layer(p: Layer, x_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
-    return mlp_block(p, attention_block(p, x_BTD, cos, sin, cfg=cfg), cfg=cfg)
+def _layer(p: Layer, x_BTD: torch.Tensor, places: Places, *, cfg: ModelConfig) -> torch.Tensor:
+    return mlp_block(p, attention_block(p, x_BTD, places, cfg=cfg), cfg=cfg)
 
 
 def rope_table(like: torch.Tensor, length: int, *, cfg: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,15 +162,26 @@ def rope_table(like: torch.Tensor, length: int, *, cfg: ModelConfig) -> tuple[to
     return cos, sin
 
 
-def hidden(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+def _places(tokens_BT: torch.Tensor, starts_BT: torch.Tensor | None, cfg: ModelConfig) -> Places:
+    cos, sin = rope_table(tokens_BT, tokens_BT.shape[1], cfg=cfg)
+    if starts_BT is None:
+        return Places(cos, sin)
+    starts_BT = constrain(starts_BT, P("batch", "attn_seq"))
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) - starts_BT
+    return Places(cos, sin, positions_BT, starts_BT)
+
+
+def hidden(
+    params: Params, tokens_BT: torch.Tensor, starts_BT: torch.Tensor | None = None, *, cfg: ModelConfig
+) -> torch.Tensor:
     """Normed output of the last layer, [B, T, D] in the parameters' dtype, for integer tokens [B, T] and parameters
-    from weights.gather."""
+    from weights.gather. `starts_BT`: where in its row the document of each token begins; without, a row is one."""
     with named_scope("embed"):
-        cos, sin = rope_table(tokens_BT, tokens_BT.shape[1], cfg=cfg)
+        places = _places(tokens_BT, starts_BT, cfg)
         x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)
     for i, weights in enumerate(params.layers):
         with named_scope(layer(i)):
-            x_BTD = remat(_layer)(weights, x_BTD, cos, sin, cfg=cfg)
+            x_BTD = remat(_layer)(weights, x_BTD, places, cfg=cfg)
     with named_scope("final_norm"):
         return constrain(k.rms_norm(x_BTD, params.final_norm, cfg.norm_eps)[0], BLOCK)
 
@@ -163,19 +191,24 @@ def head(params: Params) -> torch.Tensor:
     return params.embed if params.lm_head is None else params.lm_head
 
 
-def logits(params: Params, tokens_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
+def logits(
+    params: Params, tokens_BT: torch.Tensor, starts_BT: torch.Tensor | None = None, *, cfg: ModelConfig
+) -> torch.Tensor:
     """[B, T, V] in the parameters' dtype."""
-    x_BTD = hidden(params, tokens_BT, cfg=cfg)
+    x_BTD = hidden(params, tokens_BT, starts_BT, cfg=cfg)
     with named_scope("head"):
         return k.einsum("btd,vd->btv", x_BTD, head(params))
 
 
-def nll(params: Params, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, *, cfg: ModelConfig) -> torch.Tensor:
-    """Negative log-likelihood of each target in nats, [B, T] float32."""
+def nll(
+    params: Params, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, starts_BT: torch.Tensor | None = None, *,
+    cfg: ModelConfig,
+) -> torch.Tensor:  # fmt: skip
+    """Negative log-likelihood of each target in nats, [B, T] float32; `starts_BT` as for :func:`hidden`."""
     if cfg.fused_head:
-        x_BTD = hidden(params, tokens_BT, cfg=cfg)
+        x_BTD = hidden(params, tokens_BT, starts_BT, cfg=cfg)
         with named_scope("head"):
             return k.head_cross_entropy(x_BTD, head(params), targets_BT)[0]
-    logits_BTV = logits(params, tokens_BT, cfg=cfg)
+    logits_BTV = logits(params, tokens_BT, starts_BT, cfg=cfg)
     with named_scope("loss"):
         return k.cross_entropy(logits_BTV, targets_BT)[0]

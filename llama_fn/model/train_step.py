@@ -1,6 +1,7 @@
 """The pure training step: (state, batch, hyper) -> (state, metrics), everything of one iteration in one function.
 
-batch: tokens, targets int64 [M, B, T] and loss_mask float32 [M, B, T] (M microbatches of B samples).
+batch: tokens, targets int64 [M, B, T] and loss_mask float32 [M, B, T] (M microbatches of B samples); with several
+documents in a row also starts int64 [M, B, T].
 hyper: scalars that may change from run to run (hyper.py).
 """
 
@@ -56,11 +57,13 @@ class TrainState:
 
 @tree.dataclass
 class Batch:
-    """M microbatches: tokens and targets int64 [M, B, T], loss_mask float32 [M, B, T]."""
+    """M microbatches: tokens and targets int64 [M, B, T], loss_mask float32 [M, B, T]; starts int64 [M, B, T] is where
+    in its row each token's document begins, None where a row is read as one."""
 
     tokens: Leaf
     targets: Leaf
     loss_mask: Leaf
+    starts: Leaf = None
 
 
 def abstract_state(cfg: Config) -> TrainState:
@@ -84,7 +87,8 @@ def abstract_batch(cfg: Config) -> Batch:
     shape = (m, cfg.data.global_batch_size // m, cfg.data.seq_len)
     axes = (None, "batch", "full_seq")
     ids = ArrayInfo(shape, torch.int64, axes, table="compute")
-    return Batch(ids, ids, ArrayInfo(shape, torch.float32, axes, table="compute"))
+    mask = ArrayInfo(shape, torch.float32, axes, table="compute")
+    return Batch(ids, ids, mask, ids if cfg.data.segments else None)
 
 
 def abstract_arguments(cfg: Config) -> tuple[TrainState, Batch, Hyper]:
@@ -93,12 +97,11 @@ def abstract_arguments(cfg: Config) -> tuple[TrainState, Batch, Hyper]:
 
 
 def _microbatches(batch: Batch) -> list[Batch]:
-    fields = (k.unbind(batch.tokens), k.unbind(batch.targets), k.unbind(batch.loss_mask))
-    return [Batch(*parts) for parts in zip(*fields, strict=True)]
+    return [Batch(*parts) for parts in zip(*(k.unbind(field) for field in tree.leaves(batch)), strict=True)]
 
 
 def _loss_sum(gathered: llama.Params, batch: Batch, cfg: Config) -> torch.Tensor:
-    nll = llama.nll(gathered, batch.tokens, batch.targets, cfg=cfg.model)
+    nll = llama.nll(gathered, batch.tokens, batch.targets, batch.starts, cfg=cfg.model)
     with named_scope("loss"):
         return k.weighted_sum(nll, batch.loss_mask)
 

@@ -22,7 +22,7 @@ def iterator(
     """Batches of `samples` for this run, from `consumed` samples on."""
     d = cfg.data
     shape = (d.global_batch_size, d.microbatches, cfg.model.vocab_size)
-    return BatchIterator(samples, *shape, consumed, tokens, to_device.rows, skipped)
+    return BatchIterator(samples, *shape, consumed, tokens, to_device.rows, skipped, d.segments, d.mask_ends)
 
 
 def validation_batches(

@@ -150,7 +150,6 @@ SAMPLES = {
     "attention_bwd": (
         rand(2, 5, 4, 8), rand(2, 5, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 8), rand(2, 5, 4, 8), rand(2, 4, 5), 0.2,
     ),
-    "rope_at": (rand(2, 1, 3, 8), rand(5, 4), rand(5, 4), torch.tensor([4, 0])),
     "cached": (rand(2, 5, 2, 8), rand(2, 3, 2, 8), torch.tensor([4, 0])),
     "cached_attention": (rand(2, 1, 4, 8), rand(2, 5, 2, 8), rand(2, 5, 2, 8), torch.tensor([4, 0]), 0.2),
     "swiglu": (rand(2, 3, 4), rand(2, 3, 4)),
@@ -192,7 +191,7 @@ def test_a_token_at_its_place_is_that_row_of_all_tokens_at_once():
     cos, sin = (table.double() for table in k.rope_table(torch.empty(0), 6, 8, 10000.0))
     positions = torch.tensor([5, 2])
     at = lambda x: torch.stack([row[p : p + 1] for row, p in zip(x, positions, strict=True)])  # noqa: E731
-    assert torch.equal(k.rope_at(at(q), cos, sin, positions), at(k.rope(q, cos, sin, False)))
+    assert torch.equal(k.rope(at(q), cos, sin, False, positions[:, None]), at(k.rope(q, cos, sin, False)))
     behind = torch.arange(6)[None, :, None, None] >= positions[:, None, None, None]
     keys, values = (
         k.cached(torch.where(behind, torch.full_like(x, 7.0), x), at(x), positions) for x in (key, v)

@@ -55,12 +55,17 @@ def SwiGluGrad(attrs, dy, x):
 
 
 def _scores(attrs, query, key, mask):
-    """Scaled scores [B, N, S, S] in float32, masked; layout BNSD, sparse mode 2: the causal mask comes compressed."""
-    assert attrs["input_layout"] == "BNSD" and attrs["sparse_mode"] == 2 and attrs["keep_prob"] == 1.0
-    assert mask.shape == (2048, 2048) and torch.equal(mask.bool(), torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+    """Scaled scores [B, N, S, S] in float32, masked; layout BNSD. In sparse mode 2 the causal mask comes compressed, in
+    mode 0 the whole of it, [B, 1, S, S], for all heads."""
+    assert attrs["input_layout"] == "BNSD" and attrs["sparse_mode"] in (0, 2) and attrs["keep_prob"] == 1.0
     assert attrs["head_num"] == query.shape[1]
     t, s = query.shape[2], key.shape[2]
-    hidden = torch.arange(s)[None] > torch.arange(t)[:, None]
+    if attrs["sparse_mode"] == 2:
+        assert mask.shape == (2048, 2048) and torch.equal(mask.bool(), torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        hidden = torch.arange(s)[None] > torch.arange(t)[:, None]
+    else:
+        assert mask.shape == (query.shape[0], 1, t, s)
+        hidden = mask.bool()
     return (query.float() @ key.float().transpose(-1, -2) * attrs["scale_value"]).masked_fill(hidden, float("-inf"))
 
 

@@ -69,6 +69,7 @@ JOBS = {
         model__num_layers=2,
         data__seq_len=64,
     ),
+    "tiny_segments": job(data__segments=True, model__num_layers=2, model__num_kv_heads=2, data__seq_len=32),
     "tiny_fused": job(
         "model:2",
         2,

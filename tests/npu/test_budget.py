@@ -20,6 +20,7 @@ WHOLE = [
         for case in (
             ("tiny_bf16_data2_model4", 0), ("tiny_ulysses", 1), ("tiny_fp32", 0), ("tiny_fp16_gqa", 0),
             ("tiny_remat", 1), ("65b_fused", 0), ("tiny_variants", 1),
+            ("tiny_segments", 0),
         )
     ),
 ]  # fmt: skip

@@ -135,6 +135,7 @@ def apart(a, b):
         "tiny_4_ranks",
         "tiny_calls",
         "tiny_pipeline_whole",
+        "tiny_segments",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (

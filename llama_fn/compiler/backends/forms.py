@@ -6,6 +6,7 @@ are private and live in llama_fn/compat/. Which form is used is chosen by name a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.errors import UserError, nearest
 
+log = logging.getLogger("llama_fn.compiling")
+
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[B, S, K, H] -> [B, N, S, H], kv heads repeated for the query heads that read them."""
@@ -24,7 +27,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's FlashAttention-2 kernels (Dao 2023)."""
+    """torch's FlashAttention-2 kernels (Dao 2023). They know no documents: `choose` sees to it."""
     n = q.shape[2]
     o, lse = compat.flash_attention(q.transpose(1, 2), _heads(k, n), _heads(v, n), scale)
     return o.transpose(1, 2).contiguous(), lse.contiguous()
@@ -72,8 +75,9 @@ def finder(collectives: Mapping[str, Callable[..., Any]]) -> Callable[[str, str]
     return lambda kernel, form: collectives[kernel] if kernel in collectives else find(kernel, form)
 
 
-def choose(device: str, dtype: torch.dtype, attention: str) -> dict[str, str]:
-    """The form per kernel family: `attention` as asked for or, with auto, the fastest known on the device.
+def choose(device: str, dtype: torch.dtype, attention: str, segments: bool = False) -> dict[str, str]:
+    """The form per kernel family: `attention` as asked for or, with auto, the fastest known on the device. `segments`:
+    whether rows hold documents that do not see one another.
 
     UserError where the device has no such form for the dtype.
     """
@@ -83,8 +87,14 @@ def choose(device: str, dtype: torch.dtype, attention: str) -> dict[str, str]:
             f"--run.attention=flash: torch's FlashAttention on {device} takes bf16 and fp16, and the step computes in "
             f"{str(dtype).removeprefix('torch.')}. Use --run.attention=blocked or --model.compute_dtype=bf16"
         )
+    if attention == "flash" and segments:
+        raise UserError("--run.attention=flash knows no documents (--data.segments): use --run.attention=blocked")
     if attention == "auto":
-        attention = "flash" if device == "cuda" and takes_flash else "blocked"
+        attention = "flash" if device == "cuda" and takes_flash and not segments else "blocked"
+        if device == "cuda" and segments:
+            log.warning(
+                "attention within documents (--data.segments) is computed block by block, not by FlashAttention"
+            )
     chosen = {"attention": attention}
     if device == "cpu" and dtype == torch.float32 and compat.has_onednn():
         chosen["einsum"] = "onednn"

@@ -63,7 +63,7 @@ def compile(
     collectives = communication(program, "inductor", processes)
     kind = torch.device(device).type
     mine, piped = program.graph_of(processes), len(program.graphs) > 1
-    chosen = forms.choose(kind, _compute_dtype(mine), attention)
+    chosen = forms.choose(kind, _compute_dtype(mine), attention, _has_documents(mine))
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
     chosen |= dict.fromkeys(collectives, "functional") | {"barrier": "reference"}
     patches = _PATCHES[kind] | (_NARROW if kind == "cpu" and _compute_dtype(mine).itemsize == 2 else {})
@@ -118,6 +118,12 @@ def _run(compiled: compat.CompiledGraph, in_cuda_graph: bool) -> Run:
         return compiled.run
     # A CUDA graph writes its results to the same memory in every run, and is not replayed while one is still held.
     return lambda flat: [result.clone() for result in compiled.run(flat)]
+
+
+def _has_documents(gm: torch.fx.GraphModule) -> bool:
+    """Whether attention is told where documents begin."""
+    calls_of = [n for n, _ in calls.counted(gm) if (kernel := of_node(n.target)) and kernel.name == "attention"]
+    return any(len(node.args) > 4 for node in calls_of)
 
 
 def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:
