@@ -152,9 +152,9 @@ def _mask(q: Tensor, starts: Tensor | None) -> dict[str, object]:
     if starts is None:
         hidden = torch.ones((_MASK, _MASK), dtype=torch.bool, device=q.device).triu(1)
         return {"atten_mask": hidden, "sparse_mode": 2, "next_tockens": 0}
-    t = q.shape[1]
-    others = torch.arange(t, device=q.device) < starts[:, :, None]
-    return {"atten_mask": (_hidden(0, t, q.device) | others)[:, None], "sparse_mode": 0}
+    at = torch.arange(q.shape[1], device=q.device)
+    hidden = (at[:, None] < at[None, :]) | (at < starts[:, :, None])
+    return {"atten_mask": hidden[:, None], "sparse_mode": 0}
 
 
 def attention_npu(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:

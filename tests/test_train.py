@@ -130,6 +130,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(kill_at, uninterrupted,
     assert [line for line in log if not line.startswith(" sample")] == logged(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_mixture_goes_on_where_it_was_killed_and_validates_each_source(corpus, tmp_path):
     lines = [
         f"  - {{name: {name}, path: {corpus / file}, weight: {weight}}}"

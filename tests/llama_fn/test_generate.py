@@ -143,7 +143,6 @@ def test_the_tool_answers_one_prompt_or_several(model, tmp_path):
     for wrongs, said in (
         (["--prompt=x"], "give --source"),
         ([f"--source={tmp_path}", "--prompt=x"], "has no checkpoints: name a work folder"),
-        ([f"--source={model}", "--prompt=x", "--promt=y"], "Did you mean prompt?"),
         ([*flags[:-1], "--mesh=data:2"], "text is generated over model:N"),
         (flags, "--mesh=model:2 has 2 devices, and one process was started: torchrun"),
         ([f"--source={model}", "--file=/none"], "--file=/none cannot be read"),

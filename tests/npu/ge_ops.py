@@ -41,7 +41,8 @@ for _name, _fn in {
     "Sqrt": torch.sqrt, "Exp": torch.exp, "Log": torch.log, "Cos": torch.cos, "Sin": torch.sin, "Abs": torch.abs,
     "Reciprocal": torch.reciprocal, "Rsqrt": torch.rsqrt, "Maximum": torch.maximum, "Minimum": torch.minimum,
     "Equal": torch.eq, "Less": torch.lt, "Greater": torch.gt, "GreaterEqual": torch.ge, "LessEqual": torch.le,
-    "LogicalAnd": torch.logical_and, "LogicalNot": torch.logical_not, "OnesLike": torch.ones_like,
+    "LogicalAnd": torch.logical_and, "LogicalNot": torch.logical_not, "LogicalOr": torch.logical_or,
+    "OnesLike": torch.ones_like,
     "ZerosLike": torch.zeros_like, "SelectV2": torch.where, "Square": torch.square,
 }.items():  # fmt: skip
     _pointwise(_name, _fn)

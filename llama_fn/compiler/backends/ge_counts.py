@@ -38,7 +38,8 @@ _HCOM = {
 _TURNS = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
 _ATEN = {
     "_to_copy.default": "Cast", "_unsafe_view.default": "", "add.Tensor": "Add", "arange.default": "Cast Range",
-    "arange.start_step": "Cast Range", "bitwise_and.Tensor": "LogicalAnd", "cat.default": "ConcatV2",
+    "arange.start_step": "Cast Range", "bitwise_and.Tensor": "LogicalAnd",
+    "bitwise_or.Tensor": "LogicalOr", "cat.default": "ConcatV2",
     "clamp.default": "ClipByValueV2", "copy_.default": "", "cos.default": "Cos", "div.Tensor": "RealDiv",
     "embedding.default": "GatherV2", "embedding_dense_backward.default": "EmbeddingDenseGrad", "eq.Scalar": "Equal",
     "eq.Tensor": "Equal", "exp.default": "Exp", "expand.default": "BroadcastTo", "gather.default": "GatherElements",
