@@ -1,0 +1,177 @@
+"""The loop of a run: a step, what is looked at, written and saved between steps, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llama_fn.checkpoint import Store
+from llama_fn.compiler import stages
+from llama_fn.compiler.finite import NonFinite
+from llama_fn.config import Config
+from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.parts import Parts
+from llama_fn.distributed import Processes
+from llama_fn.hardware import Hardware
+from llama_fn.inspect.profiling import Profiler
+from llama_fn.model import train_step
+from llama_fn.run import health, metrics, resume, runtime
+from llama_fn.run.batches import ToDevice
+from llama_fn.run.display import Display
+from llama_fn.run.text_samples import TextSamples
+from llama_fn.signals import SAVED, UNSAVED, StopRequest
+from sharding import Mesh
+
+log = logging.getLogger("llama_fn.loop")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, once everything is prepared; only the first process of several writes and displays."""
+
+    step: stages.Compiled
+    evaluate: stages.Compiled | None
+    hyper: train_step.Hyper
+    to_device: ToDevice
+    batches: BatchIterator
+    validation: dict[str, list[train_step.Batch]]
+    data: Parts
+    store: Store
+    writer: metrics.Writer | None
+    display: Display | None
+    stop: StopRequest
+    hardware: Hardware | None
+    processes: Processes | None
+    profiler: Profiler
+    health: health.Health
+    mesh: Mesh
+    samples: TextSamples | None
+
+    def stopping(self) -> int:
+        """The signal that asks to stop; that of any process, so that all stop after the same step."""
+        return self.stop.signal if self.processes is None else self.processes.any(self.stop.signal)
+
+    def save(self, cfg: Config, iteration: int, state: train_step.TrainState, local: bool = False) -> None:
+        """Save the state as of `iteration`, with all that a resume needs; logs up to there reach the disk first.
+        `local`: as an emergency copy."""
+        if self.writer is not None:
+            self.writer.sync()
+        meta = resume.meta(cfg, self.mesh, self.batches, self.data)
+        if local:
+            self.store.copy(iteration, state, meta)
+        else:
+            self.store.save(iteration, state, meta, self.step.lowered.inputs)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An iteration whose metrics are not looked at yet, so that a device never waits for a log line."""
+
+    iteration: int
+    values: dict[str, torch.Tensor]
+    seconds: float
+    consumed: dict[str, int]
+
+
+def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run: Run) -> int:
+    """The loop, from iteration `start` on; `saved`: the newest that a checkpoint has. Batch n + 1 is prepared in a
+    thread while step n runs; the metrics of step n - 1 are written after step n has been started."""
+    pending: _Pending | None = None
+
+    def look(now: bool = False) -> None:
+        """Write the metrics that are pending, if they are to be logged; `now`: they are needed in any case."""
+        nonlocal pending
+        if pending is None:
+            return
+        logged = pending.iteration % cfg.run.log_every == 0 or pending.iteration == cfg.run.steps
+        if logged or now:
+            numbers = {name: value.item() for name, value in pending.values.items()}
+            run.health.observe(pending.iteration, numbers)
+            if logged and run.writer is not None and run.display is not None:
+                row = metrics.record(
+                    cfg, pending.iteration, numbers, pending.seconds, run.hardware, pending.consumed
+                )  # fmt: skip
+                run.display.record(row, run.writer.write(row))
+        pending = None
+
+    iteration, began, signal, due = start, time.perf_counter(), 0, False
+    while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
+        batch, consumed = run.to_device(next(run.batches)), run.batches.counts()
+        if run.processes is not None:
+            run.processes.watchdog.begin(iteration)
+        run.profiler.before(iteration + 1)
+        try:
+            state, values = run.step(state, batch, run.hyper)
+        except NonFinite as error:  # the state holds old and new values: the end
+            run.health.stopped_by = f"in iteration {iteration + 1} {error}"
+            break
+        iteration += 1
+        look()
+        if iteration == start + 1 and (memory := runtime.memory_text(cfg.run.device)):
+            log.info("after the first step: %s", memory)
+        ended = time.perf_counter()
+        pending, began = _Pending(iteration, values, ended - began, consumed), ended
+        if run.profiler.after(iteration):  # which takes a while to write what it has
+            began = time.perf_counter()
+        if run.evaluate is not None and iteration % cfg.run.eval_every == 0:
+            look()
+            _validate(run.evaluate, iteration, state, run)
+            began = time.perf_counter()
+        if run.samples is not None and iteration % cfg.run.sample_every == 0:
+            look()
+            texts = run.samples.write(state.params)
+            for line in run.writer.samples(iteration, texts) if run.writer is not None else ():
+                log.info("%s", line)
+            began = time.perf_counter()
+        # Behind the validation: a later process goes on after this iteration, and would not make it up.
+        due |= iteration % cfg.run.checkpoint_every == 0 or iteration == cfg.run.steps
+        if due:
+            look(now=True)
+            if run.health.may_save:
+                run.save(cfg, iteration, state)
+                saved, due = iteration, False
+        elif cfg.run.local_every and iteration % cfg.run.local_every == 0:
+            look(now=True)
+            if run.health.may_save:
+                run.save(cfg, iteration, state, local=True)
+    look(now=True)
+    # After a signal; and after a start from a local copy that had nothing more to do.
+    if iteration > saved and run.health.may_save and not run.health.verdict:
+        run.save(cfg, iteration, state)
+        saved = iteration
+    run.store.close(saved == iteration)
+    return _ended(cfg, iteration, saved, signal, run)
+
+
+def _validate(evaluate: stages.Compiled, iteration: int, state: train_step.TrainState, run: Run) -> None:
+    by_source = {
+        name: sum(evaluate(state.params, batch).item() for batch in batches) / len(batches)
+        for name, batches in run.validation.items()
+    }
+    for line in run.writer.validation(iteration, by_source) if run.writer is not None else ():
+        log.info("%s", line)
+
+
+def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> int:
+    """Say how the run ended; returns its exit status."""
+    where = run.store.folder / str(saved) if saved else "none"
+    why = run.health.verdict
+    if not why and not run.health.may_save:  # every one of them was worth nothing
+        why = f"the run ended in {run.health.streak} skipped iterations"
+    if why:
+        log.error(
+            "stopped at iteration %d: %s. Later iterations would not mend it, so none is saved; the last good "
+            "checkpoint is %s. Go on from it with another --optim.lr or other data (--run.accept_changes)",
+            iteration, why, where,
+        )  # fmt: skip
+        return health.STATUS
+    if signal:
+        what = f"saved iteration {iteration} in {where}" if iteration else "nothing to save yet"
+        log.info("stopped: %s; the same command goes on from there", what)
+        return SAVED if saved else UNSAVED
+    memory = runtime.memory_text(cfg.run.device)
+    log.info("done: %d iterations, checkpoint %s%s", iteration, where, f"; {memory}" if memory else "")
+    return 0
