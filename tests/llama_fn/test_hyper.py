@@ -40,6 +40,7 @@ def test_other_numbers_give_the_same_graph(tiny_config, dtype):
     assert config_stages.train(replace(cfg, optim=replace(cfg.optim, schedule="linear"))).as_text() != text
 
 
+@pytest.mark.slow
 def test_inductor_compiles_once_and_steps_are_those_of_the_numbers(tiny_config, random_inputs, fresh_state, tmp_path):
     cfg = tiny_config(num_layers=1)
     others = changed(cfg)[-2:]

@@ -32,6 +32,7 @@ def start(torch_npu_environment, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_of_two_ranks_one_compiles_and_the_other_loads(start):
     mesh = "--mesh.axes=data:1,model:2"
     first = start(2, mesh)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from ge_interpreter import _messages
 
 from llama_fn.inspect import dump
@@ -15,6 +16,7 @@ from llama_fn.planner.calibration import FORMAT
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_without_a_device_graphs_are_written_and_nothing_is_measured(tmp_path, torch_npu_environment):
     command = [sys.executable, str(Path(__file__).with_name("worker_check.py"))]
     done = subprocess.run(
