@@ -55,7 +55,7 @@ def run_folder(directory: Path, workdir: Path, processes: Processes | None) -> P
 
 
 class LocalCopies:
-    """Those of a run, in `folder` of every machine. `neighbours`: whether processes hand them to the next machine."""
+    """Those of a run, in `folder` of every machine; of several machines each hands its own to the next."""
 
     def __init__(self, folder: Path, processes: Processes | None) -> None:
         self.folder, self.processes = folder, processes

@@ -16,7 +16,7 @@ SUFFIX = ".tokenizer.json"
 def note(prefix: Path, tokenizer: Path) -> None:
     """Write it for `prefix`."""
     with atomic(_path(prefix)) as f:
-        json.dump({"name": tokenizer.name, "sha256": _hash(tokenizer)}, f)
+        json.dump({"name": tokenizer.name, "sha256": sha256(tokenizer)}, f)
 
 
 def hand_on(prefixes: Iterable[Path], to: Path) -> None:
@@ -31,12 +31,12 @@ def refuse_others(prefixes: Iterable[Path], tokenizer: Path | None) -> None:
     """UserError where a prefix is known to be of another tokenizer than `tokenizer`, or than another prefix. One
     without a note may be of any."""
     known = [(prefix, found) for prefix in prefixes if (found := _read(prefix)) is not None]
-    wanted = [("--data.tokenizer", str(tokenizer), _hash(tokenizer))] if tokenizer is not None else []
-    wanted += [(str(prefix), name, sha256) for prefix, (name, sha256) in known]
-    for prefix, (name, sha256) in known:
-        if sha256 != wanted[0][2]:
+    wanted = [("--data.tokenizer", str(tokenizer), sha256(tokenizer))] if tokenizer is not None else []
+    wanted += [(str(prefix), name, digest) for prefix, (name, digest) in known]
+    for prefix, (name, digest) in known:
+        if digest != wanted[0][2]:
             raise UserError(
-                f"{prefix}.bin was made with the tokenizer {name} (SHA-256 {sha256[:12]}), and {wanted[0][0]} is of "
+                f"{prefix}.bin was made with the tokenizer {name} (SHA-256 {digest[:12]}), and {wanted[0][0]} is of "
                 f"{wanted[0][1]} ({wanted[0][2][:12]}): their tokens mean different text. Tokenize it again, or name "
                 "the tokenizer that it was made with"
             )
@@ -46,7 +46,8 @@ def _path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + SUFFIX)
 
 
-def _hash(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a tokenizer's file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -91,7 +91,7 @@ def _recipe(listed: list[Path], path: Path) -> dict[str, Any]:
         stat = file.stat()
         digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return {
-        "files": digest.hexdigest(), "tokenizer": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "files": digest.hexdigest(), "tokenizer": identity.sha256(path),
         "jsonl_key": FLAGS.jsonl_key, "eos": FLAGS.eos, "bos": FLAGS.bos, "errors": FLAGS.errors,
     }  # fmt: skip
 
