@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,15 +108,18 @@ class Decoder:
     def _step(self, fn: Callable[..., Any], batch: int, longest: int) -> stages.Compiled:
         """`fn` compiled for so many rows and, of prompts, columns; its cache is overwritten."""
         key = (fn, batch, longest)
+        tokens = ArrayInfo((batch, longest) if longest else (batch,), torch.int64)
+        infos = decode.abstract_cache(self.cfg, batch, self.length)
+
+        def step(cache: decode.Cache, params: llama.Params, tokens: Any, positions: Any) -> Any:
+            return fn(cache, params, tokens, positions, cfg=self.cfg)
+
+        return self.compiled_once(key, step, infos, self.infos, tokens, ArrayInfo((batch,), torch.int64), donate=(0,))
+
+    def compiled_once(self, key: Hashable, fn: Callable[..., Any], *infos: Any, donate: tuple[int, ...] = ()) -> Any:
+        """`fn` of arguments like `infos`, compiled for this model's mesh when `key` is first asked for."""
         if key not in self.compiled:
-            tokens = ArrayInfo((batch, longest) if longest else (batch,), torch.int64)
-            infos = decode.abstract_cache(self.cfg, batch, self.length)
-
-            def step(cache: decode.Cache, params: llama.Params, tokens: Any, positions: Any) -> Any:
-                return fn(cache, params, tokens, positions, cfg=self.cfg)
-
-            traced = stages.jit(step, donate=0).trace(infos, self.infos, tokens, ArrayInfo((batch,), torch.int64))
-            lowered = traced.lower(self.mesh, decoding(self.mesh))
+            lowered = stages.jit(fn, donate=donate).trace(*infos).lower(self.mesh, decoding(self.mesh))
             self.compiled[key] = lowered.compile(self.backend, **self.options)
         return self.compiled[key]
 

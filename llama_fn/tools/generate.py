@@ -40,8 +40,7 @@ def generate() -> int:
     run = RunConfig(backend=FLAGS.backend, device=FLAGS.device)
     model = loading.load(Path(os.path.expanduser(FLAGS.source)), FLAGS.tokenizer, FLAGS.dtype, run, FLAGS.mesh)
     sampling = decoding.Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
-    begun = {"bos": model.pieces.bos_id(), "eos": model.pieces.eos_id(), "none": -1}
-    begin = begun[FLAGS.begin if FLAGS.begin != "auto" else "eos" if model.weights.step else "bos"]
+    begin = model.begin(FLAGS.begin)
     ids = [[*([begin] if begin >= 0 else []), *model.pieces.encode(prompt)] for prompt in prompts]
     longest = max(map(len, ids))
     decoder = decoding.Decoder(
@@ -120,10 +119,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 1.0, "draw among the likeliest that have this probability together", 0.0, 1.0)
     flags.DEFINE_integer("seed", 0, "of the draws", 0)
     flags.DEFINE_multi_string("stop", [], "text at which an answer ends; may be given several times")
-    flags.DEFINE_enum(
-        "begin", "auto", ["auto", "bos", "eos", "none"],
-        "token before a prompt; auto: bos of converted weights, and of a run eos, behind which its documents begin",
-    )  # fmt: skip
-    flags.DEFINE_string("mesh", "", "model:N shares the model out over N processes, which torchrun starts")
     flags.adopt_module_key_flags(loading_flags)
     app.run(main, flags_parser=command.parse)

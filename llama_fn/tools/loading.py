@@ -41,6 +41,11 @@ class Loaded:
         """Whether this process speaks for all."""
         return self.processes is None or self.processes.chief
 
+    def begin(self, name: str) -> int:
+        """The token before a text, -1 for none: bos, eos, none or auto."""
+        begun = {"bos": self.pieces.bos_id(), "eos": self.pieces.eos_id(), "none": -1}
+        return begun[name if name != "auto" else "eos" if self.weights.step else "bos"]
+
     def close(self) -> None:
         """Leave the other processes."""
         if self.processes is not None:
@@ -82,11 +87,11 @@ def _mesh(axes: str, backend: str) -> Mesh:
     except ValueError as error:
         raise UserError(f"--mesh={axes}: {error}") from None
     if other := [name for name, size in mesh.axes if size > 1 and name != "model"]:
-        raise UserError(f"--mesh={axes}: text is generated over model:N; devices along {other[0]} would be copies")
+        raise UserError(f"--mesh={axes}: a model is shared out over model:N; devices along {other[0]} would be copies")
     if mesh.size > 1 and launched().world == 1 and backend != "interpret":
         raise UserError(
-            f"--mesh={axes} has {mesh.size} devices, and one process was started: torchrun --nproc_per_node="
-            f"{mesh.size} -m llama_fn.tools.generate ..., or --backend=interpret, which simulates them"
+            f"--mesh={axes} has {mesh.size} devices, and one process was started: start them with torchrun "
+            f"--nproc_per_node={mesh.size}, or give --backend=interpret, which simulates them"
         )
     return mesh
 

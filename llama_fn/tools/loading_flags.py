@@ -15,3 +15,8 @@ def define() -> None:
         "inductor compiles, which takes seconds to minutes; interpret simulates a mesh in one process",
     )  # fmt: skip
     flags.DEFINE_enum("device", "cpu", ["cpu", "cuda"], "to compute on")
+    flags.DEFINE_string("mesh", "", "model:N shares the model out over N processes, which torchrun starts")
+    flags.DEFINE_enum(
+        "begin", "auto", ["auto", "bos", "eos", "none"],
+        "token before a text; auto: bos of converted weights, and of a run eos, behind which its documents begin",
+    )  # fmt: skip

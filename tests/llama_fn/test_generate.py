@@ -143,15 +143,18 @@ def test_the_tool_answers_one_prompt_or_several(model, tmp_path):
     for wrongs, said in (
         (["--prompt=x"], "give --source"),
         ([f"--source={tmp_path}", "--prompt=x"], "has no checkpoints: name a work folder"),
-        ([*flags[:-1], "--mesh=data:2"], "text is generated over model:N"),
-        (flags, "--mesh=model:2 has 2 devices, and one process was started: torchrun"),
+        ([*flags[:-1], "--mesh=data:2"], "a model is shared out over model:N"),
+        (flags, "--mesh=model:2 has 2 devices, and one process was started: start them with torchrun"),
         ([f"--source={model}", "--file=/none"], "--file=/none cannot be read"),
     ):
         wrong = tool("generate", *wrongs)
         assert wrong.returncode == 2 and said in wrong.stderr, wrong.stderr
 
 
-def test_evaluate_gives_the_loss_of_transformers(model, models, tmp_path):
+@pytest.mark.parametrize(
+    "where", [["--backend=eager"], pytest.param(["--backend=interpret", "--mesh=model:2"], marks=pytest.mark.slow)]
+)
+def test_evaluate_gives_the_loss_of_transformers(where, model, models, tmp_path):
     text = Path(json.__file__).read_text()[:3000]
     (tmp_path / "a.txt").write_text(text)
     pieces = tokenizer.load(model / "tokenizer.model")
@@ -160,7 +163,7 @@ def test_evaluate_gives_the_loss_of_transformers(model, models, tmp_path):
     np.save(tmp_path / "ids.npy", ids)
     want = float(re.search(r"LOSS (\S+)", transformers(tmp_path, "loss", str(models / "llama"), "ids.npy"))[1])
     paths = [f"--path={tmp_path / 'a.txt'}", f"--path={tmp_path / 'b'}"]
-    flags = ["--seq_len=32", "--batch=3", "--backend=eager", f"--json={tmp_path / 'out.json'}"]
+    flags = ["--seq_len=32", "--batch=3", *where, f"--json={tmp_path / 'out.json'}"]
     done = tool("evaluate", f"--source={model}", *paths, *flags)
     assert not done.returncode, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["paths"]
