@@ -99,15 +99,19 @@ def test_a_run_leaves_metrics_logs_flags_and_checkpoints(uninterrupted):
     assert [r["iteration"] for r in table] == list(range(1, 41))
     assert set(table[0]) == {
         "iteration", "consumed_samples", "consumed_tokens", "lm_loss", "learning_rate", "grad_norm", "loss_scale",
-        "skipped_iterations", "nan_iterations", "step_time_ms", "tokens_per_second", "tflops_hardware", "mfu",
-        "nonfinite_params", "nonfinite",
+        "skipped_iterations", "nan_iterations", "step_time_ms", "data_wait_ms", "tokens_per_second",
+        "tflops_hardware", "mfu", "nonfinite_params", "nonfinite",
     }  # fmt: skip
     assert table[-1]["consumed_tokens"] == 40 * 8 * 32 and table[-1]["mfu"] is None
     assert table[-1]["lm_loss"] < table[0]["lm_loss"]
     lines = (uninterrupted / "train.log").read_text().splitlines()
     matched = [m for m in map(MEGATRON.fullmatch, lines) if m]
     assert len(matched) == 40 and f"{table[2]['lm_loss']:.6E}" == matched[2][4]
-    assert len([line for line in lines if "validation loss" in line]) == 2
+    validated = [row for row in table if "validation_loss" in row]
+    said = [line for line in lines if "validation loss" in line]
+    assert [row["iteration"] for row in validated] == [16, 32] and len(said) == 2
+    assert f"lm loss value: {validated[1]['validation_loss']:.6E}" in said[1]
+    assert all(0 <= row["data_wait_ms"] <= row["step_time_ms"] for row in table)
     assert sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir()) == [32, 40]
     assert "--data.seq_len=32" in (uninterrupted / "flags.txt").read_text()
     assert list((uninterrupted / "tensorboard").iterdir())

@@ -1,8 +1,9 @@
 """Names, units and destinations of a run's numbers: train.log, metrics.jsonl, TensorBoard, the terminal.
 
 metrics.jsonl is the source of truth: one object per logged iteration, each value that JSON has no number for null and
-named in `nonfinite`. skipped_iterations and nan_iterations count since iteration 0. train.log has the same iterations
-in Megatron's format, and a line per validation.
+named in `nonfinite`. skipped_iterations and nan_iterations count since iteration 0. An iteration behind which there was
+a validation is always logged, with its losses. train.log has the same iterations in Megatron's format, and a line per
+validation.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ def record(
     iteration: int,
     values: Mapping[str, float],
     seconds: float,
+    waited: float,
     hw: Hardware | None,
     consumed: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The numbers of one iteration. `consumed`: samples and tokens so far, as the iterator counted them.
+    """The numbers of one iteration. `consumed`: samples and tokens so far, as the iterator counted them. `waited`:
+    those of the seconds that passed until its batch was there.
 
     tokens_per_second is that of all devices, tflops_hardware
     AscendSpeed's count per device, mfu a device's model FLOPs against its peak, None where the peak is unknown."""
@@ -63,6 +66,7 @@ def record(
         "nan_iterations": int(values["nan_iterations"]),
         "nonfinite_params": int(values["nonfinite_params"]),
         "step_time_ms": seconds * 1e3,
+        "data_wait_ms": waited * 1e3,
         "tokens_per_second": per_s,
         "tflops_hardware": flops * on_one / 1e12,
         "mfu": None if hw is None else model_flops_per_token(m, d.seq_len) * on_one / hw.peak_flops_per_s,
@@ -76,6 +80,25 @@ def line(cfg: Config, row: Mapping[str, Any]) -> str:
         **row, steps=cfg.run.steps, global_batch_size=size, seq_len=cfg.data.seq_len,
         samples_per_second=size / row["step_time_ms"] * 1e3,
     )  # fmt: skip
+
+
+def validation(by_source: Mapping[str, float]) -> dict[str, float]:
+    """validation_loss, nats per token: the mean of the sources; and that of each, where there are several."""
+    mean = sum(by_source.values()) / len(by_source)
+    several = by_source.items() if len(by_source) > 1 else ()
+    return {"validation_loss": mean, **{f"validation_loss/{name}": loss for name, loss in several}}
+
+
+def validation_lines(iteration: int, losses: Mapping[str, float]) -> list[str]:
+    """The lines of train.log for what `validation` returned."""
+    lines = []
+    for name, loss in losses.items():
+        of = f" {source} |" if (source := name.partition("/")[2]) else ""
+        lines.append(
+            f" validation loss at iteration {iteration} |{of} lm loss value: {loss:.6E} | lm loss PPL: "
+            f"{_exp(loss):.6E} |"
+        )
+    return lines
 
 
 def as_json(row: Mapping[str, Any]) -> str:
@@ -110,35 +133,17 @@ class Writer:
         """A line of train.log that is not a record."""
         self.text.write(text + "\n")
 
-    def write(self, row: Mapping[str, Any]) -> str:
-        """Write an iteration to all logs; returns its line of train.log."""
+    def write(self, row: Mapping[str, Any], losses: Mapping[str, float]) -> str:
+        """Write an iteration and what `validation` said behind it to all logs; returns its line of train.log."""
         text = line(self.cfg, row)
-        self.jsonl.write(as_json(row) + "\n")
-        self.text.write(text + "\n")
-        for name, value in row.items() if self.board else ():
+        self.jsonl.write(as_json({**row, **losses}) + "\n")
+        self.text.write("".join(f"{each}\n" for each in (text, *validation_lines(row["iteration"], losses))))
+        for name, value in {**row, **losses}.items() if self.board else ():
             if value is not None and name != "iteration":
-                self.board.add_scalar(f"train/{name}", value, row["iteration"])
+                self.board.add_scalar(name if name in losses else f"train/{name}", value, row["iteration"])
         if self.wandb:
-            self.wandb.log(dict(row), step=row["iteration"])
+            self.wandb.log({**row, **losses}, step=row["iteration"])
         return text
-
-    def validation(self, iteration: int, by_source: Mapping[str, float]) -> list[str]:
-        """Write validation losses, in nats per token, of each source of a mixture and their mean; returns their lines
-        of train.log."""
-        mean = sum(by_source.values()) / len(by_source)
-        lines = []
-        for name, loss in {"": mean, **(by_source if len(by_source) > 1 else {})}.items():
-            of = f" {name} |" if name else ""
-            lines.append(
-                f" validation loss at iteration {iteration} |{of} lm loss value: {loss:.6E} | lm loss PPL: "
-                f"{_exp(loss):.6E} |"
-            )
-            self.note(lines[-1])
-            if self.board:
-                self.board.add_scalar(f"validation/{f'{name}_' if name else ''}lm_loss", loss, iteration)
-            if self.wandb:
-                self.wandb.log({f"validation/{f'{name}_' if name else ''}lm_loss": loss}, step=iteration)
-        return lines
 
     def samples(self, iteration: int, texts: Sequence[tuple[str, str]]) -> list[str]:
         """Write prompts and the texts to them; returns their lines of train.log, in which a line break is \\n."""

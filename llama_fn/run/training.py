@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -73,7 +73,9 @@ class _Pending:
     iteration: int
     values: dict[str, torch.Tensor]
     seconds: float
+    waited: float  # for its batch, within `seconds`
     consumed: dict[str, int]
+    validation: dict[str, float] | None = None
 
 
 def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run: Run) -> int:
@@ -87,19 +89,19 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
         if pending is None:
             return
         logged = pending.iteration % cfg.run.log_every == 0 or pending.iteration == cfg.run.steps
+        logged |= pending.validation is not None
         if logged or now:
             numbers = {name: value.item() for name, value in pending.values.items()}
             run.health.observe(pending.iteration, numbers)
-            if logged and run.writer is not None and run.display is not None:
-                row = metrics.record(
-                    cfg, pending.iteration, numbers, pending.seconds, run.hardware, pending.consumed
-                )  # fmt: skip
-                run.display.record(row, run.writer.write(row))
+            if logged:
+                _write(cfg, pending, numbers, run)
         pending = None
 
     iteration, began, signal, due = start, time.perf_counter(), 0, False
     while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
+        asked = time.perf_counter()
         batch, consumed = run.to_device(next(run.batches)), run.batches.counts()
+        waited = time.perf_counter() - asked
         if run.processes is not None:
             run.processes.watchdog.begin(iteration)
         run.profiler.before(iteration + 1)
@@ -113,12 +115,12 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
         if iteration == start + 1 and (memory := runtime.memory_text(cfg.run.device)):
             log.info("after the first step: %s", memory)
         ended = time.perf_counter()
-        pending, began = _Pending(iteration, values, ended - began, consumed), ended
+        pending, began = _Pending(iteration, values, ended - began, waited, consumed), ended
         if run.profiler.after(iteration):  # which takes a while to write what it has
             began = time.perf_counter()
         if run.evaluate is not None and iteration % cfg.run.eval_every == 0:
+            pending = replace(pending, validation=_validated(run.evaluate, state, run))
             look()
-            _validate(run.evaluate, iteration, state, run)
             began = time.perf_counter()
         if run.samples is not None and iteration % cfg.run.sample_every == 0:
             look()
@@ -146,13 +148,25 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
     return _ended(cfg, iteration, saved, signal, run)
 
 
-def _validate(evaluate: stages.Compiled, iteration: int, state: train_step.TrainState, run: Run) -> None:
-    by_source = {
+def _write(cfg: Config, pending: _Pending, numbers: dict[str, float], run: Run) -> None:
+    """The first process's record of an iteration, and of the validation behind it."""
+    if run.writer is None or run.display is None:
+        return
+    row = metrics.record(
+        cfg, pending.iteration, numbers, pending.seconds, pending.waited, run.hardware, pending.consumed
+    )  # fmt: skip
+    losses = metrics.validation(pending.validation) if pending.validation else {}
+    run.display.record(row, run.writer.write(row, losses))
+    for line in metrics.validation_lines(pending.iteration, losses):
+        log.info("%s", line)
+
+
+def _validated(evaluate: stages.Compiled, state: train_step.TrainState, run: Run) -> dict[str, float]:
+    """The loss of each source's held-out part, in nats per token."""
+    return {
         name: sum(evaluate(state.params, batch).item() for batch in batches) / len(batches)
         for name, batches in run.validation.items()
     }
-    for line in run.writer.validation(iteration, by_source) if run.writer is not None else ():
-        log.info("%s", line)
 
 
 def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> int:

@@ -12,7 +12,6 @@ Exit status 0, or 2 for wrong input.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from absl import app, flags
 
 from llama_fn.errors import UserError
 from llama_fn.files import check_writable
+from llama_fn.run import records
 from llama_fn.tools import command
-from llama_fn.tools.compare_loss import logged_losses
 
 FLAGS = flags.FLAGS
-_VALIDATION = re.compile(r" validation loss at iteration (\d+) \| lm loss value: (\S+) \|")
 COLORS = ("red", "blue", "green", "orange", "magenta", "cyan")
 
 
@@ -42,14 +40,13 @@ class Curve:
 
 def read(path: Path, smooth: float) -> Curve:
     """A run's curve; UserError where there is none."""
-    losses = {i: loss for i, loss in logged_losses(path).items() if math.isfinite(loss)}
+    rows = records.read(path)
+    losses = {row["iteration"]: row["lm_loss"] for row in rows if math.isfinite(row["lm_loss"])}
     if not losses:
         raise UserError(f"{path} has no iteration with a finite loss yet")
-    log = (path if path.is_dir() else path.parent) / "train.log"
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    found = [m for line in lines if (m := _VALIDATION.match(line))]
+    validation = {row["iteration"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     name = (path if path.is_dir() else path.parent).name
-    return Curve(name, smoothed(losses, smooth), {int(m[1]): float(m[2]) for m in found})
+    return Curve(name, smoothed(losses, smooth), {i: loss for i, loss in validation.items() if math.isfinite(loss)})
 
 
 def smoothed(losses: dict[int, float], weight: float) -> dict[int, float]:

@@ -9,7 +9,6 @@ compare_chart.png. Exit status 0 where the peak is below --bound, 1 where it is 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from absl import app, flags
 
 from llama_fn.errors import UserError
 from llama_fn.files import check_writable
+from llama_fn.run import records
 from llama_fn.tools import command
 
 FLAGS = flags.FLAGS
@@ -50,25 +50,9 @@ class Comparison:
         return sum(self.errors) / len(self.errors)
 
 
-def logged_losses(path: Path) -> dict[int, float]:
-    """Iteration -> lm_loss, nan where it was not finite; UserError naming the file and line of what is no record."""
-    path = path / "metrics.jsonl" if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"{path} does not exist: name a run's work folder or its metrics.jsonl")
-    losses: dict[int, float] = {}
-    for number, text in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(text)
-            loss = row["lm_loss"]  # null where it was not finite
-            losses[int(row["iteration"])] = math.nan if loss is None else float(loss)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number} is not a record with iteration and lm_loss: {error!r}") from None
-    return losses
-
-
 def read_losses(path: Path) -> dict[int, float]:
-    """The same, with a UserError for a loss that is not finite and positive."""
-    losses = logged_losses(path)
+    """Iteration -> lm_loss of a run; UserError for one that is not finite and positive."""
+    losses = records.losses(path)
     bad = [i for i, loss in losses.items() if not math.isfinite(loss) or loss <= 0]
     if bad:
         raise UserError(

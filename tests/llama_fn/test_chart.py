@@ -13,13 +13,18 @@ from llama_fn.run import metrics
 from llama_fn.tools.chart import read, smoothed
 
 
+def named(validation):
+    return {} if validation is None else metrics.validation({"wiki": validation})
+
+
 def write(folder, losses, validation=MappingProxyType({})):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(
-        "".join(metrics.as_json({"iteration": i, "lm_loss": loss}) + "\n" for i, loss in losses.items())
+        "".join(
+            metrics.as_json({"iteration": i, "lm_loss": loss, **named(validation.get(i))}) + "\n"
+            for i, loss in losses.items()
+        )
     )
-    lines = [f" validation loss at iteration {i} | lm loss value: {loss:.6E} | x |\n" for i, loss in validation.items()]
-    (folder / "train.log").write_text(" iteration 1/ 4 | x\n" + "".join(lines))
     return folder
 
 

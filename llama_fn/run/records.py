@@ -1,0 +1,36 @@
+"""Reading what a run logged: the records of metrics.jsonl, one for each iteration that was logged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from llama_fn.errors import UserError
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a work folder, or of a metrics.jsonl, whose numbers that were not finite are nan. UserError naming
+    the file and line of what is no record."""
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name a run's work folder or its metrics.jsonl")
+    records = []
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(text)
+            odd = dict.fromkeys(row.get("nonfinite") or (), math.nan)
+            records.append({**row, "iteration": int(row["iteration"]), **odd})
+            loss = row["lm_loss"]
+            records[-1]["lm_loss"] = math.nan if loss is None else float(loss)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, line {number} is not a record with iteration and lm_loss: {error!r}") from None
+    return records
+
+
+def losses(path: Path) -> dict[int, float]:
+    """Iteration -> lm_loss, nan where it was not finite; UserError as `read`."""
+    return {row["iteration"]: row["lm_loss"] for row in read(path)}
