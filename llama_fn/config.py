@@ -104,6 +104,9 @@ class DataConfig:
     skip: str = opt(
         "", "FROM:TO,... of consumed samples to pass over, as train.log counts them; no batch has any of them"
     )
+    rampup: str = opt(
+        "", "START,STEP,SAMPLES: batches of START samples that grow by STEP until SAMPLES are consumed; as Megatron's"
+    )
     seq_len: int = number(256, "T, tokens per sample", 1)
     global_batch_size: int = number(8, "samples per iteration over all devices", 1)
     microbatches: int = number(1, "parts that the global batch is computed in, gradients summed", 1)

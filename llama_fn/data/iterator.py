@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from llama_fn.data.blend import Blend
+from llama_fn.data.rampup import Rampup
 from llama_fn.data.samples import Samples
 from llama_fn.data.skips import Ranges, after
 from llama_fn.errors import UserError
@@ -24,7 +25,7 @@ class BatchIterator:
     Of each microbatch only `rows` are read and returned: this process's own (default: all). `consumed` counts the
     samples handed out to all of them or `skipped`, `tokens` the tokens handed out: with the config they are the whole
     state. A batch has nothing of a range that is skipped: the next one begins behind it. `segments` and `mask_ends`: as
-    the flags say.
+    the flags say. `rampup`: how the batches grow to `size`, in whole microbatches.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class BatchIterator:
         skipped: Ranges = (),
         segments: bool = False,
         mask_ends: bool = False,
+        rampup: Rampup | None = None,
     ) -> None:
-        self.samples, self.size, self.microbatches, self.vocab_size = samples, size, microbatches, vocab_size
+        self.samples, self.microbatch, self.vocab_size = samples, size // microbatches, vocab_size
+        self.rampup = rampup or Rampup(size, 0, 0, size)
         self.consumed, self.tokens, self.rows, self.skipped = consumed, tokens, rows, skipped
         self.segments, self.mask_ends = segments, mask_ends
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -48,13 +51,14 @@ class BatchIterator:
         self._prefetch()
 
     def _prefetch(self) -> None:
-        self._first = after(self.consumed, self.size, self.skipped)
-        more = self._first + self.size <= self.samples.count
-        self._next = self._worker.submit(self.batch_at, self._first) if more else None
+        self._size = self.rampup.size(self.consumed)
+        self._first = after(self.consumed, self._size, self.skipped)
+        more = self._first + self._size <= self.samples.count
+        self._next = self._worker.submit(self.batch_at, self._first, self._size) if more else None
 
-    def batch_at(self, first: int) -> Batch:
+    def batch_at(self, first: int, size: int) -> Batch:
         """The batch of samples first..first+size."""
-        wanted = np.arange(first, first + self.size).reshape(self.microbatches, -1)[:, self.rows]
+        wanted = np.arange(first, first + size).reshape(-1, self.microbatch)[:, self.rows]
         samples = [self.samples.documents(int(k)) for k in wanted.flat]
         rows = np.stack([np.concatenate(parts).astype(np.int64) for parts in samples])
         self._refuse_others(rows, wanted)
@@ -84,9 +88,11 @@ class BatchIterator:
         batch = self._next.result()
         if self._first > self.consumed:
             log.info("data: samples %d to %d are skipped", self.consumed, self._first)
-        self.consumed = self._first + self.size
-        self.tokens += self.size * self.samples.seq_len
+        self.consumed, size = self._first + self._size, self._size
+        self.tokens += size * self.samples.seq_len
         self._prefetch()
+        if self._size != size:
+            log.info("data: batches of %d samples after sample %d", self._size, self.consumed)
         return batch
 
     def counts(self) -> dict[str, int]:

@@ -10,12 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from llama_fn.config import Config
-from llama_fn.data import indexed, use
+from llama_fn.data import indexed, rampup, use
 from llama_fn.data.blend import Blend, requested
 from llama_fn.data.mixture import Source, sources
 from llama_fn.data.prepare import prefixes
 from llama_fn.data.samples import Samples, split_ranges
-from llama_fn.data.skips import ahead, ranges
+from llama_fn.data.skips import ranges
 
 log = logging.getLogger("llama_fn.data")
 VERIFIED = "verified.json"
@@ -61,8 +61,7 @@ class Parts:
     ) -> Samples | Blend:
         """The samples of a run that has consumed some and has `left` iterations to go. `known`: the iterator's state
         in a checkpoint."""
-        size = cfg.data.global_batch_size
-        count = consumed + left * size + ahead(consumed, size, ranges(cfg.data.skip))
+        count = rampup.of(cfg.data).reached(consumed, left, ranges(cfg.data.skip))
         if len(self.parts) == 1:
             (part,) = self.parts
             samples = Samples(part.data, part.train, cfg.data.seq_len, count, cfg.run.seed, "train", _cache(cfg))

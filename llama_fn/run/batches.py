@@ -9,6 +9,7 @@ from llama_fn.compiler import stages
 from llama_fn.config import Config
 from llama_fn.data.blend import Blend
 from llama_fn.data.iterator import BatchIterator
+from llama_fn.data.rampup import Rampup
 from llama_fn.data.samples import Samples
 from llama_fn.data.skips import Ranges
 from llama_fn.distributed import Processes
@@ -17,12 +18,13 @@ from sharding import P
 
 
 def iterator(
-    cfg: Config, samples: Samples | Blend, to_device: ToDevice, consumed: int = 0, tokens: int = 0, skipped: Ranges = ()
-) -> BatchIterator:
+    cfg: Config, samples: Samples | Blend, to_device: ToDevice, consumed: int = 0, tokens: int = 0,
+    skipped: Ranges = (), rampup: Rampup | None = None,
+) -> BatchIterator:  # fmt: skip
     """Batches of `samples` for this run, from `consumed` samples on."""
     d = cfg.data
     shape = (d.global_batch_size, d.microbatches, cfg.model.vocab_size)
-    return BatchIterator(samples, *shape, consumed, tokens, to_device.rows, skipped, d.segments, d.mask_ends)
+    return BatchIterator(samples, *shape, consumed, tokens, to_device.rows, skipped, d.segments, d.mask_ends, rampup)
 
 
 def validation_batches(

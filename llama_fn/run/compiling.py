@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,10 @@ def compile(
     processes: Processes | None,
     with_eval: bool,
     backend: Backend | None = None,
-) -> tuple[stages.Compiled, stages.Compiled | None]:
+    smaller: Iterable[Config] = (),
+) -> tuple[dict[int, stages.Compiled], stages.Compiled | None]:
     """Trace, lower and compile the step, and the validation step if there is one, before a single weight exists.
+    Returns the steps by how many microbatches they take: that of cfg, and those of the `smaller` batches.
 
     `hardware`: whose peaks a dump's overlay of times takes; None: this CPU, measured, unless cfg's device is another.
     `backend`: what compiles instead of the one that cfg names.
@@ -102,7 +104,10 @@ def compile(
 
     folder = dump_folder(cfg, processes)
     peaks = hardware or (named("cpu", cfg.model.compute_dtype) if folder and cfg.run.device == "cpu" else None)
-    train = compiled_from(config_stages.train(cfg), folder)
+    train = {cfg.data.microbatches: compiled_from(config_stages.train(cfg), folder)}
+    for less in smaller:
+        log.info("for batches of %d samples:", less.data.global_batch_size)
+        train[less.data.microbatches] = compiled_from(config_stages.train(less), None)
     if not with_eval:
         return train, None
     options.pop("profiled", None)

@@ -11,6 +11,7 @@ from llama_fn import config_fields
 from llama_fn.checkpoint import LocalCopies, SavedStep, Store, run_folder
 from llama_fn.config import Config
 from llama_fn.config_checks import profiled, resolved
+from llama_fn.data import rampup
 from llama_fn.data.blend import Blend
 from llama_fn.data.parts import Parts, open_parts
 from llama_fn.data.samples import Samples
@@ -41,7 +42,8 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
     """
     cfg, launch = resolved(cfg), launched()
     mesh = config_stages.mesh(cfg)
-    config_stages.rules(cfg, mesh)  # wrong names are said before data is touched
+    config_stages.rules(cfg, mesh)  # what is wrong is said before data is touched
+    rampup.of(cfg.data), ranges(cfg.data.skip)
     runtime.log_to_terminal(None, quiet=launch.rank != 0)
     machine_checks.check_machine(cfg, launch.world)
     hardware = runtime.setup(cfg.run)
@@ -112,19 +114,22 @@ def _run(
     pieces = pieces_of(cfg, workdir) if cfg.run.sample_every else None
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
-    step, evaluate = compiling.compile(cfg, mesh, hardware, members, data.has_validation, backend)
+    steps, evaluate = compiling.compile(
+        cfg, mesh, hardware, members, data.has_validation, backend, rampup.configs(cfg, consumed)
+    )  # fmt: skip
+    step = steps[cfg.data.microbatches]
     if members is not None:
         members.all_reached("compiled")
     state = resume.restore_or_begin(cfg, store, newest, step.lowered)
     to_device = ToDevice(cfg, step, members)
     stopping.say_how_long_a_save_takes(cfg, workdir, store.bytes(step.lowered.inputs), chief)
     with ExitStack() as held:
-        batches = iterator(cfg, train, to_device, consumed, tokens, ranges(cfg.data.skip))
+        batches = iterator(cfg, train, to_device, consumed, tokens, ranges(cfg.data.skip), rampup.of(cfg.data))
         held.callback(batches.close)
         validation = validation_batches(cfg, data.valid_samples(cfg), to_device)
         display = Display(cfg.run.steps, start) if chief else None
         runtime.log_to_terminal(display.console if display else None, quiet=not chief)
-        if (steps := profiled(cfg)) and steps.stop - 1 <= start:
+        if (window := profiled(cfg)) and window.stop - 1 <= start:
             log.warning("--run.profile_steps=%s lies before iteration %d, from which this run goes on: nothing is "
                         "profiled", cfg.run.profile_steps, start)  # fmt: skip
         writer = metrics.Writer(cfg, workdir, start) if chief else None
@@ -139,7 +144,7 @@ def _run(
         hyper = train_step.hyperparameters(cfg, cfg.run.device)
         monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = training.Run(
-            step, evaluate, hyper, to_device, batches, validation, data, store, writer, display, stop, hardware,
+            steps, evaluate, hyper, to_device, batches, validation, data, store, writer, display, stop, hardware,
             members, profiler, monitor, mesh, samples,
         )  # fmt: skip
         if display:

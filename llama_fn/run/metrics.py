@@ -44,18 +44,20 @@ def record(
     hw: Hardware | None,
     consumed: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The numbers of one iteration. `consumed`: samples and tokens so far, as the iterator counted them. `waited`:
+    """The numbers of one iteration. `consumed`: samples and tokens so far, as the iterator counted them, and
+    global_batch_size, the samples of this iteration. `waited`:
     those of the seconds that passed until its batch was there.
 
     tokens_per_second is that of all devices, tflops_hardware
     AscendSpeed's count per device, mfu a device's model FLOPs against its peak, None where the peak is unknown."""
     d, m = cfg.data, cfg.model
-    tokens = d.global_batch_size * d.seq_len
+    tokens = consumed["global_batch_size"] * d.seq_len
     per_s = tokens / seconds
     flops = hardware_flops_per_token(m, d.seq_len, cfg.mesh.remat == "full")
     on_one = per_s / Mesh.parse(cfg.mesh.axes).size
     return {
         "iteration": iteration,
+        "global_batch_size": consumed["global_batch_size"],
         "consumed_samples": consumed["consumed_samples"],
         "consumed_tokens": consumed["consumed_tokens"],
         "lm_loss": values["lm_loss"],
@@ -75,11 +77,8 @@ def record(
 
 def line(cfg: Config, row: Mapping[str, Any]) -> str:
     """The Megatron line of one record."""
-    size = cfg.data.global_batch_size
-    return LINE.format(
-        **row, steps=cfg.run.steps, global_batch_size=size, seq_len=cfg.data.seq_len,
-        samples_per_second=size / row["step_time_ms"] * 1e3,
-    )  # fmt: skip
+    rate = row["global_batch_size"] / row["step_time_ms"] * 1e3
+    return LINE.format(**row, steps=cfg.run.steps, seq_len=cfg.data.seq_len, samples_per_second=rate)
 
 
 def validation(by_source: Mapping[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +33,7 @@ log = logging.getLogger("llama_fn.loop")
 class Run:
     """What a run is made of, once everything is prepared; only the first process of several writes and displays."""
 
-    step: stages.Compiled
+    steps: Mapping[int, stages.Compiled]  # by how many microbatches a batch has
     evaluate: stages.Compiled | None
     hyper: train_step.Hyper
     to_device: ToDevice
@@ -63,7 +64,7 @@ class Run:
         if local:
             self.store.copy(iteration, state, meta)
         else:
-            self.store.save(iteration, state, meta, self.step.lowered.inputs)
+            self.store.save(iteration, state, meta, self.steps[cfg.data.microbatches].lowered.inputs)
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,13 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
     while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
         asked = time.perf_counter()
         batch, consumed = run.to_device(next(run.batches)), run.batches.counts()
-        waited = time.perf_counter() - asked
+        waited, parts = time.perf_counter() - asked, len(batch.tokens)
+        consumed["global_batch_size"] = parts * cfg.data.global_batch_size // cfg.data.microbatches
         if run.processes is not None:
             run.processes.watchdog.begin(iteration)
         run.profiler.before(iteration + 1)
         try:
-            state, values = run.step(state, batch, run.hyper)
+            state, values = run.steps[parts](state, batch, run.hyper)
         except NonFinite as error:  # the state holds old and new values: the end
             run.health.stopped_by = f"in iteration {iteration + 1} {error}"
             break
