@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 
-SLOW = ("plan_65b", "single_npu")
+SLOW = ("plan_65b", "single_npu", "quickstart")
 
 
 @pytest.mark.parametrize(

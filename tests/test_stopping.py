@@ -66,6 +66,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_data_and_compiling_are_left_at_once_and_tokenizing_goes_on(corpus, tmp_path):
     flags = [f"--data.path={corpus}", f"--run.workdir={tmp_path}", f"--run.compile_cache={tmp_path / 'code'}"]
     flags += ["--model.vocab_size=8000"]

@@ -170,6 +170,7 @@ def test_a_mixture_goes_on_where_it_was_killed_and_validates_each_source(corpus,
     assert code == 2 and "weight 0.6" in out, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
 )
@@ -259,6 +260,7 @@ def test_the_megatron_line_of_the_published_slice():
     assert MEGATRON.fullmatch(text)
 
 
+@pytest.mark.slow
 def test_a_full_file_system_ends_the_run_and_loses_nothing(small_disk, corpus):
     flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={small_disk}", "--run.checkpoint_every=2"]
     filler = small_disk / "filler"

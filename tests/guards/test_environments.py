@@ -23,15 +23,11 @@ ENVIRONMENTS = {
 }
 
 
-SLOW = (
-    "one_compile_thread",
-    "cache_is_a_file",
-    "empty_cache_home",
-)  # test_arguments and test_code_cache have the quick form
+QUICK = ("rank_alone", "world_size_odd", "no_compiler")  # one of each kind; the rest by `make nightly`
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ENVIRONMENTS]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in ENVIRONMENTS]
 )
 def test_environments(name, prefix, tmp_path):
     environ, more, want, message = ENVIRONMENTS[name]

@@ -98,6 +98,7 @@ def test_another_model_in_the_same_folder_moves_nothing_and_the_right_one_goes_o
     assert status == 0 and "resuming from iteration 4" in said and iterations(workdir) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_permission_is_given_once(prefix, tmp_path):
     out = train(*flags(prefix, tmp_path, "--run.accept_changes"))
     assert out.returncode == 0, out.stderr
@@ -174,6 +175,7 @@ def test_a_run_that_begins_anew_beside_old_logs_keeps_them(workdir, prefix):
     assert iterations(workdir) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_work_folder_is_refused_and_the_first_goes_on(prefix, tmp_path):
     command_line = [sys.executable, "train.py", *flags(prefix, tmp_path, "--run.steps=2000")]
     first = subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

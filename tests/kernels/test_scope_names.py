@@ -86,6 +86,7 @@ def order(cfg):
     return [*texts, len(list(outlined.children()))]
 
 
+@pytest.mark.slow
 def test_layers_of_another_name_keep_overlap_outlining_and_planning(tiny_config, request, caplog):
     cfg = config(tiny_config)
     want, planned = order(cfg), plan.make(cfg, config_stages.mesh(cfg), TABLE["ascend_910b1"])

@@ -17,6 +17,7 @@ from llama_fn.compiler import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("eager", "interpret", "inductor")
+NIGHTLY_COMPILED = (*BACKENDS[:2], pytest.param("inductor", marks=pytest.mark.slow))
 x = torch.arange(6.0).reshape(2, 3)
 
 
@@ -42,7 +43,7 @@ MAKERS = {
 }  # fmt: skip
 
 
-COMPILED = ("ones", "mask", "none", "no_arguments")  # of the makers, on every commit; the rest by `make nightly`
+COMPILED = ("mask",)  # of the makers, on every commit; the rest by `make nightly`
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ GIVEN = {
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        (name, b)
+        pytest.param(name, b, marks=pytest.mark.slow if b == "inductor" and name != "sliced" else ())
         for name in GIVEN
         for b in BACKENDS
         if b != "inductor" or name in ("sliced", "expanded", "numpy_reversed")
@@ -89,7 +90,7 @@ def test_arguments_of_every_kind_give_what_the_plain_call_gives(name, backend):
     assert torch.equal(got, want.to(got.dtype)) or torch.allclose(got, want.double(), rtol=1e-7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NIGHTLY_COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_number_argument_acts_as_in_the_plain_call(dtype, backend):
     fn = lambda x, lr, n: x - lr * x / n  # noqa: E731
@@ -156,7 +157,7 @@ def adam(s, g):
     return {"mu": 0.9 * s["mu"] + 0.1 * g, "nu": 0.99 * s["nu"] + 0.01 * g * g}, g.sum()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NIGHTLY_COMPILED)
 def test_memory_shared_with_a_donated_leaf_is_refused_and_neighbours_are_not(backend):
     flat, g = torch.zeros(5), torch.full((2,), 2.0)
     make = lambda: stages.jit(adam, donate=0, backend=backend)  # noqa: E731
@@ -220,6 +221,7 @@ def test_state_of_an_interrupted_step_is_refused_from_then_on():
     assert state["b"].tolist() == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

@@ -70,6 +70,7 @@ def test_a_report_that_is_none_is_refused(written, changes, said):
         calibrated(NPU, written(**changes))
 
 
+@pytest.mark.slow
 def test_a_step_of_the_ladder_is_predicted_and_measured_beside_the_eager_one():
     (rung,) = npu_ladder.rungs(["tiny"])
     row = {"name": rung.name, "predicted": npu_ladder.predicted(rung, NPU)}

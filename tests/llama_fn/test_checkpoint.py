@@ -129,7 +129,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize("then", ["mended", "still full"])
+@pytest.mark.parametrize("then", ["mended", pytest.param("still full", marks=pytest.mark.slow)])
 def test_a_save_that_fails_is_said_and_the_next_may_succeed(then, tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "c"), then], capture_output=True, text=True, check=True,

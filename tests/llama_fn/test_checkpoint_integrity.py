@@ -186,6 +186,7 @@ def test_other_reads_that_fail_with_it_say_nothing(caplog):
     assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
+@pytest.mark.slow
 def test_a_read_that_fails_is_one_line_and_no_tracebacks_of_threads(tmp_path):
     command = [sys.executable, "-c", TRUNCATED, str(tmp_path / "checkpoints")]
     root = Path(__file__).resolve().parents[2]

@@ -63,6 +63,7 @@ def test_damaged_code_is_removed_and_compiled_again(suffix, harm, filled):
     assert after.stdout == "True [7.0, 7.0, 7.0]\n" and not after.stderr
 
 
+@pytest.mark.slow
 def test_what_a_killed_compilation_left_is_removed_when_nobody_compiles(filled):
     (inside,) = (p for folder in filled.iterdir() for p in folder.iterdir())
     left = inside / "ab" / "half.so"
@@ -87,6 +88,7 @@ def test_folders_that_cannot_be_used_cost_a_word(tmp_path, monkeypatch, caplog):
     assert code_cache.usable(tmp_path) != tmp_path and "MB are free" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_word(tmp_path):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
@@ -115,7 +117,9 @@ def test_a_user_without_a_home_compiles_without_keeping(monkeypatch, caplog):
     assert "this user has no home folder" in caplog.text
 
 
-@pytest.mark.parametrize("compiler", ["/nonexistent/g++", "/", "false"])
+@pytest.mark.parametrize(
+    "compiler", ["/nonexistent/g++", *(pytest.param(x, marks=pytest.mark.slow) for x in ("/", "false"))]
+)
 def test_a_missing_compiler_is_one_clear_error(compiler, tmp_path):
     out = step(tmp_path, CXX=compiler)
     assert out.returncode and f"a C++ compiler, and {compiler} (CXX) cannot be run" in out.stderr.splitlines()[-1]

@@ -107,6 +107,7 @@ def test_old_names_of_the_rope_parameters_are_read(models):
     assert again == cfg
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_few_tensors(tmp_path):
     """A model of 400 MB in a process whose data may grow by 150 MB."""
     folder, layers, dim = tmp_path / "large", 12, 1024
@@ -161,6 +162,7 @@ def test_a_folder_without_weights_is_told(tmp_path):
         Weights(tmp_path, "--run.init_from")
 
 
+@pytest.mark.slow
 def test_a_training_begins_with_them_on_another_mesh(models, tmp_path):
     """With a learning rate of 0, so that what it saves is what it read."""
     convert_in.convert(models / "llama3", tmp_path / "ours", None)

@@ -84,6 +84,7 @@ def test_the_index_opens_every_file_and_says_what_counts(dumped):
     assert "http" not in page, "nothing from the network"
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_dumped_by_stage(tmp_path):
     cfg = config(tmp_path, axes="pipe:2")
     assert loop.run(cfg) == 0

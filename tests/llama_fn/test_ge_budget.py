@@ -27,6 +27,7 @@ def config(layers=7, microbatches=8, **mesh):
     return Config(model=model, data=data, mesh=MeshConfig(**mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cfg",
     [
@@ -101,6 +102,7 @@ def test_the_form_follows_from_the_budget(monkeypatch):
     assert ge_counts.choose(pieces, "auto")[0].form == "calls"
 
 
+@pytest.mark.slow
 def test_a_plan_has_it_in_text_and_json():
     cfg = config(2, 1, axes="data:2", rules="fsdp")
     mesh = config_stages.mesh(cfg)

@@ -129,6 +129,7 @@ def tool(name, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_tool_answers_one_prompt_or_several(model, tmp_path):
     one = tool("generate", f"--source={model}", "--prompt=import os", "--tokens=12", "--backend=eager")
     assert not one.returncode and one.stdout.startswith("import os") and "12 tokens in" in one.stderr, one.stderr

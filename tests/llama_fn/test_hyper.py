@@ -31,6 +31,7 @@ def test_every_number_of_the_optimizer_is_looked_at():
     assert {field.name for field in fields(OptimConfig)} == {*CHANGES, *OF_THE_GRAPH, *OF_THE_STATE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_other_numbers_give_the_same_graph(tiny_config, dtype):
     cfg = tiny_config(compute_dtype=dtype)

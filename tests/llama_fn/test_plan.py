@@ -97,6 +97,7 @@ def test_the_peak_is_what_the_interpreter_measures(name, microbatches, random_in
     assert max(moment.bytes for moment in found.timeline) == found.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "rules", "microbatches", "often", "more"),
     [
@@ -172,6 +173,7 @@ def test_flops_are_those_that_torch_counts():
     assert counter.get_total_flops() == plan.make(CFG, Mesh(), NPU).hardware_flops + half
 
 
+@pytest.mark.slow
 def test_a_fused_head_costs_the_same_with_its_vocabulary_sharded():
     fused = replace(CFG, model=replace(CFG.model, fused_head=True))
     whole, halved = (plan.make(fused, mesh, NPU) for mesh in (Mesh(), Mesh.parse("model:2")))
@@ -202,6 +204,7 @@ def test_the_search_finds_what_fits_and_says_why_not_the_rest(monkeypatch):
     assert best.flags in text and "rejected" in text
 
 
+@pytest.mark.slow
 def test_the_search_leaves_out_only_what_cannot_fit(monkeypatch):
     """Against every option of every size planned, on devices with more and more room beside the state."""
     from llama_fn.planner import search
@@ -227,7 +230,9 @@ def test_the_search_leaves_out_only_what_cannot_fit(monkeypatch):
 COUNTERS = 100  # bytes that the scalars of a state take at most
 
 
-@pytest.mark.parametrize("rules", ["dp", "zero1", "fsdp", "tp_sp", "fsdp_tp"])
+@pytest.mark.parametrize(
+    "rules", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("dp", "zero1", "fsdp", "tp_sp")), "fsdp_tp"]
+)
 def test_what_the_search_rejects_untraced_is_too_much(rules):
     """On a device that just holds the planned peak nothing is rejected; on one with a byte less than the state and the
     float32 sum of the gradients, each is named."""

@@ -45,6 +45,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: f"{cfg.mesh.axes} {cfg.mesh.schedule}")
 def test_a_plan_of_a_few_layers_is_that_of_all(cfg):
     mesh = config_stages.mesh(cfg)
@@ -89,6 +90,7 @@ def test_a_plan_says_what_each_stage_does():
     assert line.stages[1][0].begin_s == pytest.approx(line.stages[0][0].end_s + made.pipeline.message_s)
 
 
+@pytest.mark.slow
 def test_a_page_and_a_trace_show_the_schedule():
     cfg = config(16, 8, axes="pipe:2", schedule="interleaved", chunks=2)
     made = plan.make(cfg, config_stages.mesh(cfg), HARDWARE)

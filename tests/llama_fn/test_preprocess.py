@@ -151,6 +151,7 @@ def test_tokens_are_those_of_a_plain_loop_whatever_the_processes(whole, sources,
     assert other.returncode == 2 and "made of something else" in other.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_and_started_again_the_bytes_are_the_same(kills, whole, tmp_path):
     words, prefix = whole

@@ -98,7 +98,9 @@ def working_scopes(lowered):
     return {(without_numbers(ir.scope_of(n)), ir.phase_of(n)) for n in products}
 
 
-@pytest.mark.parametrize("microbatches", [1, 6])  # six: those in the middle are calls
+@pytest.mark.parametrize(
+    "microbatches", [pytest.param(1, marks=pytest.mark.slow), 6]
+)  # six: those in the middle are calls
 @pytest.mark.parametrize(
     ("backend", "mesh"), [pytest.param("eager", "", marks=pytest.mark.slow), ("interpret", "data:2,model:2")]
 )

@@ -43,8 +43,14 @@ def run(step, cfg, fresh_state, random_inputs):
     return [*tree.leaves(state), *tree.leaves(metrics)]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("mesh", "rules"), [("", "dp"), ("data:2,model:2", "fsdp_tp")])
+@pytest.mark.parametrize(
+    ("mesh", "rules", "policy"),
+    [
+        pytest.param(*where, policy, marks=() if where[0] and policy in ("full", "names") else pytest.mark.slow)
+        for where in (("", "dp"), ("data:2,model:2", "fsdp_tp"))
+        for policy in POLICIES
+    ],
+)
 def test_numbers_stay_bitwise(policy, mesh, rules, traced, fresh_state, random_inputs):
     cfg, step = traced()
     mesh = Mesh.parse(mesh)
@@ -169,7 +175,7 @@ def test_peak_memory_falls_and_is_predicted(traced, fresh_state, random_inputs):
     assert peaks["full"] < peaks["dots"] < peaks["none"]
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_weights_are_gathered_again_one_layer_ahead(policy, traced, fresh_state, random_inputs, monkeypatch):
     monkeypatch.setattr(sys.modules["llama_fn.compiler.passes.regather"], "SMALL", 0)
     cfg, step = traced()

@@ -64,8 +64,17 @@ def run(lowered, cfg, backend, steps=2, **options):
     return compiled, tree.leaves((state, metrics))
 
 
-@pytest.mark.parametrize("per_microbatch", [False, True])
-@pytest.mark.parametrize("mesh", MESHES)
+EACH_COMMIT = (("one", False), ("fsdp_tp", True))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "per_microbatch"),
+    [
+        pytest.param(mesh, often, marks=() if (mesh, often) in EACH_COMMIT else pytest.mark.slow)
+        for mesh in MESHES
+        for often in (False, True)
+    ],
+)
 def test_a_step_is_what_it_is_with_every_microbatch_written_out(monkeypatch, mesh, per_microbatch):
     cfg = tiny(mesh=mesh, per_microbatch=per_microbatch)
     rolled, flat = both(monkeypatch, cfg)

@@ -77,6 +77,7 @@ def test_a_mesh_computes_the_step_of_one_device(axes, rules, cfg, batch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compiled_code_computes_the_step_of_eager(cfg, batch):
     narrow = replace(cfg, model=replace(cfg.model, compute_dtype="fp32", num_layers=1))
     narrow = replace(narrow, data=replace(cfg.data, microbatches=1))

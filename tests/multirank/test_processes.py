@@ -106,6 +106,7 @@ def test_processes_that_do_not_match_the_mesh_are_refused(corpus, tmp_path):
     assert done.returncode and "torchrun started 2 processes, but --mesh.axes=data:4 has 4 devices" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_ends_all_of_them_and_is_said_once(corpus, tmp_path):
     """Here that another run has the work folder, which the first process alone looks at."""
     flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}", "--mesh.axes=data:2", "--run.backend=eager"]

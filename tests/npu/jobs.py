@@ -7,12 +7,13 @@ from llama_fn.model import presets
 
 TINY = {"model.preset": "llama_tiny"}
 DTYPES = ("fp32", "bf16", "fp16")
-# Of these, llama2_70b and llama3_8b are lowered on every commit: with grouped heads, other vocabularies and thetas. The
-# rest have the ops of llama_65b's 8 layers, and are lowered by `make nightly`, as are the twins of other jobs.
+# Of these, llama3_8b is lowered on every commit: with grouped heads, another vocabulary and theta. The rest have the
+# ops of llama_65b's 8 layers, and are lowered by `make nightly`, as are the twins of other jobs.
 SHAPES = ("llama_60m", "llama_1b", "llama_7b", "llama_13b", "llama_33b", "llama_65b", "llama2_70b", "llama3_8b")
 
 NIGHTLY = {f"shape_{name}" for name in SHAPES[:6]} | {
     "tiny_fp16", "tiny_fp32_data2_model4", "tiny_2_ranks", "tiny_one_stream", "65b_fused", "tiny_variants",
+    "tiny_pipeline_whole", "tiny_pipeline_bf16", "tiny_remat", "tiny_bf16_data2_model4", "shape_llama2_70b",
 }  # fmt: skip
 
 

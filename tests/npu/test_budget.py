@@ -52,7 +52,8 @@ def test_the_model_file_has_about_the_size_that_is_told(job, lowered):
     assert mine.air_bytes == pytest.approx(size, rel=0.2)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 3])
 def test_of_a_pipeline_written_out_ops_are_a_bound_and_collectives_exact(rank, lowered):
     made = counted(lowered_of("tiny_pipeline_whole", rank).graph_module).in_form("whole")
     (mine,) = made.graphs

@@ -134,13 +134,13 @@ def apart(a, b):
         "tiny_fp32",
         "tiny_4_ranks",
         "tiny_calls",
-        "tiny_pipeline_whole",
+        "tiny_pipeline",
         "tiny_segments",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "tiny_2_ranks",
-                "tiny_pipeline",
+                "tiny_pipeline_whole",
                 "tiny_ulysses",
                 "tiny_remat",
                 "tiny_variants",
@@ -159,7 +159,11 @@ def test_ge_graph_computes_the_step_in_float32(name, lowered, random_inputs):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("tiny_bf16", marks=pytest.mark.slow), "tiny_fp16_gqa", "tiny_fused", "tiny_pipeline_bf16"]
+    "name",
+    [
+        "tiny_fp16_gqa",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny_bf16", "tiny_fused", "tiny_pipeline_bf16")),
+    ],
 )
 def test_ge_graph_computes_the_step_to_the_round_off_of_narrow_floats(name, lowered, random_inputs):
     """Half of the digits differ, as the fused ops round at other places: the loss agrees to bfloat16's epsilon."""

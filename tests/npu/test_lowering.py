@@ -75,6 +75,7 @@ def check_collectives(found: Counter, job: str) -> None:
     assert {kind: found[kind] for kind in COLLECTIVE.values()} == {kind: want[kind] for kind in COLLECTIVE.values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_rank_0_of_eight_has_the_collectives_of_the_table(dtype, lowered):
     job = f"tiny_{dtype}_data2_model4"
@@ -135,6 +136,7 @@ def test_no_transpose_stands_before_a_product(lowered):
     assert not any(f"%{name}," in line or f"%{name})" in line for line in products for name in transposed)
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_is_in_the_graph_and_waits_for_the_gradient(lowered):
     found, layers = counts(lowered["tiny_remat"]), 2 * 2  # of two microbatches
     assert found["MatMul"] == 3 * (7 * layers + 2) + 6 * layers

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from llama_fn.inspect import dump
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +21,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_ranks_lower_and_dump_over_hccl_groups(tmp_path, torch_npu_environment):
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -35,7 +35,9 @@ def traced():
     return step.trace(*train_step.abstract_arguments(cfg))
 
 
-@pytest.mark.parametrize("rules", MESHES)
+@pytest.mark.parametrize(
+    "rules", [x if x in ("fsdp_tp", "fsdp_tp_ulysses") else pytest.param(x, marks=pytest.mark.slow) for x in MESHES]
+)
 def test_the_table_of_llama_65b(rules, traced):
     rows = traced.lower(Mesh.parse(MESHES[rules]), rules).collectives()
     title = f"llama_65b, bf16, 2048 tokens, batch 96, mesh {MESHES[rules]}, rules {rules}"

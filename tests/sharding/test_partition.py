@@ -67,6 +67,7 @@ def traced_step(cfg):
     return step.trace(*train_step.abstract_arguments(cfg))
 
 
+@pytest.mark.slow
 def test_the_fused_head_is_vocabulary_parallel(tiny_config, with_data, random_inputs):
     cfg = step_config(tiny_config, with_data, "fp64", 8)
     want, _ = train(traced_step(cfg), cfg, random_inputs, "", "dp", steps=2)
@@ -76,6 +77,7 @@ def test_the_fused_head_is_vocabulary_parallel(tiny_config, with_data, random_in
         torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow
 def test_reducing_for_every_microbatch_gives_the_same(tiny_config, with_data, random_inputs):
     results = {}
     for each in (False, True):

@@ -51,7 +51,7 @@ def test_gathers_start_one_layer_ahead_and_are_waited_for_at_their_layer(tiny_co
     assert max(positions(plain, "gather/", "forward")) < min(layer(plain, 0, "forward"))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_reductions_run_while_the_next_layer_is_computed(dtype, tiny_config, with_data):
     """In bfloat16 the casts to float32, in which gradients are summed, run with them."""
     cfg = with_data(tiny_config(num_layers=4, compute_dtype=dtype), microbatches=1)
@@ -88,6 +88,7 @@ def test_small_collectives_travel_together(tiny_config, with_data):
     assert sent[0] == sent[1]
 
 
+@pytest.mark.slow
 def test_the_numbers_stay_and_the_peak_hardly_grows(tiny_config, with_data, random_inputs):
     cfg = with_data(tiny_config(num_layers=4, embed_dim=64, mlp_dim=128), microbatches=1)
     results = []
@@ -110,6 +111,7 @@ def test_a_pass_that_must_stay_cannot_be_left_out(tiny_config):
         lower(tiny_config(), ["donation"])
 
 
+@pytest.mark.slow
 def test_gathering_for_every_microbatch_takes_less_memory(tiny_config, with_data):
     """What optim.reduce_per_microbatch promises: weights of one microbatch at a time, gradients in parts."""
     peaks = {}
