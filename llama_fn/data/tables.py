@@ -27,11 +27,16 @@ def from_table(file: Path, reading: Reading) -> Iterator[str]:
             for batch in _batches(file, stream, column):
                 if column not in batch.schema.names:
                     raise UserError(f"{file} has no column --data.jsonl_key={column}; it has {batch.schema.names[:12]}")
-                for value in batch.column(column):
-                    if (text := _text(value, within, file)) is not None:
+                for value in _raw(batch.column(column), within, file):
+                    if (text := None if value is None else reading.text(value)) is not None:
                         yield text
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as {kind(file)}: {str(error).splitlines()[0][:200]}") from None
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{file} cannot be read as {kind(file)}: {said}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: a text is not UTF-8 ({error.reason}); --errors=replace or skip goes on where preprocess reads it"
+        ) from None
 
 
 def has_column(file: Path, reading: Reading) -> bool:
@@ -75,10 +80,24 @@ def _arrow(pa: Any, stream: Any) -> Iterator[Any]:
         yield from pa.ipc.open_stream(stream)
 
 
-def _text(value: Any, within: list[str], file: Path) -> str | None:
-    found = value.as_py()
+def _raw(values: Any, within: list[str], file: Path) -> Iterator[bytes | None]:
+    """The texts of a column as they are in the file. Arrow trusts a file's offsets, and a damaged one ends the process
+    when they are used: they are looked at before."""
+    import pyarrow as pa
+    from pyarrow import compute
+
     for name in within:
-        found = found.get(name) if isinstance(found, dict) else found
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"{file}: the column holds {type(found).__name__}, and texts are expected")
-    return found
+        if not pa.types.is_struct(values.type) or values.type.get_field_index(name) < 0:
+            raise UserError(f"{file}: the column has no {name} within it; it holds {values.type}"[:300])
+        values.validate(full=True)
+        values = compute.struct_field(values, [name])
+    if pa.types.is_dictionary(values.type):
+        values.validate(full=True)
+        values = values.dictionary_decode()
+    if pa.types.is_null(values.type):
+        return
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise UserError(f"{file}: the column holds {values.type}, and texts are expected"[:300])
+    held = values.cast(pa.binary() if pa.types.is_string(values.type) else pa.large_binary(), safe=False)
+    held.validate(full=True)
+    yield from (value.as_py() for value in held)

@@ -4,12 +4,15 @@
 
 Mutation i is the same in every run. What may happen: a UserError, or the same data as before. For a bare Megatron pair
 token values may differ too, as no redundancy shows them; for a text file the text, and for a tokenizer of the user's
-own the pieces, since a changed letter is a letter. For files with checksums nothing may.
+own the pieces, since a changed letter is a letter. For files with checksums nothing may; gzip and xz have some.
 """
 
 from __future__ import annotations
 
+import base64
 import faulthandler
+import gzip
+import lzma
 import resource
 import shutil
 import sys
@@ -17,6 +20,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import tokenizers
+import zstandard
+from pyarrow import csv, parquet
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
 from llama_fn.data import corpus, indexed, tokenizer, writer
@@ -24,7 +31,14 @@ from llama_fn.data.parts import open_parts
 from llama_fn.data.samples import Samples
 from llama_fn.errors import UserError
 
-KINDS = ("idx", "bin", "summed_idx", "summed_bin", "sums", "jsonl", "json", "tokenizer", "own_tokenizer")
+FILES = {
+    "idx": "x.idx", "bin": "x.bin", "summed_idx": "x.idx", "summed_bin": "x.bin", "sums": "x.sums.json",
+    "jsonl": "t.jsonl", "json": "t.json", "tokenizer": "t.model", "own_tokenizer": "t.model",
+    "gz": "g.jsonl.gz", "xz": "g.jsonl.xz", "zst": "g.jsonl.zst", "csv": "t.csv", "parquet": "t.parquet",
+    "arrow": "t.arrow", "stream": "s.arrow", "tokenizer_json": "h.json", "tiktoken": "k.model",
+}  # fmt: skip
+KINDS = tuple(FILES)
+EXACT = ("gz", "xz")  # texts with sums
 VOCAB, HANG_S = 400, 10
 
 
@@ -44,7 +58,33 @@ def prepared(folder: Path) -> None:
     (good / "t.json").write_text("[" + ",\n".join(text.splitlines()) + "]")
     words = [" ".join(random.choice(list("abcdefghij"), 5)).replace(" ", "") + f" number {i} " for i in range(2000)]
     tokenizer.train(words, VOCAB, good / "t.model")
+    packed(good, text.encode())
+    tables(good, [f'line {i}, "quoted" and caf\u00e9' for i in range(3000)])
+    vocabularies(good, words)
     good.rename(folder / "good")
+
+
+def packed(good: Path, text: bytes) -> None:
+    (good / "g.jsonl.gz").write_bytes(gzip.compress(text))
+    (good / "g.jsonl.xz").write_bytes(lzma.compress(text))
+    (good / "g.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(text))
+
+
+def tables(good: Path, texts: list[str]) -> None:
+    table = pa.table({"text": texts, "id": list(range(len(texts)))})
+    csv.write_csv(table, good / "t.csv")
+    parquet.write_table(table, good / "t.parquet")
+    for name, new in (("t.arrow", pa.ipc.new_file), ("s.arrow", pa.ipc.new_stream)):
+        with new(str(good / name), table.schema) as out:
+            out.write_table(table, 1000)
+
+
+def vocabularies(good: Path, words: list[str]) -> None:
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(words, VOCAB - 10, special_tokens=["<s>", "</s>"], show_progress=False)
+    bpe.save(str(good / "h.json"))
+    ranks = [bytes([i]) for i in range(256)] + [f"{a}{b}".encode() for a in "abcd" for b in "efgh"]
+    (good / "k.model").write_text("".join(f"{base64.b64encode(x).decode()} {i}\n" for i, x in enumerate(ranks)))
 
 
 def use_pair(folder: Path):
@@ -57,6 +97,11 @@ def use_pair(folder: Path):
 
 def use_text(path: Path):
     return list(corpus.documents(str(path), "text"))
+
+
+def use_vocabulary(path: Path):
+    pieces = tokenizer.load(path)
+    return pieces.decode(list(pieces.encode("some words, caf\u00e9 and number 17 abcdef")))
 
 
 def use_tokenizer(folder: Path):
@@ -98,19 +143,19 @@ def mutate(i: int, folder: Path) -> str:
     kind, work = KINDS[i % len(KINDS)], folder / f"m{i}"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(folder / "good", work)
-    name = {
-        "idx": "x.idx", "bin": "x.bin", "summed_idx": "x.idx", "summed_bin": "x.bin", "sums": "x.sums.json",
-        "jsonl": "t.jsonl", "json": "t.json", "tokenizer": "t.model", "own_tokenizer": "t.model",
-    }[kind]  # fmt: skip
+    name = FILES[kind]
     if kind in ("idx", "bin"):
         (work / "x.sums.json").unlink()
     if kind == "tokenizer":
         (work / "t.model.sums.json").unlink()
     content = (work / name).read_bytes()
     (work / name).write_bytes(damaged(content, random))
-    use = {"jsonl": lambda d: use_text(d / name), "json": lambda d: use_text(d / name)}.get(
-        kind, use_tokenizer if "tokenizer" in kind else use_pair
-    )
+    if kind in ("tokenizer_json", "tiktoken"):
+        use = lambda d: use_vocabulary(d / name)  # noqa: E731
+    elif "tokenizer" in kind:
+        use = use_tokenizer
+    else:
+        use = use_pair if name.startswith("x") else lambda d: use_text(d / name)
     began = time.monotonic()
     faulthandler.dump_traceback_later(HANG_S, exit=True)
     try:
@@ -129,9 +174,12 @@ def mutate(i: int, folder: Path) -> str:
 
 
 def _unlike(kind: str, got, folder: Path, use) -> str:
-    if kind in ("jsonl", "json", "tokenizer"):
+    exact = kind in EXACT or FILES[kind].startswith("x") or kind == "own_tokenizer"
+    if not exact:
         return ""
     want = use(folder / "good")
+    if kind in EXACT:
+        return "" if got == want else f"{kind}: other texts than were packed"
     if kind == "own_tokenizer":
         return "" if got == want else "own_tokenizer: other tokens than before"
     if got[1] != want[1]:
