@@ -39,6 +39,12 @@ class Frame:
         return cls(pieces.bos_id() if bos else -1, pieces.eos_id() if eos else -1)
 
 
+def framed(pieces: Tokenizer, frame: Frame, text: str) -> np.ndarray:
+    """The tokens of a document, int32, between those of its frame."""
+    first, last = ([each] if each >= 0 else [] for each in (frame.bos, frame.eos))
+    return np.array([*first, *pieces.encode(text), *last], dtype=np.int32)
+
+
 def encoded(texts: Iterable[str], path: Path, frame: Frame, workers: int) -> Iterator[np.ndarray]:
     """The tokens of each text, int32, between those of `frame`."""
     waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
@@ -98,6 +104,5 @@ def _end_with_parent() -> None:
 def _encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of several texts, and where each ends."""
     ((pieces, frame),) = _HELD
-    first, last = ([each] if each >= 0 else [] for each in (frame.bos, frame.eos))
-    parts = [np.array([*first, *ids, *last], dtype=np.int32) for ids in map(pieces.encode, texts)]
+    parts = [framed(pieces, frame, text) for text in texts]
     return np.concatenate(parts), np.cumsum([len(part) for part in parts])

@@ -10,6 +10,11 @@ Reads text, .json, .jsonl, .csv, .parquet, .arrow (folders of Hugging Face's dat
 .zst, from files, folders and patterns, in the order in which they are given and by name within. Writes OUT.bin and
 OUT.idx, the same bytes whatever --workers. Started again after Ctrl-C or a kill, it goes on where it was.
 
+    python -m llama_fn.tools.preprocess /shared/crawl --tokenizer=tokenizer.model --out=/shared/data/crawl \
+        --executor=slurm --tasks=500 --partition=cpu --time=12:00:00 --sbatch=account=llm
+
+--executor shares the files out over tasks, which datatrove runs on this machine or under SLURM (extra `cluster`).
+
 Exit status 0, 2 for wrong input, 130 for Ctrl-C.
 """
 
@@ -56,6 +61,11 @@ if __name__ == "__main__":
         "errors", "error", ["error", "replace", "skip"],
         "bytes that are not UTF-8: an error, U+FFFD in their place, or the document is left out; counted",
     )  # fmt: skip
+    flags.DEFINE_enum("executor", "", ["", "local", "slurm"], "share the files out over tasks, here or under SLURM")
+    flags.DEFINE_integer("tasks", 8, "executor: how many; --workers of them at a time, under SLURM all by default", 1)
+    flags.DEFINE_string("partition", "", "executor=slurm: partition of the tasks")
+    flags.DEFINE_string("time", "24:00:00", "executor=slurm: limit of a task")
+    flags.DEFINE_multi_string("sbatch", [], "executor=slurm: KEY=VALUE for sbatch; may be given several times")
     flags.DEFINE_integer("document", -1, "inspect: show the text of this document", -1)
     flags.DEFINE_integer("vocab_size", 0, "verify: tokens are below this; 0: below the tokenizer's, if one is given", 0)
     flags.DEFINE_string("weights", "949,50,1", "split: of OUT_train, OUT_valid and OUT_test")

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ def run(words: list[str]) -> int:
         return 0
     reading = Reading(FLAGS.jsonl_key, FLAGS.errors)
     workers = FLAGS.workers or _cores()
+    if FLAGS.executor:
+        print(_in_tasks(listed, prefix, path, frame, reading))
+        return 0
     began = time.monotonic()
     identity.note(prefix, path)
     with _Progress(reading, sum(file.stat().st_size for file in listed)) as progress:
@@ -59,6 +63,22 @@ def run(words: list[str]) -> int:
     if reading.replaced or reading.skipped:
         print(f"not UTF-8: {reading.replaced} documents with U+FFFD, {reading.skipped} left out")
     return 0
+
+
+def _in_tasks(listed: list[Path], prefix: Path, path: Path, frame: encoding.Frame, reading: Reading) -> str:
+    """Through datatrove."""
+    try:
+        from llama_fn.tools import preprocess_cluster
+    except ModuleNotFoundError as error:
+        raise UserError(f"--executor needs the package {error.name}: pip install 'llama_fn[cluster,data]'") from None
+    slurm = None
+    if FLAGS.executor == "slurm":
+        if not FLAGS.partition:
+            raise UserError("--executor=slurm needs --partition")
+        slurm = preprocess_cluster.Slurm(FLAGS.partition, FLAGS.time, tuple(FLAGS.sbatch))
+    identity.note(prefix, path)
+    workers = FLAGS.workers or (-1 if slurm else _cores())
+    return preprocess_cluster.run(listed, prefix, path.absolute(), frame, reading, FLAGS.tasks, workers, slurm)
 
 
 def _cores() -> int:
@@ -110,6 +130,7 @@ def _already_there(prefix: Path, recipe: dict[str, Any]) -> bool:
         raise UserError(f"{prefix}.bin and .idx are there, made of something else: name another --out, or remove them")
     if known != recipe:
         writer.drop(prefix)
+        shutil.rmtree(prefix.with_name(prefix.name + ".tasks"), ignore_errors=True)
         with atomic(path) as f:
             json.dump(recipe, f, indent=1)
     return False

@@ -37,13 +37,13 @@ def run(action: str, words: list[str]) -> int:
         for data in datasets:
             _verify(data, FLAGS.vocab_size or (pieces.vocab_size() if pieces else 0))
     elif action == "merge":
-        _write(Path(os.path.expanduser(FLAGS.out)).absolute(), datasets, [range(len(data)) for data in datasets])
+        write(Path(os.path.expanduser(FLAGS.out)).absolute(), datasets, [range(len(data)) for data in datasets])
     else:
         if len(datasets) > 1:
             raise UserError("split takes one prefix")
         for name, (first, last) in zip(PARTS, split_ranges(FLAGS.weights, len(datasets[0])), strict=True):
             if last > first:
-                _write(Path(f"{os.path.expanduser(FLAGS.out)}_{name}").absolute(), datasets, [range(first, last)])
+                write(Path(f"{os.path.expanduser(FLAGS.out)}_{name}").absolute(), datasets, [range(first, last)])
     return 0
 
 
@@ -91,8 +91,8 @@ def _verify(data: indexed.IndexedDataset, vocab_size: int) -> None:
     print(f"{data.bin_path}: good; {len(data.tokens)} tokens from {extremes.smallest} to {extremes.largest}")
 
 
-def _write(prefix: Path, datasets: list[indexed.IndexedDataset], ranges: Iterable[range]) -> None:
-    """Sequences of several datasets one after the other."""
+def write(prefix: Path, datasets: list[indexed.IndexedDataset], ranges: Iterable[range]) -> None:
+    """Sequences of several datasets one after the other. UserError where there are some already."""
     if indexed.exists(prefix):
         raise UserError(f"{prefix}.bin and .idx are there: name another --out, or remove them")
     kinds: list[Any] = [data.dtype.newbyteorder("=").type for data in datasets]

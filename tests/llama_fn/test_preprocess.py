@@ -91,8 +91,29 @@ def test_a_column_that_is_missing_or_holds_numbers_is_refused(tmp_path):
         WRITERS[name](tmp_path / name)
         with pytest.raises(UserError, match=r"no column --data.jsonl_key=body; it has \['id', 'text'\]"):
             list(corpus.of_files([tmp_path / name], Reading("body"), named=True))
-        with pytest.raises(UserError, match="the column holds int, and texts are expected"):
+        with pytest.raises(UserError, match="the column holds int64, and texts are expected"):
             list(corpus.of_files([tmp_path / name], Reading("id"), named=True))
+
+
+def test_texts_of_tables_that_are_not_utf8_follow_the_same_policy_and_damaged_offsets_are_an_error(tmp_path):
+    """Arrow takes both as they are; using such an offset would end the process."""
+    raw = pa.array([b"good", b"b\xffd", b"more"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    offsets = pa.py_buffer(np.array([0, 4, 1 << 30, 11], np.int32).tobytes())
+    far = pa.Array.from_buffers(pa.string(), 3, [None, offsets, raw.buffers()[2]])
+    for name, column in (("a.arrow", texts), ("far.arrow", far)):
+        with (
+            pa.OSFile(str(tmp_path / name), "wb") as sink,
+            pa.ipc.new_stream(sink, pa.schema([("text", pa.string())])) as w,
+        ):
+            w.write_batch(pa.record_batch([column], ["text"]))
+    read = lambda name, **more: [*corpus.of_files([tmp_path / name], Reading(**more), named=True)]  # noqa: E731
+    with pytest.raises(UserError, match=r"a\.arrow: a text is not UTF-8"):
+        read("a.arrow")
+    assert read("a.arrow", errors="replace") == ["good", "b\ufffdd", "more"]
+    assert read("a.arrow", errors="skip") == ["good", "more"]
+    with pytest.raises(UserError, match=r"far\.arrow cannot be read as \.arrow: .*offset"):
+        read("far.arrow")
 
 
 def test_bytes_that_are_not_utf8_are_an_error_replaced_or_left_out(tmp_path):
