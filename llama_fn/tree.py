@@ -6,7 +6,9 @@ make_fx would bake their tensors in as constants: trees are flattened at every b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any, dataclass_transform
 
 import optree
@@ -22,7 +24,31 @@ Leaf = Any  # what a tree holds at its ends: a tensor, or what declares one (mod
 def dataclass(cls: type) -> Any:
     """A frozen dataclass whose fields are children. It must not validate in __post_init__: maps re-run it."""
     make: Any = optree.dataclasses.dataclass
-    return make(cls, frozen=True, namespace=NAMESPACE)
+    made = make(cls, frozen=True, namespace=NAMESPACE, repr=False)
+    made.__repr__ = _overview
+    return made
+
+
+def _overview(node: Tree) -> str:
+    """A line for each field: the shape of a leaf, or what a tree below holds."""
+    lines = [f"{field.name}: {_short(getattr(node, field.name))}" for field in dataclasses.fields(node)]
+    return "\n  ".join([f"{type(node).__name__} of {_totals(node)}", *lines])
+
+
+def _short(value: Tree) -> str:
+    if value is None:
+        return "None"
+    if hasattr(value, "shape"):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{kind}[{', '.join(str(size) for size in value.shape)}]"
+    if isinstance(value, (int, float, str)):
+        return repr(value)
+    return f"{type(value).__name__} of {_totals(value)}"
+
+
+def _totals(node: Tree) -> str:
+    held = [leaf for leaf in leaves(node) if hasattr(leaf, "shape")]
+    return f"{len(held)} arrays, {sum(prod(leaf.shape) for leaf in held):,} numbers"
 
 
 def flatten(tree: Tree) -> tuple[list[Leaf], TreeSpec]:

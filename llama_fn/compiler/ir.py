@@ -13,6 +13,7 @@ import torch
 from kernels import repeat
 from kernels.scope_names import Scope, layer, parse
 from llama_fn import compat
+from llama_fn.errors import nearest
 from llama_fn.model.arrays import describe
 
 log = logging.getLogger("llama_fn.ir")
@@ -112,11 +113,23 @@ def _result(value: Any) -> str:
     return describe(value)
 
 
-def as_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node], str] = lambda _: "") -> str:
+def as_text(
+    gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node], str] = lambda _: "", scope: str = ""
+) -> str:
     """The graph, readable and diffable; the graphs that it calls stand first, once each. `note(node)` is added to a
-    node's line."""
-    texts = [_graph_text(child, name, note) for child, name in subgraphs(gm).items()]
-    return "\n".join([*texts, _graph_text(gm, title, note)])
+    node's line. Of a `scope` only its ops, and only graphs that have any; ValueError where none has."""
+    graphs = [*subgraphs(gm).items(), (gm, title)]
+    if scope:
+        graphs = [(each, name) for each, name in graphs if any(_within(node, scope) for node in calls(each.graph))]
+    if not graphs:
+        known = {scope_of(node) for each in (gm, *subgraphs(gm)) for node in calls(each.graph)}
+        raise ValueError(f"no op of {title} is in scope {scope!r}. {nearest(scope, filter(None, known))}")
+    return "\n".join(_graph_text(each, name, note, scope) for each, name in graphs)
+
+
+def _within(node: torch.fx.Node, scope: str) -> bool:
+    """Whether its scope is `scope`, lies in it, or has it somewhere."""
+    return f"/{scope.strip('/')}/" in f"/{scope_of(node)}/"
 
 
 def subgraphs(gm: torch.fx.GraphModule) -> dict[torch.fx.GraphModule, str]:
@@ -128,9 +141,10 @@ def subgraphs(gm: torch.fx.GraphModule) -> dict[torch.fx.GraphModule, str]:
     return names
 
 
-def _graph_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node], str]) -> str:
+def _graph_text(gm: torch.fx.GraphModule, title: str, note: Callable[[torch.fx.Node], str], scope: str) -> str:
     lines = [f"graph {title} {{"]
-    for node in gm.graph.nodes:
+    nodes: Any = gm.graph.nodes if not scope else [node for node in calls(gm.graph) if _within(node, scope)]
+    for node in nodes:
         arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
         if node.op == "placeholder":
             described = f"  %{node.name}: {describe(node.meta.get('val'))} = input {node.meta.get('path', '')}".rstrip()

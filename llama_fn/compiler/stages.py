@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llama_fn import compat, tree
-from llama_fn.compiler import backends, calls, cost, ir, liveness, passes
+from llama_fn.compiler import backends, calls, cost, ir, liveness, overview, passes
 from llama_fn.compiler.arguments import name_of, spoil
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.compiler.lowering import lowered_graphs
@@ -88,35 +88,45 @@ def jit(fn: Callable[..., Any], donate: int | tuple[int, ...] = (), **options: A
     return Wrapped(fn, (donate,) if isinstance(donate, int) else tuple(donate), **options)
 
 
-class _Graph(ABC):
+class Graph(ABC):
     """What a stage that is a graph answers."""
 
     graph_module: torch.fx.GraphModule
 
     @property
     @abstractmethod
-    def title(self) -> str: ...
+    def title(self) -> str:
+        """What it is of."""
 
     @property
     def aliases(self) -> Sequence[tuple[int, int]]:
         """(input, result) pairs that the graph itself does not yet write into one buffer."""
         return ()
 
-    def as_text(self) -> str:
-        return ir.as_text(self.graph_module, self.title)
+    def as_text(self, scope: str = "") -> str:
+        """The graph; with `scope`, such as layers/0/mlp, its ops alone. ValueError for a scope that no op has."""
+        return ir.as_text(self.graph_module, self.title, scope=scope)
 
     def __str__(self) -> str:
         return self.as_text()
 
+    def __repr__(self) -> str:
+        return overview.text(self)
+
+    def _repr_html_(self) -> str:
+        return overview.page(self)
+
     def cost_analysis(self) -> cost.Cost:
+        """FLOPs, bytes and ops of one device."""
         return cost.cost_analysis(self.graph_module)
 
     def memory_analysis(self) -> liveness.Memory:
+        """What lives over the ops of one device."""
         return liveness.memory_analysis(self.graph_module, self.aliases)
 
 
-@dataclass(frozen=True)
-class Traced(_Graph):
+@dataclass(frozen=True, repr=False)
+class Traced(Graph):
     """The global graph of a function: no mesh, no device, our op set and plain pointwise aten."""
 
     name: str
@@ -192,8 +202,8 @@ class Traced(_Graph):
         return Lowered(self, graphs, mesh, rules, parts.inputs, outputs, time.perf_counter() - start)
 
 
-@dataclass(frozen=True)
-class Lowered(_Graph):
+@dataclass(frozen=True, repr=False)
+class Lowered(Graph):
     """The graph that one device runs; donated inputs are overwritten at its end.
 
     Of a pipeline there is a graph for each stage: `graphs` has them all, and what a Lowered answers is of `stage`.
@@ -243,8 +253,11 @@ class Lowered(_Graph):
         """What goes over the mesh in one step, and which annotation asked for it."""
         return collectives_table.collectives(calls.counted(self.graph_module))
 
-    def as_text(self) -> str:
-        """The graph of one device, the table of its collectives, and what fused or did not."""
+    def as_text(self, scope: str = "") -> str:
+        """The graph of one device, the table of its collectives, and what fused or did not; with `scope`, the ops of
+        that alone."""
+        if scope:
+            return super().as_text(scope)
         rows, notes = self.collectives(), fusion_report(calls.counted(self.graph_module))
         table = collectives_table.as_text(rows) if rows else ""
         return "\n\n".join(filter(None, (super().as_text(), table, "\n".join(notes))))
@@ -275,7 +288,7 @@ class Lowered(_Graph):
         return Compiled(self, name, executable, time.perf_counter() - start)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compiled:
     """Callable with the trees that were traced. `from_cache`: nothing was compiled, earlier code was loaded."""
 
@@ -303,11 +316,23 @@ class Compiled:
             flat.insert(o, leaves[i])
         return tree.unflatten(signature.out_spec, flat)
 
-    def as_text(self) -> str:
-        """The graph that the backend runs."""
-        return self.executable.text
+    def as_text(self, scope: str = "") -> str:
+        """The graph that the backend runs; with `scope`, such as layers/0/mlp, those ops of the lowered graph that it
+        was made of."""
+        return self.lowered.as_text(scope) if scope else self.executable.text
 
-    __str__ = as_text
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def __repr__(self) -> str:
+        return overview.text(self.lowered, self._facts())
+
+    def _repr_html_(self) -> str:
+        return overview.page(self.lowered, self._facts())
+
+    def _facts(self) -> list[str]:
+        how = "loaded from the cache" if self.from_cache else "compiled"
+        return [f"{how} with {self.backend} in {self.seconds:.1f} s", *map(str, self.executable.origins[:1])]
 
     def cost_analysis(self) -> cost.Cost:
         """Of the lowered graph: what the backend makes of it is not counted."""

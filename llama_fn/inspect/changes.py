@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from html import escape
 from typing import Any
 
 from llama_fn.hardware import FLOPS_PER_HBM_BYTE, FLOPS_PER_LINK_BYTE
@@ -17,6 +18,7 @@ MEMORY = ("argument_bytes", "result_bytes", "peak_bytes")
 LAID_OUT = ("mesh", "rules", "donation")  # kinds that explain the others, whatever they cost
 TOTALS = ("FLOPs", "memory")  # kinds of a few changes each, which follow from the others
 SOURCES = 3  # lines of source that a change names
+SHOWN, WIDTH = 10, 180  # kinds, and characters of each, that a notebook shows
 _ATTRIBUTES = ("constants", "dtype", "sharding")
 
 
@@ -49,7 +51,26 @@ class Change:
         return f"{self.text} ({'; '.join(self.sources[:SOURCES])}{more})"
 
 
-def changes(a: Summary, b: Summary) -> list[Change]:
+class Changes(list[Change]):
+    """What differs between two summaries, the costliest kind and change first. A notebook shows a line per kind."""
+
+    def __repr__(self) -> str:
+        lines = list(overview(self)) or ["no difference"]
+        more = [f"and {len(lines) - SHOWN} more kinds"] if len(lines) > SHOWN else []
+        return "\n".join([*(line[:WIDTH] for line in lines[:SHOWN]), *more])
+
+    def _repr_html_(self) -> str:
+        return (
+            "".join(
+                f"<details><summary>{escape(next(overview(group)))}</summary>"
+                f"<ul>{''.join(f'<li>{escape(str(change))}</li>' for change in group)}</ul></details>"
+                for group in _by_kind(self).values()
+            )
+            or "no difference"
+        )
+
+
+def changes(a: Summary, b: Summary) -> Changes:
     """All that b has and a has not, and the other way round, by kind; the costliest kind and change first.
 
     KeyError, TypeError or AttributeError where one is no summary."""
@@ -65,10 +86,10 @@ def changes(a: Summary, b: Summary) -> list[Change]:
         *_flops(a["flops"], b["flops"]), *_memory(a["memory"], b["memory"]),
     ]  # fmt: skip
     ordered = sorted(_by_kind(unordered).values(), key=lambda group: -sum(change.cost for change in group))
-    return [change for group in ordered for change in sorted(group, key=lambda change: -change.cost)]
+    return Changes(change for group in ordered for change in sorted(group, key=lambda change: -change.cost))
 
 
-def overview(several: list[Change]) -> Iterator[str]:
+def overview(several: Sequence[Change]) -> Iterator[str]:
     """A line per kind: how many changes, what they cost together, and the largest of them."""
     for kind, group in _by_kind(several).items():
         if len(group) == 1 or kind in TOTALS:
@@ -81,7 +102,7 @@ def overview(several: list[Change]) -> Iterator[str]:
         yield f"{kind}: {len(group)} changes{costs}; the largest: {group[0]}"
 
 
-def _by_kind(several: list[Change]) -> dict[str, list[Change]]:
+def _by_kind(several: Sequence[Change]) -> dict[str, list[Change]]:
     kinds: dict[str, list[Change]] = {}
     for change in several:
         kinds.setdefault(change.kind, []).append(change)

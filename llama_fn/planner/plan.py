@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_fn import tree
+from llama_fn import html, tree
 from llama_fn.compiler import stages
 from llama_fn.compiler.garbage import uncollected
 from llama_fn.config import Config
@@ -75,7 +75,7 @@ class ScopeCost:
         return max(times, key=times.__getitem__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Per device and step; bytes and FLOPs are counted from the lowered graph of one device, seconds are predicted."""
 
@@ -102,6 +102,25 @@ class Plan:
     pipeline: PipelinePlan | None = (
         None  # of several stages: peaks are of the one that takes most, times of the slowest
     )
+
+    def __repr__(self) -> str:
+        return "\n  ".join(f"{name}: {value}" for name, value in self._overview())
+
+    def _repr_html_(self) -> str:
+        heavy = sorted(self.transfers, key=lambda t: -t.seconds)
+        rows = [(t.row.kind, t.row.axis, t.row.scope, t.row.count, round(t.row.bytes / 1e6, 3)) for t in heavy]
+        sends = html.table(("collective", "axis", "scope", "count", "MB each"), rows) if rows else ""
+        return html.table(("", ""), self._overview()) + f"<details><summary>sends</summary>{sends}</details>"
+
+    def _overview(self) -> list[tuple[str, str]]:
+        room = f"{'fits with' if self.fits else 'does not fit by'} {abs(self.spare_bytes) / 1e9:.2f} GB"
+        return [
+            ("plan of", f"{self.cfg.model.preset}, {self.parameters:,} parameters"),
+            ("devices", f"{self.mesh.size} x {self.hardware.name}, {self.mesh}, rules {self.cfg.mesh.rules}"),
+            ("peak", f"{self.peak_bytes / 1e9:.3f} GB of {self.hardware.hbm_bytes / 1e9:.1f}, which {room}"),
+            ("step", f"{self.step_time_s:.3f} s; computing {self.compute_s:.3f} s, sending {self.comms_s:.3f} s"),
+            ("speed", f"{self.tokens_per_second_per_device:.1f} tokens/s per device, MFU {self.mfu:.3f}"),
+        ]
 
     @property
     def stage_peaks(self) -> list[int]:

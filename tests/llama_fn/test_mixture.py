@@ -130,14 +130,15 @@ def test_batches_go_on_from_a_state_wherever_it_was_taken(tmp_path, monkeypatch)
 
 
 def test_two_hosts_read_the_rows_of_one(tmp_path):
-    """And of four; each row is the sample that it is on one."""
-    a, b = corpora(tmp_path, (40, 25))
-    cfg = config(f"0.7 {a} 0.3 {b}", tmp_path)
+    """And of four; the first thousand batches of LLaMA's seven sources."""
+    paths = corpora(tmp_path, (40, 25, 12, 12, 12, 9, 8))
+    weights = (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02)
+    cfg = config(" ".join(f"{weight} {path}" for weight, path in zip(weights, paths, strict=True)), tmp_path)
     parts = open_parts(cfg, tmp_path / "work")
 
     def batches(rows):
-        each = BatchIterator(parts.train_samples(cfg, 0, 20), 8, 1, 1000, rows=rows)
-        return np.stack([next(each).tokens.numpy() for _ in range(20)])
+        each = BatchIterator(parts.train_samples(cfg, 0, 1000), 8, 1, 1000, rows=rows)
+        return np.stack([next(each).tokens.numpy() for _ in range(1000)])
 
     whole = batches(slice(None))
     for hosts in (2, 4):
