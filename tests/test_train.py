@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from tests.forks import outcomes
 
@@ -100,7 +101,7 @@ def test_a_run_leaves_metrics_logs_flags_and_checkpoints(uninterrupted):
     assert set(table[0]) == {
         "iteration", "consumed_samples", "consumed_tokens", "lm_loss", "learning_rate", "grad_norm", "loss_scale",
         "skipped_iterations", "nan_iterations", "step_time_ms", "data_wait_ms", "tokens_per_second",
-        "tflops_hardware", "mfu", "nonfinite_params", "nonfinite",
+        "tflops_hardware", "mfu", "nonfinite_params", "nonfinite", "global_batch_size",
     }  # fmt: skip
     assert table[-1]["consumed_tokens"] == 40 * 8 * 32 and table[-1]["mfu"] is None
     assert table[-1]["lm_loss"] < table[0]["lm_loss"]
@@ -114,7 +115,27 @@ def test_a_run_leaves_metrics_logs_flags_and_checkpoints(uninterrupted):
     assert all(0 <= row["data_wait_ms"] <= row["step_time_ms"] for row in table)
     assert sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir()) == [32, 40]
     assert "--data.seq_len=32" in (uninterrupted / "flags.txt").read_text()
-    assert list((uninterrupted / "tensorboard").iterdir())
+    assert json.loads((uninterrupted / "config.json").read_text())["versions"]["torch"].startswith("2.13.0")
+
+
+def test_tensorboard_has_both_losses_in_one_chart_and_says_what_was_run(uninterrupted):
+    def events(folder):
+        held = event_accumulator.EventAccumulator(str(folder)).Reload()
+        return held, {tag: [event.value for event in held.Scalars(tag)] for tag in held.Tags()["scalars"]}
+
+    table = rows(uninterrupted)
+    held, train = events(uninterrupted / "tensorboard")
+    _, validation = events(uninterrupted / "tensorboard" / "validation")
+    assert train["loss/lm_loss"] == pytest.approx([row["lm_loss"] for row in table])
+    assert validation == {
+        "loss/lm_loss": pytest.approx([r["validation_loss"] for r in table if "validation_loss" in r])
+    }
+    assert {tag.split("/")[0] for tag in train} == {"loss", "optimizer", "speed", "totals"}
+    texts = {tag: held.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in held.Tags()["tensors"]}
+    assert "train.py --flagfile" in texts["run/command/text_summary"] or "train.py" in texts["run/command/text_summary"]
+    assert (
+        '"torch": "2.13.0' in texts["run/versions/text_summary"] and "data.seq_len" in texts["run/config/text_summary"]
+    )
 
 
 @pytest.mark.parametrize("kill_at", [11, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 21))])

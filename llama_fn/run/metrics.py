@@ -21,6 +21,7 @@ from llama_fn.config_fields import flat
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from llama_fn.model.flops import hardware_flops_per_token, model_flops_per_token
+from llama_fn.run.board import Board
 from llama_fn.run.log_files import keep_lines, keep_records, set_aside
 from sharding import Mesh
 
@@ -121,12 +122,8 @@ class Writer:
             set_aside([self.path, log_path])
         self.jsonl = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self.text = open(log_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self.board: Any = None
         self.wandb: Any = _wandb(cfg, workdir)
-        if cfg.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.board = Board(cfg, workdir / "tensorboard", start) if cfg.run.tensorboard else None
 
     def note(self, text: str) -> None:
         """A line of train.log that is not a record."""
@@ -137,9 +134,8 @@ class Writer:
         text = line(self.cfg, row)
         self.jsonl.write(as_json({**row, **losses}) + "\n")
         self.text.write("".join(f"{each}\n" for each in (text, *validation_lines(row["iteration"], losses))))
-        for name, value in {**row, **losses}.items() if self.board else ():
-            if value is not None and name != "iteration":
-                self.board.add_scalar(name if name in losses else f"train/{name}", value, row["iteration"])
+        if self.board:
+            self.board.write(row, losses)
         if self.wandb:
             self.wandb.log({**row, **losses}, step=row["iteration"])
         return text
@@ -147,10 +143,10 @@ class Writer:
     def samples(self, iteration: int, texts: Sequence[tuple[str, str]]) -> list[str]:
         """Write prompts and the texts to them; returns their lines of train.log, in which a line break is \\n."""
         lines = [f" sample at iteration {iteration} | {json.dumps([p, t], ensure_ascii=False)}" for p, t in texts]
-        for number, (prompt, text) in enumerate(texts):
-            self.note(lines[number])
-            if self.board:
-                self.board.add_text(f"samples/{number}", f"```\n{prompt}{text}\n```", iteration)
+        for each in lines:
+            self.note(each)
+        if self.board:
+            self.board.samples(iteration, texts)
         return lines
 
     def sync(self) -> None:

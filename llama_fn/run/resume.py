@@ -23,6 +23,7 @@ from llama_fn.files import atomic
 from llama_fn.hardware import total_bytes
 from llama_fn.launch import launched
 from llama_fn.model import arrays, random
+from llama_fn.run.versions import versions
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.resume")
@@ -121,7 +122,7 @@ def refuse_too_large(cfg: Config, lowered: Lowered) -> None:
 def save_flags(workdir: Path, cfg: Config, flags_text: str) -> None:
     """Write config.json and flags.txt of the work folder."""
     with atomic(workdir / "config.json") as f:
-        json.dump(config_fields.flat(cfg, "saved"), f, indent=1)
+        json.dump({**config_fields.flat(cfg, "saved"), "versions": versions()}, f, indent=1)
     with atomic(workdir / "flags.txt") as f:
         f.write(flags_text)
 
