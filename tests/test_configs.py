@@ -86,8 +86,8 @@ def test_the_slice_logs_the_numbers_of_ascendspeeds_recipe():
         "lm_loss": 12.0, "learning_rate": rate, "grad_norm": 1.0, "loss_scale": 1.0, "skipped_iterations": 0,
         "nan_iterations": 0, "nonfinite_params": 0,
     }  # fmt: skip
-    consumed = {"consumed_samples": 3 * 256, "consumed_tokens": 3 * 256 * 2048}
-    line = metrics.line(cfg, metrics.record(cfg, 3, values, 33.818, None, consumed))
+    consumed = {"consumed_samples": 3 * 256, "consumed_tokens": 3 * 256 * 2048, "global_batch_size": 256}
+    line = metrics.line(cfg, metrics.record(cfg, 3, values, 33.818, 0.0, None, consumed))
     for part in (
         "iteration        3/   50000", "consumed samples:          768", "consumed tokens:      1572864",
         "elapsed time per iteration (ms): 33818.0", "learning rate: 1.406E-07", "global batch size:   256",

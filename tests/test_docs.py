@@ -124,8 +124,9 @@ def test_every_metric_is_explained():
         ),
         1.0,
     )
-    row = json.loads(
-        metrics.as_json(metrics.record(cfg, 1, values, 1.0, None, {"consumed_samples": 8, "consumed_tokens": 9}))
-    )
-    explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+    consumed = {"consumed_samples": 8, "consumed_tokens": 9, "global_batch_size": 8}
+    losses = metrics.validation({"NAME": 1.0, "other": 2.0})
+    row = json.loads(metrics.as_json({**metrics.record(cfg, 1, values, 1.0, 0.0, None, consumed), **losses}))
+    del row["validation_loss/other"]
+    explained = re.findall(r"^\| `([\w/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
     assert sorted(explained) == sorted(row)

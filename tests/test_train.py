@@ -273,7 +273,8 @@ def test_the_megatron_line_of_the_published_slice():
     cfg = replace(cfg, data=replace(cfg.data, seq_len=2048, global_batch_size=256), run=replace(cfg.run, steps=50000))
     values = {"lm_loss": 1.0, "learning_rate": 1.40625e-07, "grad_norm": 1.0, "loss_scale": 1.0}
     values |= {"skipped_iterations": 0, "nan_iterations": 0, "nonfinite_params": 0}
-    row = metrics.record(cfg, 3, values, 33.818, None, {"consumed_samples": 768, "consumed_tokens": 1572864})
+    consumed = {"consumed_samples": 768, "consumed_tokens": 1572864, "global_batch_size": 256}
+    row = metrics.record(cfg, 3, values, 33.818, 0.0, None, consumed)
     assert row["tflops_hardware"] / 8 * 4 / 3 == pytest.approx(107.09, abs=0.01)  # full recompute: 4 instead of 3
     text = metrics.line(cfg, row)
     assert "consumed samples:          768 | consumed tokens:      1572864 |" in text

@@ -5,25 +5,43 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import torch
 
 from kernels.scope_names import without_numbers
 from llama_fn import html
 from llama_fn.compiler import calls, cost, ir
+from llama_fn.compiler.liveness import Memory
 from sharding import collectives_table
-
-if TYPE_CHECKING:
-    from llama_fn.compiler.stages import Graph
 
 HINT = 'print() shows the graph, as_text(scope="layers/0") a part of it'
 
 
-def text(stage: Graph, also: Iterable[str] = ()) -> str:
+class Shown(Protocol):
+    """What is asked of a stage."""
+
+    @property
+    def title(self) -> str:
+        """What it is of."""
+
+    @property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """Its graph."""
+
+    def cost_analysis(self) -> cost.Cost:
+        """What it costs."""
+
+    def memory_analysis(self) -> Memory:
+        """What it takes."""
+
+
+def text(stage: Shown, also: Iterable[str] = ()) -> str:
     """Name, mesh, ops, FLOPs, peak and collectives, each in few words; `also`: more lines."""
     return "\n  ".join([f"{stage.title}:", *_facts(stage), *also, HINT])
 
 
-def page(stage: Graph, also: Iterable[str] = ()) -> str:
+def page(stage: Shown, also: Iterable[str] = ()) -> str:
     """The same as HTML, and behind it what each scope costs; layers and microbatches are taken together."""
     facts = "".join(f"<li>{escape(fact)}</li>" for fact in [*_facts(stage), *also])
     head = ("scope", "ops", "GFLOP", "MB moved")
@@ -34,7 +52,7 @@ def page(stage: Graph, also: Iterable[str] = ()) -> str:
     return f"<b>{escape(stage.title)}</b><ul>{facts}</ul>{tables}<small>{escape(HINT)}</small>"
 
 
-def _facts(stage: Graph) -> list[str]:
+def _facts(stage: Shown) -> list[str]:
     counted, memory = stage.cost_analysis(), stage.memory_analysis()
     flops = ", ".join(f"{phase} {n / 1e9:.3g}" for phase, n in counted.flops.items() if n)
     facts = [
@@ -52,7 +70,7 @@ def _facts(stage: Graph) -> list[str]:
     return facts
 
 
-def _by_scope(stage: Graph) -> dict[str, list[tuple[str, int, float, float]]]:
+def _by_scope(stage: Shown) -> dict[str, list[tuple[str, int, float, float]]]:
     """By phase: scope, ops, GFLOP, MB; what costs most first."""
     totals: dict[str, dict[str, list[int]]] = {phase: {} for phase in ir.PHASES}
     for node, times in calls.counted(stage.graph_module):

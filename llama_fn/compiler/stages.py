@@ -12,7 +12,6 @@ it cannot. A stage keeps what is above it: `compiled.lowered.traced`.
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +23,7 @@ from llama_fn import compat, tree
 from llama_fn.compiler import backends, calls, cost, ir, liveness, overview, passes
 from llama_fn.compiler.arguments import name_of, spoil
 from llama_fn.compiler.garbage import uncollected
+from llama_fn.compiler.graph import Graph
 from llama_fn.compiler.lowering import lowered_graphs
 from llama_fn.compiler.passes.fuse import report as fusion_report
 from llama_fn.compiler.passes.partition import rules_named
@@ -86,43 +86,6 @@ def jit(fn: Callable[..., Any], donate: int | tuple[int, ...] = (), **options: A
     """Wrap a pure function over trees. The k-th donated argument must have the tree of the k-th result, which then
     lives in the argument's buffers: after the call the old values are gone."""
     return Wrapped(fn, (donate,) if isinstance(donate, int) else tuple(donate), **options)
-
-
-class Graph(ABC):
-    """What a stage that is a graph answers."""
-
-    graph_module: torch.fx.GraphModule
-
-    @property
-    @abstractmethod
-    def title(self) -> str:
-        """What it is of."""
-
-    @property
-    def aliases(self) -> Sequence[tuple[int, int]]:
-        """(input, result) pairs that the graph itself does not yet write into one buffer."""
-        return ()
-
-    def as_text(self, scope: str = "") -> str:
-        """The graph; with `scope`, such as layers/0/mlp, its ops alone. ValueError for a scope that no op has."""
-        return ir.as_text(self.graph_module, self.title, scope=scope)
-
-    def __str__(self) -> str:
-        return self.as_text()
-
-    def __repr__(self) -> str:
-        return overview.text(self)
-
-    def _repr_html_(self) -> str:
-        return overview.page(self)
-
-    def cost_analysis(self) -> cost.Cost:
-        """FLOPs, bytes and ops of one device."""
-        return cost.cost_analysis(self.graph_module)
-
-    def memory_analysis(self) -> liveness.Memory:
-        """What lives over the ops of one device."""
-        return liveness.memory_analysis(self.graph_module, self.aliases)
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +28,9 @@ from llama_fn.planner import config_stages
 from llama_fn.run import compiling, health, machine_checks, metrics, resume, runtime, stopping, training
 from llama_fn.run.batches import ToDevice, iterator, validation_batches
 from llama_fn.run.display import Display
+from llama_fn.run.events import FILE, Events
 from llama_fn.run.text_samples import TextSamples, pieces_of
+from llama_fn.run.versions import command, versions
 from llama_fn.run.workdir_lock import WorkdirLock
 from llama_fn.signals import Interrupted, StopRequest, named
 from sharding import Mesh
@@ -58,6 +62,7 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         stop = held.enter_context(_stoppable(cfg.run.stop_signals))
         workdir = Path(cfg.run.workdir)
         by_chief(members, lambda: held.enter_context(_locked(workdir)) and None)
+        events = held.enter_context(_events(cfg, mesh, members, backend is not None))
         keep = (cfg.run.keep_latest, cfg.run.keep_every)
         local = None
         if cfg.run.local_every:
@@ -65,8 +70,9 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         store = Store(train_step.abstract_state(cfg), workdir / "checkpoints", keep, members, cfg.run.device, local)
         newest = store.find(lambda saved: resume.refuse_changes(cfg, saved), config_fields.flat(cfg))
         load = lambda: _loaded(cfg, workdir, newest)  # noqa: E731
-        data, train = load() if members is None else members.in_turn(load)
-        return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train)
+        with events.phase("prepare"):
+            data, train = load() if members is None else members.in_turn(load)
+        return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train, events)
 
 
 def _loaded(cfg: Config, workdir: Path, newest: SavedStep | None) -> tuple[Parts, Samples | Blend]:
@@ -77,6 +83,19 @@ def _loaded(cfg: Config, workdir: Path, newest: SavedStep | None) -> tuple[Parts
     start, consumed, _ = resume.starting_point(newest)
     known = newest.meta["iterator"] if newest is not None else {}
     return data, data.train_samples(cfg, consumed, max(0, cfg.run.steps - start), known)
+
+
+@contextmanager
+def _events(cfg: Config, mesh: Mesh, members: Processes | None, own: bool) -> Iterator[Events]:
+    """Of this attempt, from here to its end; written by the first process. `own`: the backend is the caller's."""
+    chief = members is None or members.chief
+    events = Events(Path(cfg.run.workdir) / FILE if chief else None)
+    events.write(
+        "start", pid=os.getpid(), host=socket.gethostname(), devices=mesh.size, mesh=str(mesh), device=cfg.run.device,
+        backend="own" if own else cfg.run.backend, steps=cfg.run.steps, command=command(), versions=versions(),
+    )  # fmt: skip
+    with events.attempt():
+        yield events
 
 
 @contextmanager
@@ -104,7 +123,7 @@ def _locked(workdir: Path) -> Iterator[WorkdirLock]:
 def _run(
     cfg: Config, flags_text: str, backend: compiling.Backend | None, mesh: Mesh, hardware: Hardware | None,
     members: Processes | None, stop: StopRequest, store: Store, newest: SavedStep | None, data: Parts,
-    train: Samples | Blend,
+    train: Samples | Blend, events: Events,
 ) -> int:  # fmt: skip
     """The rest of `run`, once it is known what there is."""
     chief, workdir = members is None or members.chief, Path(cfg.run.workdir)
@@ -114,13 +133,15 @@ def _run(
     pieces = pieces_of(cfg, workdir) if cfg.run.sample_every else None
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
-    steps, evaluate = compiling.compile(
-        cfg, mesh, hardware, members, data.has_validation, backend, rampup.configs(cfg, consumed)
-    )  # fmt: skip
-    step = steps[cfg.data.microbatches]
-    if members is not None:
-        members.all_reached("compiled")
-    state = resume.restore_or_begin(cfg, store, newest, step.lowered)
+    with events.phase("compile"):
+        steps, evaluate = compiling.compile(
+            cfg, mesh, hardware, members, data.has_validation, backend, rampup.configs(cfg, consumed)
+        )
+        step = steps[cfg.data.microbatches]
+        if members is not None:
+            members.all_reached("compiled")
+    with events.phase("restore"):
+        state = resume.restore_or_begin(cfg, store, newest, step.lowered)
     to_device = ToDevice(cfg, step, members)
     stopping.say_how_long_a_save_takes(cfg, workdir, store.bytes(step.lowered.inputs), chief)
     with ExitStack() as held:
@@ -145,13 +166,16 @@ def _run(
         monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = training.Run(
             steps, evaluate, hyper, to_device, batches, validation, data, store, writer, display, stop, hardware,
-            members, profiler, monitor, mesh, samples,
+            members, profiler, monitor, mesh, samples, events,
         )  # fmt: skip
         if display:
             display.start()
         stop.train()
         saved = store.newest if newest is not None and newest.local else start
-        status = training.train(cfg, start, saved, state, run)
+        events.write("training", iteration=start, steps=cfg.run.steps, restored=newest is not None)
+        events.iteration = start
+        with events.phase("step"):
+            status = training.train(cfg, start, saved, state, run)
         if members is not None:
             members.barrier()
         return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal as signals
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from llama_fn.model import train_step
 from llama_fn.run import health, metrics, resume, runtime
 from llama_fn.run.batches import ToDevice
 from llama_fn.run.display import Display
+from llama_fn.run.events import Events
 from llama_fn.run.text_samples import TextSamples
 from llama_fn.signals import SAVED, UNSAVED, StopRequest
 from sharding import Mesh
@@ -50,6 +52,7 @@ class Run:
     health: health.Health
     mesh: Mesh
     samples: TextSamples | None
+    events: Events
 
     def stopping(self) -> int:
         """The signal that asks to stop; that of any process, so that all stop after the same step."""
@@ -58,13 +61,16 @@ class Run:
     def save(self, cfg: Config, iteration: int, state: train_step.TrainState, local: bool = False) -> None:
         """Save the state as of `iteration`, with all that a resume needs; logs up to there reach the disk first.
         `local`: as an emergency copy."""
-        if self.writer is not None:
-            self.writer.sync()
-        meta = resume.meta(cfg, self.mesh, self.batches, self.data)
-        if local:
-            self.store.copy(iteration, state, meta)
-        else:
-            self.store.save(iteration, state, meta, self.steps[cfg.data.microbatches].lowered.inputs)
+        began = time.monotonic()
+        with self.events.phase("save"):
+            if self.writer is not None:
+                self.writer.sync()
+            meta = resume.meta(cfg, self.mesh, self.batches, self.data)
+            if local:
+                self.store.copy(iteration, state, meta)
+            else:
+                self.store.save(iteration, state, meta, self.steps[cfg.data.microbatches].lowered.inputs)
+        self.events.write("saved", iteration=iteration, seconds=round(time.monotonic() - began, 3), local=local)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
     iteration, began, signal, due = start, time.perf_counter(), 0, False
     while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
         asked = time.perf_counter()
-        batch, consumed = run.to_device(next(run.batches)), run.batches.counts()
+        with run.events.phase("data"):
+            batch, consumed = run.to_device(next(run.batches)), run.batches.counts()
         waited, parts = time.perf_counter() - asked, len(batch.tokens)
         consumed["global_batch_size"] = parts * cfg.data.global_batch_size // cfg.data.microbatches
         if run.processes is not None:
@@ -117,16 +124,19 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
         if iteration == start + 1 and (memory := runtime.memory_text(cfg.run.device)):
             log.info("after the first step: %s", memory)
         ended = time.perf_counter()
+        run.events.done(iteration)
         pending, began = _Pending(iteration, values, ended - began, waited, consumed), ended
         if run.profiler.after(iteration):  # which takes a while to write what it has
             began = time.perf_counter()
         if run.evaluate is not None and iteration % cfg.run.eval_every == 0:
-            pending = replace(pending, validation=_validated(run.evaluate, state, run))
+            with run.events.phase("evaluate"):
+                pending = replace(pending, validation=_validated(run.evaluate, state, run))
             look()
             began = time.perf_counter()
         if run.samples is not None and iteration % cfg.run.sample_every == 0:
             look()
-            texts = run.samples.write(state.params)
+            with run.events.phase("evaluate"):
+                texts = run.samples.write(state.params)
             for line in run.writer.samples(iteration, texts) if run.writer is not None else ():
                 log.info("%s", line)
             began = time.perf_counter()
@@ -146,7 +156,8 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
     if iteration > saved and run.health.may_save and not run.health.verdict:
         run.save(cfg, iteration, state)
         saved = iteration
-    run.store.close(saved == iteration)
+    with run.events.phase("save"):
+        run.store.close(saved == iteration)
     return _ended(cfg, iteration, saved, signal, run)
 
 
@@ -183,11 +194,14 @@ def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> in
             "checkpoint is %s. Go on from it with another --optim.lr or other data (--run.accept_changes)",
             iteration, why, where,
         )  # fmt: skip
+        run.events.end(health.STATUS, why)
         return health.STATUS
     if signal:
         what = f"saved iteration {iteration} in {where}" if iteration else "nothing to save yet"
         log.info("stopped: %s; the same command goes on from there", what)
+        run.events.end(SAVED if saved else UNSAVED, f"{signals.Signals(signal).name}: {what}")
         return SAVED if saved else UNSAVED
     memory = runtime.memory_text(cfg.run.device)
     log.info("done: %d iterations, checkpoint %s%s", iteration, where, f"; {memory}" if memory else "")
+    run.events.end(0, "all iterations are done")
     return 0

@@ -104,6 +104,19 @@ class WorkdirLock:
                 os.utime(self.path)
 
 
+def holder(workdir: Path) -> dict[str, Any] | None:
+    """Who trains in a work folder now: pid, host and since when; None for nobody. Asks without waiting, so a run on
+    another machine counts as alive for STALE_S after its last touch."""
+    owner = _read(workdir / FILE)
+    if not owner:
+        return None
+    if owner.get("boot") == _boot():
+        lives = alive(int(owner["pid"])) and _started(int(owner["pid"])) == owner.get("started")
+    else:
+        lives = time.time() - _touched(workdir / FILE) / 1e9 < STALE_S
+    return owner if lives else None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         holder = json.loads(path.read_bytes())

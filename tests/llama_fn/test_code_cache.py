@@ -37,11 +37,13 @@ def filled(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "suffix, harm",
     [
         (".so", "truncate"),
-        *(pytest.param(*harm, marks=pytest.mark.slow) for harm in ((".py", "empty"), ("graph", "flip"))),
+        (".py", "empty"),
+        ("graph", "flip"),
     ],
 )
 def test_damaged_code_is_removed_and_compiled_again(suffix, harm, filled):

@@ -51,12 +51,17 @@ def test_every_pipeline_equals_one_device(case, random_inputs):
 @pytest.mark.parametrize(
     "mesh, rules",
     [
-        ("pipe:2,data:2", "dp"),
-        ("pipe:2,data:2", "zero1"),
-        ("pipe:2,data:2", "fsdp"),
-        ("pipe:2,model:2", "tp_sp"),
         ("node:2,pipe:2,model:2", "fsdp_tp"),
-        ("pipe:2,data:2,context:2,model:2", "fsdp_tp_ulysses"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("pipe:2,data:2", "dp"),
+                ("pipe:2,data:2", "zero1"),
+                ("pipe:2,data:2", "fsdp"),
+                ("pipe:2,model:2", "tp_sp"),
+                ("pipe:2,data:2,context:2,model:2", "fsdp_tp_ulysses"),
+            )
+        ),
     ],
 )
 def test_every_preset_of_rules_goes_with_a_pipeline(mesh, rules, random_inputs):
@@ -140,6 +145,7 @@ def test_the_memory_of_each_stage_is_what_the_interpreter_measures(mesh, pipelin
         assert predicted.peak_bytes == measured.peak_bytes and predicted.temporary_bytes == measured.temporary_bytes
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_state_has_the_layers_in_the_order_of_the_model(random_inputs, fresh_state):
     """The interpreter's state is global: after a step with chunks it goes on without a pipeline."""
     cfg, step = traced(8, 4)

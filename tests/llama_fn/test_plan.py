@@ -150,6 +150,7 @@ def test_every_number_of_a_survey_grows_by_the_same_from_layer_to_layer():
     assert found == pytest.approx({key: whole[key] for key in found}, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_torch_counts():
     """FlopCounterMode over the step in plain operators. It counts attention's whole square, where ours is causal."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -264,6 +265,7 @@ def test_the_search_cuts_sequences_where_they_are_too_few():
     assert not [axes for axes, _ in meshes if "data:4" in axes]
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_layers_and_not_with_the_parameters():
     def saved(layers, mlp):
         model = replace(CFG.model, num_layers=layers, mlp_dim=mlp)
@@ -280,6 +282,7 @@ def run(*flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_tool_prints_writes_and_judges(tmp_path):
     file, page = tmp_path / "plan.json", tmp_path / "plan.html"
     done = run("--mesh.axes=data:2,model:2", f"--json={file}", f"--page={page}")

@@ -111,7 +111,7 @@ def ops(gm, numbered):
     return [(node.target, ir.phase_of(node), scope) for node, scope in zip(nodes, scopes, strict=True)]
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 5, 16])
+@pytest.mark.parametrize("microbatches", [1, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 16))])
 def test_eager_and_interpret_agree_bitwise_for_any_number(monkeypatch, microbatches):
     cfg = tiny(microbatches)
     rolled, flat = both(monkeypatch, cfg)

@@ -66,7 +66,8 @@ def alone(corpus, tmp_path_factory):
     [
         pytest.param("data:2", "fsdp", "inductor --optim.reduce_per_microbatch", marks=pytest.mark.slow),
         pytest.param("model:2", "tp_sp", "inductor", marks=pytest.mark.slow),
-        ("data:2,model:2", "fsdp_tp", "eager"),
+        ("model:2", "tp_sp", "eager"),
+        pytest.param("data:2,model:2", "fsdp_tp", "eager", marks=pytest.mark.slow),
         pytest.param("pipe:2", "fsdp_tp", "eager", marks=pytest.mark.slow),
         pytest.param("pipe:2", "fsdp_tp", "inductor", marks=pytest.mark.slow),
         pytest.param("pipe:2,data:2", "fsdp", "eager --mesh.schedule=zb_h1", marks=pytest.mark.slow),

@@ -14,6 +14,7 @@ SHAPES = ("llama_60m", "llama_1b", "llama_7b", "llama_13b", "llama_33b", "llama_
 NIGHTLY = {f"shape_{name}" for name in SHAPES[:6]} | {
     "tiny_fp16", "tiny_fp32_data2_model4", "tiny_2_ranks", "tiny_one_stream", "65b_fused", "tiny_variants",
     "tiny_pipeline_whole", "tiny_pipeline_bf16", "tiny_remat", "tiny_bf16_data2_model4", "shape_llama2_70b",
+    "65b_8layers",
 }  # fmt: skip
 
 

@@ -14,13 +14,13 @@ from llama_fn.inspect import dump
 from llama_fn.planner import config_stages
 
 WHOLE = [
-    ("tiny_bf16", 0), ("tiny_4_ranks", 2), ("tiny_fused", 0), ("65b_8layers", 0),
+    ("tiny_4_ranks", 2), ("tiny_fused", 0),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
             ("tiny_bf16_data2_model4", 0), ("tiny_ulysses", 1), ("tiny_fp32", 0), ("tiny_fp16_gqa", 0),
             ("tiny_remat", 1), ("65b_fused", 0), ("tiny_variants", 1),
-            ("tiny_segments", 0),
+            ("tiny_segments", 0), ("tiny_bf16", 0), ("65b_8layers", 0),
         )
     ),
 ]  # fmt: skip
@@ -45,7 +45,9 @@ def test_ops_and_collectives_are_those_of_the_graph_that_torchair_makes(job, ran
     assert mine.collectives == streams
 
 
-@pytest.mark.parametrize("job", ["tiny_bf16", "tiny_4_ranks", "65b_8layers"])
+@pytest.mark.parametrize(
+    "job", ["tiny_4_ranks", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tiny_bf16", "65b_8layers"))]
+)
 def test_the_model_file_has_about_the_size_that_is_told(job, lowered):
     (mine,) = counted(lowered_of(job, 0).graph_module).in_form("whole").graphs
     size = (dump.rank_folder(lowered[job], 0) / dump.GE_AIR).stat().st_size

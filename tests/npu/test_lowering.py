@@ -83,6 +83,7 @@ def test_rank_0_of_eight_has_the_collectives_of_the_table(dtype, lowered):
     check_collectives(counts(lowered[job]), job)
 
 
+@pytest.mark.slow
 def test_the_65b_slice_lowers_for_eight_devices(lowered):
     check_layers(counts(lowered["65b_8layers"]), 8)
     check_collectives(counts(lowered["65b_8layers"]), "65b_8layers")

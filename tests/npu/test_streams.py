@@ -14,12 +14,13 @@ from llama_fn.planner import config_stages
 from sharding.collectives import axes_of
 
 GRAPHS = [
-    ("tiny_4_ranks", 3, ""), ("tiny_ulysses", 1, ""), ("65b_8layers", 0, ""),
+    ("tiny_4_ranks", 3, ""), ("tiny_ulysses", 1, ""),
     ("tiny_calls", 0, "part_0"), ("tiny_calls", 1, "microbatch"), ("tiny_calls", 0, "part_1"),
     *(
         pytest.param(*each, "", marks=pytest.mark.slow)
         for each in (
             ("tiny_pipeline_whole", 0), ("tiny_pipeline_whole", 3), ("tiny_pipeline_bf16", 1), ("tiny_one_stream", 0),
+            ("65b_8layers", 0),
         )
     ),
 ]  # fmt: skip

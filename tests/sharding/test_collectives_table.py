@@ -20,6 +20,7 @@ from llama_fn.model import llama, train_step
 from llama_fn.model.presets import preset
 from sharding import Mesh, collectives_table
 
+pytestmark = pytest.mark.slow  # 65B with all its layers
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MESHES = {
     "dp": "data:8", "zero1": "data:8", "fsdp": "data:96", "tp_sp": "model:8", "fsdp_tp": "data:12,model:8",
@@ -35,9 +36,7 @@ def traced():
     return step.trace(*train_step.abstract_arguments(cfg))
 
 
-@pytest.mark.parametrize(
-    "rules", [x if x in ("fsdp_tp", "fsdp_tp_ulysses") else pytest.param(x, marks=pytest.mark.slow) for x in MESHES]
-)
+@pytest.mark.parametrize("rules", MESHES)
 def test_the_table_of_llama_65b(rules, traced):
     rows = traced.lower(Mesh.parse(MESHES[rules]), rules).collectives()
     title = f"llama_65b, bf16, 2048 tokens, batch 96, mesh {MESHES[rules]}, rules {rules}"
