@@ -9,6 +9,8 @@ single values of it. A run resumes what its --run.workdir holds. Exit statuses: 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from absl import app, flags
 
 from llama_fn.config_checks import resolved
@@ -22,9 +24,11 @@ def train(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
     cfg = resolved(build_config())
-    from llama_fn.run import loop  # torch is imported only once the flags are known to be right
+    from llama_fn.operations.conclusion import concluded  # torch is imported only once the flags are known to be right
+    from llama_fn.run import loop
 
-    return loop.run(cfg, flags_text())
+    with concluded(Path(cfg.run.workdir)):
+        return loop.run(cfg, flags_text())
 
 
 def main(argv: list[str]) -> None:

@@ -17,10 +17,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # Files that take a minute or more, the longest first: each is run by one process, and begun late it would keep that one
 # alone at the end.
 LONGEST = (
-    "npu/test_lowering", "multirank/test_processes", "cuda/test_cuda_code", "test_train", "npu/test_ge_interpreter",
-    "llama_fn/test_arguments", "llama_fn/test_plan", "llama_fn/test_roll", "llama_fn/test_code_cache",
-    "llama_fn/test_stages", "test_notebooks", "llama_fn/test_remat", "guards/test_environments", "test_stopping",
-    "llama_fn/test_profiling",
+    "npu/test_lowering", "multirank/test_processes", "llama_fn/test_stages", "npu/test_ge_interpreter", "test_train",
+    "sharding/test_partition", "guards/test_work_folders", "llama_fn/test_pipeline", "sharding/test_kernels_sharded",
 )  # fmt: skip
 
 

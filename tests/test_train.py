@@ -115,6 +115,8 @@ def test_a_run_leaves_metrics_logs_flags_and_checkpoints(uninterrupted):
     assert all(0 <= row["data_wait_ms"] <= row["step_time_ms"] for row in table)
     assert sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir()) == [32, 40]
     assert "--data.seq_len=32" in (uninterrupted / "flags.txt").read_text()
+    assert (uninterrupted / "summary.md").read_text().startswith(f"# {uninterrupted.name}: finished\n")
+    assert "<svg" in (uninterrupted / "report.html").read_text()
     assert json.loads((uninterrupted / "config.json").read_text())["versions"]["torch"].startswith("2.13.0")
 
 

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 
-from kernels.scope_names import without_numbers
+from kernels.scope_names import layer, without_numbers
 from llama_fn import html
 from llama_fn.compiler import calls, cost, ir
 from llama_fn.compiler.liveness import Memory
 from sharding import collectives_table
 
-HINT = 'print() shows the graph, as_text(scope="layers/0") a part of it'
+HINT = f'print() shows the graph, as_text(scope="{layer(0)}") a part of it'
 
 
 class Shown(Protocol):

@@ -14,9 +14,11 @@ from llama_fn.errors import UserError
 from llama_fn.operations import attempts
 from llama_fn.run import records
 from llama_fn.run.workdir_lock import holder
+from llama_fn.signals import SAVED, UNSAVED
 
 RECENT = 50  # records whose median step counts
 SMOOTHED = 20  # records that a loss is a mean of
+LOST_RANK = 3  # exit status where another process is at fault (distributed/watchdog.py, which imports torch)
 LEAST_S = 60.0  # a run that logs often is not stuck sooner
 
 
@@ -109,8 +111,10 @@ def _over(last: attempts.Attempt, iteration: int, steps: int) -> tuple[Condition
     status, why = last.end["status"], last.end["why"]
     if status == 0:
         return Condition.FINISHED, f"{iteration} iterations done"
-    if status in (5, 6):
+    if status in (SAVED, UNSAVED):
         return Condition.STOPPED, why
+    if status == LOST_RANK:
+        return Condition.DIED, why
     return Condition.FAILED, f"status {status}: {why}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama_fn.config import Config
 from llama_fn.config_fields import with_values
-from llama_fn.run import loop, workdir_lock
+from llama_fn.run import events, loop, workdir_lock
 from llama_fn.tools import command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,8 @@ def picture(folder):
         if path.is_symlink()
         else hashlib.md5(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if (path.is_file() or path.is_symlink()) and path.name not in (workdir_lock.FILE, "verified.json")
+        # A start that is refused is an event of its own.
+        if (path.is_file() or path.is_symlink()) and path.name not in (workdir_lock.FILE, "verified.json", events.FILE)
     }
 
 

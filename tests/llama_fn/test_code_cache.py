@@ -79,6 +79,7 @@ def test_what_a_killed_compilation_left_is_removed_when_nobody_compiles(filled):
     assert step(filled).stdout.endswith("[7.0, 7.0, 7.0]\n"), "without its list the folder begins anew"
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_used_cost_a_word(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):

@@ -72,6 +72,7 @@ def test_a_limit_that_is_passed_is_an_error_that_says_what_takes_most(monkeypatc
         budget.refuse(Budget("whole", (graph,)), "", [])
 
 
+@pytest.mark.slow
 def test_and_what_would_need_fewer_with_the_numbers(monkeypatch):
     cfg = config(2, 10, axes="data:2,model:2", rules="fsdp_tp")
     lowered = config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg))

@@ -152,9 +152,8 @@ def test_the_tool_answers_one_prompt_or_several(model, tmp_path):
         assert wrong.returncode == 2 and said in wrong.stderr, wrong.stderr
 
 
-@pytest.mark.parametrize(
-    "where", [["--backend=eager"], pytest.param(["--backend=interpret", "--mesh=model:2"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [["--backend=eager"], ["--backend=interpret", "--mesh=model:2"]])
 def test_evaluate_gives_the_loss_of_transformers(where, model, models, tmp_path):
     text = Path(json.__file__).read_text()[:3000]
     (tmp_path / "a.txt").write_text(text)

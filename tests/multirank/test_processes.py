@@ -101,6 +101,7 @@ def test_compiled_steps_of_processes_equal_the_step_of_one(processes, rules, com
     assert "equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_match_the_mesh_are_refused(corpus, tmp_path):
     flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}", "--mesh.axes=data:4"]
     done = subprocess.run(command(2, *flags), cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -156,6 +157,7 @@ def test_a_rank_that_stands_still_is_named(corpus, tmp_path):
     assert run.returncode and "rank 0 gives up: rank 1 on" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [100, pytest.param(8000, marks=pytest.mark.slow)])
 def test_collectives_under_way_at_once_have_their_results_and_leave_memory_whole(rounds):
     worker = command(2, str(rounds), script="tests/multirank/worker_collectives.py")

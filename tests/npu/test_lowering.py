@@ -161,6 +161,7 @@ def test_products_and_collectives_fuse_on_request(lowered):
     assert "is_trans_b=True" in text(lowered["65b_fused"])
 
 
+@pytest.mark.slow
 def test_an_op_without_converter_is_named_with_its_place(torch_npu_environment):
     script = Path(__file__).with_name("worker_refused.py")
     done = subprocess.run([sys.executable, str(script)], env=torch_npu_environment, capture_output=True, text=True)
