@@ -186,6 +186,7 @@ class RunConfig:
     profile_steps: str = opt(
         "", "FIRST:LAST iterations to profile by scope into workdir/profile (docs/debugging.md)", False
     )
+    strict: bool = opt(False, "what looks like a mistake in the lowered step is an error (docs/debugging.md)", False)
     check_finite: bool = opt(
         False,
         "look at every op's result and stop with status 4 at the first that is not finite, naming op, scope and line; "
@@ -255,6 +256,10 @@ class RunConfig:
         "begin with the weights of this work folder, checkpoint or converted model, not random ones",
         path=True,
     )
+    stop_at: int = number(
+        0, "end behind this iteration and save nothing, to look at it once more (tools/replay.py); 0: never", 0,
+        numbers=False,
+    )  # fmt: skip
     accept_changes: bool = opt(
         False, "this once, resume although flags or data that change the numbers differ", False, saved=False
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import sys
+import traceback
 from collections.abc import Iterable
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -15,6 +17,24 @@ class UserError(ValueError):
 
 class SaidElsewhere(UserError):
     """A UserError that another process of this run prints; this one leaves with the same status."""
+
+
+_LAST: list[str] = []  # text, as an exception would keep every tensor of its frames alive
+
+
+def keep_traceback(error: BaseException) -> None:
+    """Remember how an error came about, before frames are folded away."""
+    _LAST[:] = ["".join(traceback.format_exception(error))]
+
+
+def traceback_kept() -> bool:
+    """Whether there is one to show."""
+    return bool(_LAST)
+
+
+def full_traceback() -> None:
+    """Print the last error of a traced function with all frames, those of torch and of llama_fn too."""
+    print(_LAST[0] if _LAST else "no error was folded yet", file=sys.stderr)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

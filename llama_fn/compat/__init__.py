@@ -39,6 +39,7 @@ from llama_fn.compat.npu import (
 from llama_fn.compat.npu_schemas import define_npu_ops
 from llama_fn.compat.repeat import add_body
 from llama_fn.compat.tracing import (
+    DATA_DEPENDENT,
     INVOKE_SUBGRAPH,
     FakeTensors,
     check_torch_version,
@@ -50,6 +51,7 @@ from llama_fn.compat.tracing import (
 __all__ = [
     "CONVERTED",
     "CONVERTED_IN_GROUP",
+    "DATA_DEPENDENT",
     "INVOKE_SUBGRAPH",
     "TORCH_NPU",
     "CompiledGraph",

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,6 +23,10 @@ from llama_fn.compat.sources import sourced
 
 TORCH = "2.13.0"
 INVOKE_SUBGRAPH = invoke_subgraph
+DATA_DEPENDENT = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)  # a value, or a size that depends on values
 
 
 def graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:

@@ -30,6 +30,7 @@ from llama_fn.compiler.passes.partition import rules_named
 from llama_fn.compiler.passes.remat_regions import Remat
 from llama_fn.compiler.resize import resized, without_extent
 from llama_fn.compiler.signature import Signature, is_within
+from llama_fn.compiler.tracebacks import folded
 from llama_fn.compiler.tracing import trace
 from llama_fn.config import MeshConfig
 from llama_fn.errors import UserError, nearest
@@ -68,9 +69,15 @@ class Wrapped:
         if len(self._traces) >= self.max_traces:
             what = f"{name} (traced {self.trace_count} of {self.max_traces} times)"
             self._traces[-1].leaves(args, kwargs, what)
-            raise ValueError(f"{name} was already traced for these arguments; keep the Traced and reuse it")
+            raise ValueError(
+                f"{name} was already traced for these arguments: keep the Traced and reuse it. After a change of the "
+                "model, wrap the step anew: jit(make_train_step(cfg))"
+            )
         start = time.perf_counter()
-        gm, signature = trace(self.fn, args, kwargs, self.donate)
+        try:
+            gm, signature = trace(self.fn, args, kwargs, self.donate)
+        except Exception as error:
+            raise folded(error, name) from None
         traced = Traced(name, gm, signature, time.perf_counter() - start)
         self._traces.append(traced.signature)
         return traced

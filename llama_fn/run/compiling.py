@@ -11,9 +11,11 @@ from typing import Any
 from llama_fn.compiler import backends, passes, stages
 from llama_fn.compiler.backends import code_cache
 from llama_fn.compiler.backends.ge_counts import choose, counted
+from llama_fn.compiler.lints import lints
 from llama_fn.config import Config
 from llama_fn.config_checks import dumps, profiled
 from llama_fn.distributed import Processes
+from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware, named
 from llama_fn.inspect import dump
 from llama_fn.model import arrays, train_step
@@ -83,6 +85,7 @@ def compile(
         writer, lowered = _lowered(traced, cfg, mesh, peaks, folder)
         lowered = lowered if processes is None else lowered.of_rank(processes.rank)
         refuse_too_large(cfg, lowered)
+        _say_lints(cfg, lowered)
         memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
         log.info(
             "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
@@ -112,6 +115,15 @@ def compile(
         return train, None
     options.pop("profiled", None)
     return train, compiled_from(config_stages.evaluation(cfg), folder / dump.EVALUATION if folder else None)
+
+
+def _say_lints(cfg: Config, lowered: stages.Lowered) -> None:
+    """What looks like a mistake in the training step; a UserError with --run.strict. Notes are said and no errors."""
+    found = lints(lowered, cfg.mesh.remat) if lowered.signature.donated else []
+    for lint in found:
+        log.warning("%s %s", "note:" if lint.note else "this looks like a mistake:", lint)
+    if cfg.run.strict and (wrong := [lint for lint in found if not lint.note]):
+        raise UserError(f"--run.strict: {'; '.join(map(str, wrong))}")
 
 
 def _lowered(

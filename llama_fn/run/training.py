@@ -105,7 +105,8 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
         pending = None
 
     iteration, began, signal, due = start, time.perf_counter(), 0, False
-    while iteration < cfg.run.steps and not (signal := run.stopping()) and not run.health.verdict:
+    last = min(cfg.run.steps, cfg.run.stop_at or cfg.run.steps)
+    while iteration < last and not (signal := run.stopping()) and not run.health.verdict:
         asked = time.perf_counter()
         with run.events.phase("data"):
             batch, consumed = run.to_device(next(run.batches)), run.batches.counts()
@@ -153,7 +154,7 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
                 run.save(cfg, iteration, state, local=True)
     look(now=True)
     # After a signal; and after a start from a local copy that had nothing more to do.
-    if iteration > saved and run.health.may_save and not run.health.verdict:
+    if iteration > saved and run.health.may_save and not run.health.verdict and iteration != cfg.run.stop_at:
         run.save(cfg, iteration, state)
         saved = iteration
     with run.events.phase("save"):
@@ -201,6 +202,10 @@ def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> in
         log.info("stopped: %s; the same command goes on from there", what)
         run.events.end(SAVED if saved else UNSAVED, f"{signals.Signals(signal).name}: {what}")
         return SAVED if saved else UNSAVED
+    if iteration < cfg.run.steps:
+        log.info("stopped behind iteration %d, as --run.stop_at says; nothing is saved", iteration)
+        run.events.end(UNSAVED, f"--run.stop_at={cfg.run.stop_at}")
+        return UNSAVED
     memory = runtime.memory_text(cfg.run.device)
     log.info("done: %d iterations, checkpoint %s%s", iteration, where, f"; {memory}" if memory else "")
     run.events.end(0, "all iterations are done")

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from absl import flags
 
-from llama_fn.errors import FULL_DISK, SaidElsewhere, UserError, nearest
+from llama_fn.errors import FULL_DISK, SaidElsewhere, UserError, full_traceback, nearest, traceback_kept
 from llama_fn.files import remove_temporary
 
-WRONG_INPUT = 2
+OUR_FAULT, WRONG_INPUT = 1, 2
 _USERS = (
     *FULL_DISK, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
     errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOTEMPTY,
@@ -41,10 +41,20 @@ def status_of(fn: Callable[[], int]) -> int:
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):  # torch's, of any device
             return _say(f"{str(error).splitlines()[0]}. A smaller batch or model, or --mesh.remat, takes less")
-        raise
+        return _fault()
+    except Exception:
+        return _fault()
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted before the first step; nothing to save", file=sys.stderr)
         return int(getattr(interrupt, "status", 130))
+
+
+def _fault() -> int:
+    """Of our own, while its exception is handled: with its traceback, and with the frames that tracing folded away."""
+    if not traceback_kept():
+        raise
+    full_traceback()
+    return OUR_FAULT
 
 
 def parse(argv: list[str], expand: Callable[[list[str]], list[str]] = list) -> list[str]:

@@ -24,43 +24,52 @@ from llama_fn.operations.state import Limits, duration
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits()
 GOOD = [4.0 - i / 100 for i in range(100)]
-TRAINS = [start(), training(), spent(20.0, 100, step=3000.0)]
+
+
+def trains(*more):
+    return [start(), training(), spent(20.0, 100, step=3000.0), *more]
+
 
 # What it finds: events, other things of the folder, words of the line, and the status.
-SITUATIONS = {
-    "trains": (TRAINS, {"losses": GOOD}, ["is running for 1:00:0", "iteration 100 of 1000, loss 3.0100"], 0),
-    "compiles": ([start(ago=300)], {}, ["is running for 5:0", "preparing and compiling for 5:0"], 0),
-    "compiles for ever": ([start(ago=7200)], {}, ["running but not progressing! no step after 2:00:0"], STUCK),
-    "hangs": (
-        [start(), training(), spent(900.0, 100)], {"losses": GOOD, "quiet_s": 900},
-        ["running but not progressing! no new iteration for 15:0", "iteration 100 of 1000", "every 3.0 s"], STUCK,
-    ),
-    "slow steps are no hang": (
-        [start(), training(), spent(900.0, 100)], {"losses": GOOD, "quiet_s": 900, "step_s": 120.0}, ["is running"], 0,
-    ),
-    "first step takes long": ([start(), training(ago=1000)], {}, ["is running", "iteration 0 of 1000"], 0),
-    "diverges": (TRAINS, {"losses": [*GOOD, *[6.0] * 40]}, ["running and diverging!", "6.000, and was 3.1"], DIVERGING),
-    "is not finite": (TRAINS, {"losses": [*GOOD, *[math.nan] * 3]}, ["the last losses are not finite"], DIVERGING),
-    "finished": ([*TRAINS, end(0, iteration=1000)], {"losses": GOOD}, ["has finished: 1000 iterations done"], 0),
-    "failed": (
-        [*TRAINS, end(4, "100 iterations in a row were skipped")], {"losses": GOOD},
-        ["not RUNNING or SCHEDULED! it failed with status 4: 100 iterations in a row"], FAILED,
-    ),
-    "wrong input": ([start(), end(2, "UserError: no such file")], {}, ["status 2: UserError: no such"], FAILED),
-    "stopped": ([*TRAINS, end(5, "SIGTERM: saved iteration 100")], {}, ["SIGTERM: saved iteration 100"], GONE),
-    "killed": (TRAINS, {"losses": GOOD, "lock": "dead"}, ["gone without a word, at or after iteration 100"], GONE),
-    "elsewhere": (TRAINS, {"losses": GOOD, "lock": "elsewhere"}, ["is running for 1:00:0"], 0),
-    "dead elsewhere": (TRAINS, {"losses": GOOD, "lock": "elsewhere long ago"}, ["gone without a word"], GONE),
-    "never began": ([], {"lock": ""}, ["not RUNNING or SCHEDULED!", "has no run"], GONE),
-    "began again": (
-        [*TRAINS, start(ago=60), training(ago=30, iteration=90)], {"losses": GOOD}, ["is running for 1:0"], 0,
-    ),
-}  # fmt: skip
+def situations():
+    """Made anew for each test, as times are told from now."""
+    return {
+        "trains": (trains(), {"losses": GOOD}, ["is running for 1:00:0", "iteration 100 of 1000, loss 3.0100"], 0),
+        "compiles": ([start(ago=300)], {}, ["is running for 5:0", "preparing and compiling for 5:0"], 0),
+        "compiles for ever": ([start(ago=7200)], {}, ["running but not progressing! no step after 2:00:0"], STUCK),
+        "hangs": (
+            [start(), training(), spent(900.0, 100)], {"losses": GOOD, "quiet_s": 900},
+            ["running but not progressing! no new iteration for 15:0", "iteration 100 of 1000", "every 3.0 s"], STUCK,
+        ),
+        "slow steps are no hang": (
+            [start(), training(), spent(900.0, 100)], {"losses": GOOD, "quiet_s": 900, "step_s": 120.0},
+            ["is running"], 0,
+        ),
+        "first step takes long": ([start(), training(ago=1000)], {}, ["is running", "iteration 0 of 1000"], 0),
+        "diverges": (
+            trains(), {"losses": [*GOOD, *[6.0] * 40]}, ["running and diverging!", "6.000, and was 3.1"], DIVERGING,
+        ),
+        "is not finite": (trains(), {"losses": [*GOOD, *[math.nan] * 3]}, ["last losses are not finite"], DIVERGING),
+        "finished": (trains(end(0, iteration=1000)), {"losses": GOOD}, ["has finished: 1000 iterations done"], 0),
+        "failed": (
+            trains(end(4, "100 iterations in a row were skipped")), {"losses": GOOD},
+            ["not RUNNING or SCHEDULED! it failed with status 4: 100 iterations in a row"], FAILED,
+        ),
+        "wrong input": ([start(), end(2, "UserError: no such file")], {}, ["status 2: UserError: no such"], FAILED),
+        "stopped": (trains(end(5, "SIGTERM: saved iteration 100")), {}, ["SIGTERM: saved iteration 100"], GONE),
+        "killed": (trains(), {"losses": GOOD, "lock": "dead"}, ["without a word, at or after iteration 100"], GONE),
+        "elsewhere": (trains(), {"losses": GOOD, "lock": "elsewhere"}, ["is running for 1:00:0"], 0),
+        "dead elsewhere": (trains(), {"losses": GOOD, "lock": "elsewhere long ago"}, ["gone without a word"], GONE),
+        "never began": ([], {"lock": ""}, ["not RUNNING or SCHEDULED!", "has no run"], GONE),
+        "began again": (
+            trains(start(ago=60), training(ago=30, iteration=90)), {"losses": GOOD}, ["is running for 1:0"], 0,
+        ),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("name", situations())
 def test_a_run_is_told_by_its_work_folder(name, tmp_path):
-    events, more, words, status = SITUATIONS[name]
+    events, more, words, status = situations()[name]
     found = pulse.take(staged(tmp_path / "run", events, **more), "job", "process", LIMITS, 3600)
     assert found.status == status and all(word in found.text for word in words), found
     kind = r"\*\*\*ALERT" if status else "PULSE"
@@ -76,31 +85,33 @@ def moment(ahead):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + ahead))
 
 
-SCHEDULED = {
-    "runs": (slurm_line("RUNNING", moment(-90000)), TRAINS, "job is running for 1-01:00:0", 0),
-    "in its place": (slurm_line("RUNNING", moment(-3600)), TRAINS, "(1165978 on 'npu' partition (n[01-12]); iter", 0),
-    "hangs": (
-        slurm_line("RUNNING", moment(-3600)), [start(), training(), spent(900.0, 100)], "not progressing!", STUCK,
-    ),
-    "holds devices": (
-        slurm_line("RUNNING", moment(-7200)), [*TRAINS, end(2, "no data")], "holds its devices and does not train!",
-        STUCK,
-    ),
-    "just began": (slurm_line("RUNNING", moment(-5)), [*TRAINS, end(5)], "its start has written nothing yet", 0),
-    "will start": (
-        slurm_line("PENDING", moment(7200), "Resources", ""), [*TRAINS, end(5)], "is scheduled to start in 1:59:5", 0,
-    ),
-    "waits": (
-        slurm_line("PENDING", "N/A", "Priority", ""), [*TRAINS, end(5)],
-        "waiting to be scheduled (1165978 on 'npu' partition (Priority)", 0,
-    ),
-    "waits too long": (
-        slurm_line("PENDING", "N/A", "Priority", "", 90000), [*TRAINS, end(5)],
-        "scheduled but not running for 1-01:00:0", WAITING,
-    ),
-    "is not known": ("", [*TRAINS, end(5, "SIGUSR1: saved iteration 100")], "not RUNNING or SCHEDULED! SIGUSR1", GONE),
-    "is done": ("", [*TRAINS, end(0)], "has finished", 0),
-}  # fmt: skip
+def scheduled():
+    """Made anew for each test, as times are told from now."""
+    return {
+        "runs": (slurm_line("RUNNING", moment(-90000)), trains(), "job is running for 1-01:00:0", 0),
+        "in its place": (slurm_line("RUNNING", moment(-3600)), trains(), "on 'npu' partition (n[01-12]); iteration", 0),
+        "hangs": (
+            slurm_line("RUNNING", moment(-3600)), [start(), training(), spent(900.0, 100)], "not progressing!", STUCK,
+        ),
+        "holds devices": (
+            slurm_line("RUNNING", moment(-7200)), trains(end(2, "no data")), "holds its devices and does not train!",
+            STUCK,
+        ),
+        "just began": (slurm_line("RUNNING", moment(-5)), trains(end(5)), "its start has written nothing yet", 0),
+        "will start": (
+            slurm_line("PENDING", moment(7200), "Resources", ""), trains(end(5)), "is scheduled to start in 1:59:5", 0,
+        ),
+        "waits": (
+            slurm_line("PENDING", "N/A", "Priority", ""), trains(end(5)),
+            "waiting to be scheduled (1165978 on 'npu' partition (Priority)", 0,
+        ),
+        "waits too long": (
+            slurm_line("PENDING", "N/A", "Priority", "", 90000), trains(end(5)),
+            "scheduled but not running for 1-01:00:0", WAITING,
+        ),
+        "is not known": ("", trains(end(5, "SIGUSR1: saved iteration 100")), "not RUNNING or SCHEDULED! SIGUSR1", GONE),
+        "is done": ("", trains(end(0)), "has finished", 0),
+    }  # fmt: skip
 
 
 def stand_in(folder, monkeypatch, name, output, status=0):
@@ -111,9 +122,9 @@ def stand_in(folder, monkeypatch, name, output, status=0):
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
-@pytest.mark.parametrize("name", SCHEDULED)
+@pytest.mark.parametrize("name", scheduled())
 def test_slurm_is_asked_and_the_work_folder_says_the_rest(name, tmp_path, monkeypatch):
-    line, events, words, status = SCHEDULED[name]
+    line, events, words, status = scheduled()[name]
     stand_in(tmp_path, monkeypatch, "squeue", line + "\n")
     quiet = 900 if name == "hangs" else 1
     folder = staged(tmp_path / "run", events, GOOD, quiet)
@@ -138,12 +149,12 @@ def pod(phase, **status):
 def test_kubernetes_is_asked(items, words, status, tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, "kubectl", json.dumps({"items": items}))
     wait = 0 if status else 1e9
-    found = pulse.take(staged(tmp_path / "run", TRAINS, GOOD), "job", "kubernetes", LIMITS, wait)
+    found = pulse.take(staged(tmp_path / "run", trains(), GOOD), "job", "kubernetes", LIMITS, wait)
     assert found.status == status and words in found.text, found
 
 
 def test_a_scheduler_that_does_not_answer_is_no_alert(tmp_path, monkeypatch):
-    folder = staged(tmp_path / "run", TRAINS, GOOD)
+    folder = staged(tmp_path / "run", trains(), GOOD)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert check(folder, "--scheduler=slurm") == (2, "error: squeue is not on this machine")
     stand_in(tmp_path, monkeypatch, "squeue", "", 1)
@@ -201,7 +212,7 @@ def servers():
 
 def test_an_alert_is_told_once_in_a_while_and_a_recovery_once(tmp_path, servers):
     mail, chat = servers
-    dead = [*TRAINS]
+    dead = [*trains()]
     folder = staged(tmp_path / "run", dead, GOOD, lock="dead")
     script = tmp_path / "tell"
     script.write_text(f'#!/bin/sh\necho "$2" >> {tmp_path}/told\n')
@@ -227,7 +238,7 @@ def test_an_alert_is_told_once_in_a_while_and_a_recovery_once(tmp_path, servers)
 
 
 def test_what_cannot_be_told_is_said_and_tried_again(tmp_path, capsys):
-    folder = staged(tmp_path / "run", TRAINS, GOOD, lock="dead")
+    folder = staged(tmp_path / "run", trains(), GOOD, lock="dead")
     words = [sys.executable, "-m", "llama_fn.tools.pulse", str(folder), f"--state={tmp_path / 'told'}"]
     done = subprocess.run([*words, "--command=false"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == GONE and "was not told: --command: false ended with status 1" in done.stderr
