@@ -193,6 +193,9 @@ class _Partitioner:
                 )
             part = P.of(layouts[0].by_dim[1:], layouts[0].unreduced)
             return [part] * len(node.meta["val"])
+        if node.target is aten.permute.default:
+            dims: list[int] = node.args[1]  # type: ignore[assignment]
+            return P.of([layouts[0].by_dim[dim] for dim in dims], layouts[0].unreduced)
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         if pointwise or node.target in (*propagate.LIKE_COPY, *propagate.SHAPE_ONLY):
             shapes = [tuple(n.meta["val"].shape) for n in operands]

@@ -16,7 +16,7 @@ from kernels.scope import named_scope
 from kernels.scope_names import layer
 from llama_fn import tree
 from llama_fn.config import ModelConfig
-from llama_fn.model import llama, weights
+from llama_fn.model import llama, stored
 from llama_fn.model.arrays import DTYPES, ArrayInfo
 from llama_fn.tree import Leaf
 from sharding import P, constrain
@@ -42,7 +42,7 @@ def prefill(
     cache: Cache, params: llama.Params, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, *, cfg: ModelConfig
 ) -> tuple[Cache, torch.Tensor]:
     """The cache with the prompts in its first T places, and the logits [B, V] float32 behind each prompt's end."""
-    params = weights.gather(params, llama.abstract_params(cfg))
+    params = stored.gathered(params, cfg)
     with named_scope("embed"):
         cos, sin = llama.rope_table(tokens_BT, tokens_BT.shape[1], cfg=cfg)
         x_BTD = constrain(k.embedding(params.embed, tokens_BT), llama.RESIDUAL)
@@ -65,7 +65,7 @@ def decode(
     cache: Cache, params: llama.Params, tokens_B: torch.Tensor, positions_B: torch.Tensor, *, cfg: ModelConfig
 ) -> tuple[Cache, torch.Tensor]:
     """The cache with one more token of each row, at its position, and the logits [B, V] float32 behind it."""
-    params = weights.gather(params, llama.abstract_params(cfg))
+    params = stored.gathered(params, cfg)
     with named_scope("embed"):
         cos, sin = llama.rope_table(tokens_B, cache.keys.shape[2], cfg=cfg)
         x_BTD = constrain(k.embedding(params.embed, tokens_B[:, None]), llama.RESIDUAL)

@@ -6,7 +6,7 @@ import torch
 
 import kernels as k
 from llama_fn.config import ModelConfig
-from llama_fn.model import llama, weights
+from llama_fn.model import llama, stored
 from sharding import P, constrain
 
 
@@ -14,6 +14,5 @@ def score(
     params: llama.Params, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, *, cfg: ModelConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of each target in nats, [B, T] float32, and the likeliest token there, [B, T] int64."""
-    gathered = weights.gather(params, llama.abstract_params(cfg))
-    logits_BTV = constrain(llama.logits(gathered, tokens_BT, cfg=cfg), P("batch", "full_seq", None))
+    logits_BTV = constrain(llama.logits(stored.gathered(params, cfg), tokens_BT, cfg=cfg), P("batch", "full_seq", None))
     return k.cross_entropy(logits_BTV, targets_BT)[0], logits_BTV.argmax(-1)

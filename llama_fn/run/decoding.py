@@ -12,7 +12,7 @@ from llama_fn import tree
 from llama_fn.compiler import stages
 from llama_fn.config import ModelConfig
 from llama_fn.errors import UserError
-from llama_fn.model import decode, llama
+from llama_fn.model import decode, llama, stored
 from llama_fn.model.arrays import DTYPES, ArrayInfo
 from sharding import Mesh, P, constrain
 from sharding.rules import Rules, decoding
@@ -43,7 +43,7 @@ class Decoder:
     ) -> None:  # fmt: skip
         self.cfg, self.length, self.backend, self.options = cfg, length, backend, options
         self.mesh, self.rules, self.kind = mesh or Mesh(), rules, DTYPES[cfg.compute_dtype]
-        self.infos = tree.map(lambda x: replace(x, dtype=self.kind, stays=True), llama.abstract_params(cfg))
+        self.infos = tree.map(lambda x: replace(x, dtype=self.kind, stays=True), stored.infos(cfg))
         self.compiled: dict[Any, stages.Compiled] = {}
         self.params: llama.Params | None = None
 
@@ -51,7 +51,8 @@ class Decoder:
         """Generate from these, as a checkpoint has them: this process's part where it is one of several. Returns
         itself."""
         moved = self.rules is not None and self.mesh.size > 1
-        self.params = self._move()(params) if moved else tree.map(lambda x: x.to(self.kind), params)
+        held = self._move()(params) if moved else tree.map(lambda x: x.to(self.kind), params)
+        self.params = stored.turned(held, self.cfg)
         self.device = tree.leaves(self.params)[0].device
         return self
 
@@ -65,13 +66,15 @@ class Decoder:
             assert self.rules is not None
             rules = replace(decoding(self.mesh), params=self.rules.params, moments=self.rules.moments)
 
+            infos = llama.abstract_params(self.cfg)
+
             def move(params: llama.Params) -> Any:
-                return tree.map(lambda x, info: constrain(x.to(info.dtype), P(*info.axes)), params, self.infos)
+                return tree.map(lambda x, info: constrain(x.to(self.kind), P(*info.axes)), params, infos)
 
             # Nothing to fuse: not worth a compilation.
             backend = "interpret" if self.backend == "interpret" else "eager"
             options = {name: value for name, value in self.options.items() if name == "processes"}
-            lowered = stages.jit(move).trace(llama.abstract_params(self.cfg)).lower(self.mesh, rules)
+            lowered = stages.jit(move).trace(infos).lower(self.mesh, rules)
             self.compiled["move"] = lowered.compile(backend, **options)
         return self.compiled["move"]
 
