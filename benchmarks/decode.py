@@ -20,38 +20,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from turns import Contender
+
 from llama_fn.tools import convert_in
 
 HERE = Path(__file__).resolve().parent
 RIVALS = ("transformers_eager", "transformers_compiled")
 
 
-class Worker:
-    """A contender's process; `turn()` gives the seconds of one call."""
-
-    def __init__(self, name: str, spec: dict[str, Any], folder: Path) -> None:
-        script = HERE / ("worker_decode_ours.py" if name == "ours" else "worker_decode_transformers.py")
-        words = [sys.executable, "-P", str(script), json.dumps({**spec, "name": name})]
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor_{name}")}
-        self.name, self.process = name, subprocess.Popen(words, cwd=folder, env=env, **pipes)
-        self.first = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        for line in self.process.stdout or ():
-            if line.startswith("{"):
-                return dict(json.loads(line))
-        raise SystemExit(f"{self.name} ended with status {self.process.wait()} before answering")
-
-    def turn(self) -> dict[str, Any]:
-        assert self.process.stdin
-        print(1, file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+def contender(name: str, spec: dict[str, Any], folder: Path) -> Contender:
+    script = HERE / ("worker_decode_ours.py" if name == "ours" else "worker_decode_transformers.py")
+    return Contender(
+        name, script, {**spec, "name": name}, folder, {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor_{name}")}
+    )
 
 
 def main() -> None:
@@ -68,7 +49,7 @@ def main() -> None:
         made = [sys.executable, "-P", str(HERE / "worker_decode_transformers.py"), json.dumps({**spec, "name": "make"})]
         subprocess.run(made, cwd=folder, check=True)
         convert_in.convert(folder / "theirs", folder / "ours", None)
-        workers = [Worker(name, spec, folder) for name in ("ours", *RIVALS)]
+        workers = [contender(name, spec, folder) for name in ("ours", *RIVALS)]
         answers = [worker.first["tokens"] for worker in workers]
         same = [answer == answers[0] for answer in answers[1:]]
         turns = [[worker.turn() for worker in workers] for _ in range(args.rounds)]

@@ -13,56 +13,29 @@ fp32: float32 throughout. bf16: float32 parameters and moments, bfloat16 forward
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from turns import Contender
 
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("ours", "transformers_eager", "transformers_compiled")
 SHAPES = {"llama_tiny": (8, 256), "llama_60m": (4, 512), "llama_1b": (8, 2048)}
 
 
-class Worker:
-    """A contender's process; `turn(n)` runs n steps and returns their seconds."""
-
-    def __init__(self, name: str, args: argparse.Namespace, cache: Path) -> None:
-        script = HERE / ("worker_ours.py" if name == "ours" else "worker_transformers.py")
-        batch, seq = SHAPES[args.preset]
-        spec = {
-            "preset": args.preset, "dtype": args.dtype, "device": args.device, "threads": args.threads,
-            "batch": batch, "seq": seq, "compiled": name == "transformers_compiled", "attention": args.attention,
-        }  # fmt: skip
-        # Inductor keeps precompiled headers under the temporary folder, whatever its cache folder is.
-        folders = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TMPDIR": str(cache), "BENCH_CACHE": str(cache)}
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(script), json.dumps(spec)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **folders}, cwd=cache,
-        )  # fmt: skip
-        self.first = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return dict(json.loads(line))
-        raise SystemExit(f"{self.name} ended with status {self.process.wait()} before answering")
-
-    def turn(self, steps: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def contender(name: str, args: argparse.Namespace, cache: Path) -> Contender:
+    script = HERE / ("worker_ours.py" if name == "ours" else "worker_transformers.py")
+    batch, seq = SHAPES[args.preset]
+    spec = {
+        "preset": args.preset, "dtype": args.dtype, "device": args.device, "threads": args.threads,
+        "batch": batch, "seq": seq, "compiled": name == "transformers_compiled", "attention": args.attention,
+    }  # fmt: skip
+    # Inductor keeps precompiled headers under the temporary folder, whatever its cache folder is.
+    folders = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TMPDIR": str(cache), "BENCH_CACHE": str(cache)}
+    return Contender(name, script, spec, cache, folders)
 
 
 def main() -> None:
@@ -81,11 +54,11 @@ def main() -> None:
         cold, warm = {}, {}
         for name, cache in caches.items():
             cache.mkdir()
-            worker = Worker(name, args, cache)
+            worker = contender(name, args, cache)
             cold[name] = worker.first
             worker.close()
             print(f"{name}: cold start to first step {cold[name]['first_step_s']:.1f} s", flush=True)
-        workers = {name: Worker(name, args, cache) for name, cache in caches.items()}
+        workers = {name: contender(name, args, cache) for name, cache in caches.items()}
         warm = {name: worker.first for name, worker in workers.items()}
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         ceilings, peaks = [], {}

@@ -13,7 +13,9 @@ import torch
 
 from llama_fn import config, config_fields
 from llama_fn.data import mixture
+from llama_fn.hardware import named
 from llama_fn.model import hyper, optim
+from llama_fn.planner import plan
 from llama_fn.run import metrics
 from sharding import Mesh
 from sharding.rules import PRESETS
@@ -69,6 +71,18 @@ def test_recipes_are_valid_and_divide(name):
         assert (paper.optim.b2, paper.optim.weight_decay, paper.optim.warmup_steps) == (0.95, 0.1, 2000)
         assert 4e6 < paper.data.global_batch_size * paper.data.seq_len < 4.4e6, "4M tokens a batch"
         assert (cfg.optim.b2, cfg.optim.weight_decay, cfg.optim.warmup_steps) == (0.999, 0.01, 3200)
+
+
+SAID = {name: re.search(r"[Pp]redicted peak (\d+) GB", (ROOT / "configs" / name).read_text()) for name in RECIPES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES if SAID[name]])
+def test_peaks_that_comments_predict_are_those_of_a_plan(name):
+    cfg = load(f"--flagfile=configs/{name}")
+    made = plan.make(cfg, Mesh.parse(cfg.mesh.axes), named("ascend_910b1", cfg.model.compute_dtype))
+    assert round(made.peak_bytes / 1e9) == int(SAID[name][1]), made.peak_bytes
+    assert made.fits
 
 
 @pytest.mark.parametrize(("hyper", "b2"), [("ascendspeed_7b", 0.999), ("paper_7b", 0.95)])

@@ -258,9 +258,24 @@ def test_help_lists_every_flag():
     from llama_fn import config, config_fields
 
     code, out = run("--help")
-    assert code == 1  # absl's status for a help page
+    assert code == 0 and run("-h") == (0, out)
     for name in config_fields.flat(config.Config()):
-        assert f"--{name}" in out or f"--[no]{name}" in out
+        assert f"\n  --{name}=" in out, name
+    for words in (
+        "--optim.*  AdamW with",
+        "llama2_70b",
+        "80 layers, 8192 wide, 64 heads (8 of keys",
+        "configs/tiny_cpu.flags",
+    ):
+        assert words in out, words
+    assert max(map(len, out.splitlines())) <= 130
+
+
+def test_a_reader_of_help_may_leave_early():
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} train.py --help | head -n 2"], cwd=ROOT, capture_output=True
+    )
+    assert done.stdout.count(b"\n") == 2 and not done.stderr
 
 
 def test_the_megatron_line_of_the_published_slice():

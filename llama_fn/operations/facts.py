@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,14 +65,10 @@ class Facts:
         return [(float(i), value * scale) for i, value in found if isinstance(value, (int, float))]
 
     def smoothed(self) -> list[tuple[float, float]]:
-        """The loss as an exponential mean, without the bias of its beginning."""
-        weight = min(SMOOTHED, 1 - 1 / max(1, len(self.rows) / 50))
-        mean, known, line = 0.0, 0.0, []
-        for iteration, loss in self.series("lm_loss"):
-            if math.isfinite(loss):
-                mean, known = weight * mean + (1 - weight) * loss, weight * known + (1 - weight)
-                line.append((iteration, mean / known if known else loss))
-        return line
+        """The loss as an exponential mean, over less of a short run."""
+        weight = min(SMOOTHED, 1 - 1 / max(1.5, len(self.rows) / 50))
+        losses = {row["iteration"]: row["lm_loss"] for row in self.rows}
+        return [(float(i), loss) for i, loss in records.smoothed(losses, weight).items()]
 
     @cached_property
     def checkpoints(self) -> list[int]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
+import statistics
 import sys
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 log = logging.getLogger("llama_fn.display")
+MEAN_OF = 50  # records whose mean loss the bar shows
 
 
 class Display:
     """`console` is rich's on a terminal, None elsewhere."""
 
     def __init__(self, steps: int, start: int) -> None:
+        self.losses: deque[float] = deque(maxlen=MEAN_OF)
         self.console: Any = None
         self.progress: Any = None
         if sys.stderr.isatty():
@@ -35,8 +40,12 @@ class Display:
     def record(self, row: Mapping[str, Any], text: str) -> None:
         """Show an iteration: its metrics in the bar, or its log line where there is none."""
         if self.progress:
+            if math.isfinite(row["lm_loss"]):
+                self.losses.append(row["lm_loss"])
+            mean = statistics.fmean(self.losses or [math.nan])
             summary = (
-                f"loss {row['lm_loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  lr {row['learning_rate']:.2e}"
+                f"loss {row['lm_loss']:.4f} (mean of {len(self.losses)}: {mean:.4f})  norm {row['grad_norm']:.3f}  "
+                f"{row['tokens_per_second']:.0f} tokens/s  lr {row['learning_rate']:.2e}"
             )
             self.progress.update(self.task, completed=row["iteration"], description=summary)
         else:

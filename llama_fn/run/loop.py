@@ -46,8 +46,10 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
     """
     cfg, launch = resolved(cfg), launched()
     mesh = config_stages.mesh(cfg)
-    config_stages.rules(cfg, mesh)  # what is wrong is said before data is touched
-    rampup.of(cfg.data), ranges(cfg.data.skip)
+    # What is wrong is said before data is touched.
+    config_stages.rules(cfg, mesh)
+    rampup.of(cfg.data)
+    ranges(cfg.data.skip)
     runtime.log_to_terminal(None, quiet=launch.rank != 0)
     machine_checks.check_machine(cfg, launch.world)
     hardware = runtime.setup(cfg.run)

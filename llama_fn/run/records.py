@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def read(path: Path) -> list[Record]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number} is not a record with iteration and lm_loss: {error!r}") from None
     return records
+
+
+def smoothed(losses: Mapping[int, float], weight: float) -> dict[int, float]:
+    """An exponential mean of the losses so far, without the bias towards zero at its beginning (Adam's correction);
+    those that are not finite are left out."""
+    mean, known, result = 0.0, 0.0, {}
+    for iteration, loss in sorted(losses.items()):
+        if math.isfinite(loss):
+            mean, known = weight * mean + (1 - weight) * loss, weight * known + (1 - weight)
+            result[iteration] = mean / known
+    return result
 
 
 def losses(path: Path) -> dict[int, float]:

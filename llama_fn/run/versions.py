@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -30,6 +31,7 @@ def command() -> str:
     return " ".join(sys.argv)
 
 
+@functools.cache
 def _commit() -> str:
     if not (_REPOSITORY / ".git").exists():
         return ""

@@ -46,16 +46,9 @@ def read(path: Path, smooth: float) -> Curve:
         raise UserError(f"{path} has no iteration with a finite loss yet")
     validation = {row["iteration"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     name = (path if path.is_dir() else path.parent).name
-    return Curve(name, smoothed(losses, smooth), {i: loss for i, loss in validation.items() if math.isfinite(loss)})
-
-
-def smoothed(losses: dict[int, float], weight: float) -> dict[int, float]:
-    """An exponential mean of the losses so far, without the bias towards zero at its beginning (Adam's correction)."""
-    mean, known, result = 0.0, 0.0, {}
-    for iteration, loss in sorted(losses.items()):
-        mean, known = weight * mean + (1 - weight) * loss, weight * known + (1 - weight)
-        result[iteration] = mean / known
-    return result
+    return Curve(
+        name, records.smoothed(losses, smooth), {i: loss for i, loss in validation.items() if math.isfinite(loss)}
+    )
 
 
 def in_terminal(curves: Sequence[Curve], width: int, height: int) -> str:

@@ -69,6 +69,15 @@ def parse(argv: list[str], expand: Callable[[list[str]], list[str]] = list) -> l
     sys.exit(WRONG_INPUT)
 
 
+def shown(text: str) -> int:
+    """Print a page, of which a reader such as head may not want all; status 0."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return 0
+
+
 def _own_flags() -> list[str]:
     return [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])] or ["help"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from absl import app, flags
 from llama_fn import config, config_fields
 from llama_fn.errors import UserError
 from llama_fn.model import presets
-from llama_fn.tools import command
+from llama_fn.tools import command, help_page
 
 FLAGS = flags.FLAGS
 
@@ -64,6 +65,8 @@ def parse(argv: list[str]) -> list[str]:
     """command.parse, with flagfiles that a flagfile names looked for beside it."""
     if "--helpfull" in argv:
         return app.parse_flags_with_usage(argv)
+    if {"-h", "-help", "--help"} & set(argv[1 : argv.index("--") if "--" in argv else None]):
+        sys.exit(command.shown(help_page.page()))
     return command.parse(argv, with_flagfiles)
 
 

@@ -10,7 +10,8 @@ from types import MappingProxyType
 import pytest
 
 from llama_fn.run import metrics
-from llama_fn.tools.chart import read, smoothed
+from llama_fn.run.records import smoothed
+from llama_fn.tools.chart import read
 
 
 def named(validation):
