@@ -90,7 +90,9 @@ def test_a_number_that_is_not_finite_is_named_with_its_op_scope_and_line(corpus,
         r["iteration"] for r in map(json.loads, (work / "metrics.jsonl").read_text().splitlines()) if r["nonfinite"]
     )
     code, out = replay(work, f"--step={bad}", "--check_finite")
-    assert code == 1 and re.search(rf"iteration {bad} .*(layers/\d|embed|loss).*\.py:\d+", out), out
+    assert code == 1 and re.search(rf"in iteration {bad} llama_fn\.\w+\.\w+ in microbatch/0/.*, llama\.py:\d+", out), (
+        out
+    )
 
 
 def test_wrong_words_are_told(workdir, tmp_path):
