@@ -59,10 +59,10 @@ class Facts:
             if name in self.config and name not in odd and self.config[name] != value
         }
 
-    def series(self, key: str, scale: float = 1.0) -> list[tuple[float, float]]:
+    def series(self, key: str) -> list[tuple[float, float]]:
         """(iteration, value) of the records that have it."""
         found = ((row["iteration"], row.get(key)) for row in self.rows)
-        return [(float(i), value * scale) for i, value in found if isinstance(value, (int, float))]
+        return [(float(i), float(value)) for i, value in found if isinstance(value, (int, float))]
 
     def smoothed(self) -> list[tuple[float, float]]:
         """The loss as an exponential mean, over less of a short run."""

@@ -29,9 +29,9 @@ PART_COLORS = {
     "prepare": "#7e22ce", "data": "#c2410c", "save": "#a16207", "evaluate": "#65a30d", "other": "#475569",
 }  # fmt: skip
 CHARTS = (
-    ("learning rate", "learning_rate", 1.0), ("gradient norm", "grad_norm", 1.0),
-    ("tokens per second", "tokens_per_second", 1.0), ("step, ms", "step_time_ms", 1.0),
-    ("waiting for data, ms", "data_wait_ms", 1.0), ("model FLOPs utilization", "mfu", 1.0),
+    ("learning rate", "learning_rate"), ("gradient norm", "grad_norm"),
+    ("tokens per second", "tokens_per_second"), ("step, ms", "step_time_ms"),
+    ("waiting for data, ms", "data_wait_ms"), ("model FLOPs utilization", "mfu"),
 )  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def _of(run: Facts, runs: Sequence[Facts], what: str) -> str:
 def _charts(runs: Sequence[Facts]) -> str:
     drawn = [
         f"<div><h3>{escape(title)}</h3>{chart}</div>"
-        for title, key, scale in CHARTS
-        if (chart := svg.lines({run.name: run.series(key, scale) for run in runs}))
+        for title, key in CHARTS
+        if (chart := svg.lines({run.name: run.series(key) for run in runs}))
     ]
     return f"<div class=charts>{''.join(drawn)}</div>"
 
