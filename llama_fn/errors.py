@@ -19,17 +19,14 @@ class SaidElsewhere(UserError):
     """A UserError that another process of this run prints; this one leaves with the same status."""
 
 
+WHOLE = "llama_fn_whole_traceback"  # attribute of an error whose frames were folded away
 _LAST: list[str] = []  # text, as an exception would keep every tensor of its frames alive
 
 
-def keep_traceback(error: BaseException) -> None:
-    """Remember how an error came about, before frames are folded away."""
+def keep_traceback(error: BaseException) -> str:
+    """Remember how an error came about, before frames are folded away; returns it."""
     _LAST[:] = ["".join(traceback.format_exception(error))]
-
-
-def traceback_kept() -> bool:
-    """Whether there is one to show."""
-    return bool(_LAST)
+    return _LAST[0]
 
 
 def full_traceback() -> None:

@@ -28,7 +28,7 @@ _MODEL = str(_PACKAGE / "model")  # a model of ours is what the user looks at
 def folded(error: Exception, name: str) -> Exception:
     """The error to raise instead, with the frames of the traced function alone: the same, or one that says what a
     traced function cannot do. Its whole traceback is kept as text."""
-    errors.keep_traceback(error)
+    whole = errors.keep_traceback(error)
     frames = _users(error.__traceback__)
     last = frames[-1] if frames else None
     place = f"{Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno}" if last else "an unknown line"
@@ -41,6 +41,7 @@ def folded(error: Exception, name: str) -> Exception:
     chain: TracebackType | None = None
     for frame in reversed(frames):
         chain = TracebackType(chain, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+    error.__dict__[errors.WHOLE] = whole
     return error.with_traceback(chain)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from llama_fn.errors import FULL_DISK, SaidElsewhere, UserError, full_traceback, nearest, traceback_kept
+from llama_fn.errors import FULL_DISK, WHOLE, SaidElsewhere, UserError, nearest
 from llama_fn.files import remove_temporary
 
 OUR_FAULT, WRONG_INPUT = 1, 2
@@ -41,19 +41,19 @@ def status_of(fn: Callable[[], int]) -> int:
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):  # torch's, of any device
             return _say(f"{str(error).splitlines()[0]}. A smaller batch or model, or --mesh.remat, takes less")
-        return _fault()
-    except Exception:
-        return _fault()
+        return _fault(error)
+    except Exception as error:
+        return _fault(error)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted before the first step; nothing to save", file=sys.stderr)
         return int(getattr(interrupt, "status", 130))
 
 
-def _fault() -> int:
-    """Of our own, while its exception is handled: with its traceback, and with the frames that tracing folded away."""
-    if not traceback_kept():
-        raise
-    full_traceback()
+def _fault(error: Exception) -> int:
+    """Of our own: raised again, or printed with the frames that tracing folded away, if it is such an error."""
+    if (whole := getattr(error, WHOLE, "")) == "":
+        raise error
+    print(whole, file=sys.stderr)
     return OUR_FAULT
 
 

@@ -10,6 +10,7 @@ import torch
 
 from llama_fn import errors
 from llama_fn.compiler import stages
+from llama_fn.tools import command
 
 MODULE = """
 import torch
@@ -110,3 +111,11 @@ def test_a_second_trace_says_how_to_go_on(user_model):
     step.trace(torch.ones(3), torch.ones(3))
     with pytest.raises(ValueError, match="wrap the step anew"):
         step.trace(torch.ones(3), torch.ones(3))
+
+
+def test_a_fault_of_ours_is_printed_whole_and_another_error_is_not_taken_for_it(user_model, capsys):
+    assert command.status_of(lambda: stages.jit(user_model.mistypes).trace(torch.ones(3, 3))) == 1
+    assert "transpoze" in capsys.readouterr().err
+    with pytest.raises(KeyError, match="other"):
+        command.status_of(lambda: {}["other"])
+    assert "transpoze" not in capsys.readouterr().err
