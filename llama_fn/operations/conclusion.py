@@ -29,8 +29,9 @@ def _conclude(workdir: Path) -> None:
     if not attempts or attempts[-1].start["pid"] != os.getpid() or attempts[-1].first is None:
         return
     try:
-        log.info("%s", summary.write(workdir).rstrip())
-        report.write([gather(workdir)], workdir / report.FILE)
+        facts = gather(workdir)
+        log.info("%s", summary.write(facts).rstrip())
+        report.write([facts], workdir / report.FILE)
         log.info("more: %s", workdir / report.FILE)
     except OSError as error:  # a full disk must not hide how the run itself ended
         log.warning("no summary and no report: %s", error)

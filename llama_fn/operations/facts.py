@@ -16,7 +16,7 @@ from llama_fn.errors import UserError
 from llama_fn.model.presets import PRESETS
 from llama_fn.operations.attempts import Attempt, Goodput, goodput
 from llama_fn.operations.attempts import read as read_attempts
-from llama_fn.operations.state import State, look
+from llama_fn.operations.state import State, judged
 from llama_fn.run import records
 
 SMOOTHED = 0.98  # of the exponential mean
@@ -40,7 +40,7 @@ class Facts:
     @cached_property
     def state(self) -> State:
         """How it is now."""
-        return look(self.folder)
+        return judged(self.folder, self.attempts, self.rows)
 
     @cached_property
     def goodput(self) -> Goodput:

@@ -61,11 +61,18 @@ class Limits:
 
 def look(workdir: Path, limits: Limits = Limits(), now: float | None = None) -> State:
     """The state of the run in `workdir`."""
+    return judged(workdir, attempts.read(workdir), _rows(workdir), limits, now)
+
+
+def judged(
+    workdir: Path, tried: list[attempts.Attempt], rows: list[records.Record], limits: Limits = Limits(),
+    now: float | None = None,
+) -> State:  # fmt: skip
+    """The same, of attempts and records that were read already."""
     now = time.time() if now is None else now
-    tried = attempts.read(workdir)
     if not tried:
         return State(Condition.NEVER, f"{workdir} has no run" if workdir.is_dir() else f"{workdir} does not exist")
-    last, rows = tried[-1], _rows(workdir)
+    last = tried[-1]
     iteration = max(rows[-1]["iteration"] if rows else 0, last.iteration)
     steps = last.steps or int(last.start.get("steps", 0))
     common = {

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 
 from llama_fn.files import atomic
-from llama_fn.operations.facts import Facts, gather
+from llama_fn.operations.facts import Facts
 from llama_fn.operations.state import Condition, duration
 
 FILE = "summary.md"
 
 
-def write(workdir: Path) -> str:
+def write(facts: Facts) -> str:
     """Write summary.md of a run; returns it."""
-    text = as_text(gather(workdir))
-    with atomic(workdir / FILE) as file:
+    text = as_text(facts)
+    with atomic(facts.folder / FILE) as file:
         file.write(text)
     return text
 

@@ -16,11 +16,13 @@ pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = {
-    "choices": """
+HEAD = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
+"""
+TASKS = {
+    "choices": """
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
@@ -28,18 +30,12 @@ doc_to_target: answer
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """,
     "texts": """
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """,
     "answers": """
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{said}}"
@@ -78,7 +74,7 @@ def asked(folder, said):
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{text.replace('DATA', str(data))}")
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{HEAD.replace('DATA', str(data))}{text}")
 
 
 def run(*command):

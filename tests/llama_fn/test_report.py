@@ -82,7 +82,7 @@ def run(tmp_path):
 
 
 def test_a_summary_says_what_came_of_it(run):
-    text = summary.write(run)
+    text = summary.write(facts.gather(run))
     assert (run / "summary.md").read_text() == text
     for words in (
         "# run: finished", "200 iterations done, iteration 200 of 1000", "loss, smoothed: 6.0000 at first, 2.0",
