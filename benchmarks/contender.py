@@ -11,6 +11,10 @@ from collections.abc import Callable
 
 START = time.perf_counter()
 
+# The optimizer of every contender: AdamW, constant learning rate, decay of matrices only, clipping by global norm.
+LR, BETAS, EPS, DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+FIRST_LOSSES = 3  # of these every contender must have the same
+
 
 def spec() -> dict:
     return json.loads(sys.argv[1])
@@ -33,12 +37,27 @@ def batch(vocab: int, size: int, seq: int, device: str):
     return torch.randint(0, vocab, (size, seq + 1), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def ceiling(dtype: str, device: str) -> float:
-    """FLOP/s of a 2048 x 2048 x 2048 product into an existing result."""
+def tokens_and_targets(spec: dict):
+    """[B, T] int64 each, of :func:`batch`."""
+    tokens = batch(spec["vocab"], spec["batch"], spec["seq"], spec["device"])
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def torch_adamw(parameters, **more):
+    """torch's AdamW on a model's parameters."""
     import torch
 
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    a, b, c = (torch.randn(2048, 2048, device=device).to(kind) for _ in range(3))
+    held = list(parameters)
+    matrices, vectors = [p for p in held if p.dim() > 1], [p for p in held if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, **more)
+
+
+def ceiling(dtype, device: str) -> float:
+    """FLOP/s of a 2048 x 2048 x 2048 product into an existing result, in a torch dtype."""
+    import torch
+
+    a, b, c = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(3))
     torch.mm(a, b, out=c)
     best = min(_timed(lambda: torch.mm(a, b, out=c), device) for _ in range(3))
     return 2 * 2048**3 / best
@@ -55,14 +74,15 @@ def _timed(fn: Callable[[], object], device: str) -> float:
 
 
 def serve(step: Callable[[], object], device: str, first: dict, extra: Callable[[], dict] = dict) -> None:
-    """Run the first step, say how long it took since the process began, then answer turns until input ends."""
+    """Run the first steps, say how long the first took since the process began, then answer turns until input ends."""
     import torch
 
-    step()
+    results = [step()]
     if device == "cuda":
         torch.cuda.synchronize()
-    print(json.dumps({"first_step_s": time.perf_counter() - START, **first}), flush=True)
-    _timed(step, device)
+    first_step = time.perf_counter() - START
+    results += [step() for _ in range(FIRST_LOSSES - 1)]
+    print(json.dumps({"first_step_s": first_step, "results": results, **first}), flush=True)
     for line in sys.stdin:
         seconds = [_timed(step, device) for _ in range(int(line))]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

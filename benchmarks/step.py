@@ -1,107 +1,109 @@
-"""Our compiled training step against transformers' LlamaForCausalLM with torch's AdamW, eager and compiled.
+"""Our compiled training step beside the fastest that others have: same weights, tokens and hyper-parameters.
 
-    python benchmarks/step.py --preset llama_60m --dtype bf16
+    python benchmarks/step.py --preset=llama_60m --dtype=bf16
+    python benchmarks/step.py --table=models --write=table.md
 
-Every contender is a process of its own (same threads, same allocator settings, same shapes, same random tokens) that
-sets up once and then runs a few steps whenever it is its turn, so that all of them meet the same machine. Prints
-tokens/s, time to the first step with a cold and with a warm compile cache, peak memory, the ratios, and the matrix
-product ceiling measured in the same run.
+The rivals are
+  whole_step              a LLaMA written by hand for speed, its whole step one function under torch.compile(fullgraph)
+  module                  the same as a module under torch.compile, with compiled clipping and AdamW
+  transformers_compiled   LlamaForCausalLM under torch.compile, torch's fused AdamW
+  transformers_eager      the same without torch.compile
+  jax                     the same step as one jitted function, where JAX is installed; only if asked for
 
-fp32: float32 throughout. bf16: float32 parameters and moments, bfloat16 forward and backward (the rivals by autocast).
+Each is a process of its own with the same threads and allocator settings, which sets up once and runs a few steps
+whenever it is its turn, so that all of them meet the same machine. The first losses of all are compared. fp32: float32
+throughout. bf16: float32 parameters and moments, bfloat16 forward and backward.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import statistics
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from step_cells import BATCHES, DTYPES, Cell, tables
+from step_report import Result, markdown, text
 from turns import Contender
 
+from llama_fn.tools import convert_in
+
 HERE = Path(__file__).resolve().parent
-CONTENDERS = ("ours", "transformers_eager", "transformers_compiled")
-SHAPES = {"llama_tiny": (8, 256), "llama_60m": (4, 512), "llama_1b": (8, 2048)}
+WORKERS = {
+    "ours": "worker_ours.py",
+    "whole_step": "worker_whole.py",
+    "module": "worker_whole.py",
+    "transformers_compiled": "worker_transformers.py",
+    "transformers_eager": "worker_transformers.py",
+    "jax": "worker_jax.py",
+}
+ALWAYS = tuple(name for name in WORKERS if name != "jax")
 
 
-def contender(name: str, args: argparse.Namespace, cache: Path) -> Contender:
-    script = HERE / ("worker_ours.py" if name == "ours" else "worker_transformers.py")
-    batch, seq = SHAPES[args.preset]
-    spec = {
-        "preset": args.preset, "dtype": args.dtype, "device": args.device, "threads": args.threads,
-        "batch": batch, "seq": seq, "compiled": name == "transformers_compiled", "attention": args.attention,
-    }  # fmt: skip
-    # Inductor keeps precompiled headers under the temporary folder, whatever its cache folder is.
+def contender(name: str, spec: dict[str, Any], folder: Path) -> Contender:
+    """In a folder of its own for caches. Inductor keeps precompiled headers under the temporary folder, whatever its
+    cache folder is."""
+    cache = folder / name
+    cache.mkdir(exist_ok=True)
     folders = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TMPDIR": str(cache), "BENCH_CACHE": str(cache)}
-    return Contender(name, script, spec, cache, folders)
+    return Contender(name, HERE / WORKERS[name], {**spec, "name": name}, cache, folders)
+
+
+def measured(cell: Cell, names: Sequence[str], rounds: int, steps: int, cold: bool, folder: Path) -> Result:
+    """`rounds` turns of `steps` steps for each. `cold`: all of them start twice, the first time without a cache."""
+    spec = {**cell.spec(), "theirs": str(folder / "theirs"), "ours": str(folder / "ours_weights")}
+    made = [sys.executable, "-P", str(HERE / WORKERS["transformers_eager"]), json.dumps({**spec, "name": "make"})]
+    subprocess.run(made, cwd=folder, check=True)
+    convert_in.convert(folder / "theirs", folder / "ours_weights", None)
+    starts: dict[str, list[float]] = {name: [] for name in names}
+    if cold:
+        for name in names:
+            worker = contender(name, spec, folder)
+            starts[name].append(worker.first["first_step_s"])
+            worker.close()
+    workers = [contender(name, spec, folder) for name in names]
+    result = Result(cell, {worker.name: worker.first for worker in workers}, starts)
+    for worker in workers:
+        starts[worker.name].append(worker.first["first_step_s"])
+    for done in range(rounds):
+        for worker in workers:
+            result.add(worker.name, worker.turn(steps))
+        print(f"round {done + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
+    for worker in workers:
+        worker.close()
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="llama_tiny", choices=SHAPES)
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--preset", default="llama_tiny", choices=BATCHES)
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=6, help="turns of every contender")
-    parser.add_argument("--steps", type=int, default=3, help="steps in one turn")
+    for name in ("batch", "seq", "heads", "kv_heads", "vocab", "layers"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     parser.add_argument("--attention", default="auto", help="form of our attention kernel")
-    parser.add_argument("--only", nargs="*", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--rounds", type=int, default=6, help="turns of every contender")
+    parser.add_argument("--steps", type=int, default=2, help="steps in one turn")
+    parser.add_argument("--cold", action="store_true", help="also start everyone without a compile cache")
+    parser.add_argument("--only", nargs="*", default=ALWAYS, choices=WORKERS)
+    parser.add_argument("--table", choices=("models", "shapes"), help="all cells of a table instead of one")
+    parser.add_argument("--write", type=Path, help="file for the results as Markdown")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {name: Path(folder) / name for name in args.only}
-        cold, warm = {}, {}
-        for name, cache in caches.items():
-            cache.mkdir()
-            worker = contender(name, args, cache)
-            cold[name] = worker.first
-            worker.close()
-            print(f"{name}: cold start to first step {cold[name]['first_step_s']:.1f} s", flush=True)
-        workers = {name: contender(name, args, cache) for name, cache in caches.items()}
-        warm = {name: worker.first for name, worker in workers.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in workers}
-        ceilings, peaks = [], {}
-        for _ in range(args.rounds):
-            for name, worker in workers.items():
-                answer = worker.turn(args.steps)
-                seconds[name] += answer["seconds"]
-                peaks[name] = answer["peak_bytes"]
-                ceilings += [answer["ceiling_flops_per_s"]] if "ceiling_flops_per_s" in answer else []
-        for worker in workers.values():
-            worker.close()
-    report(args, cold, warm, seconds, peaks, ceilings)
-
-
-def report(args: argparse.Namespace, cold: Any, warm: Any, seconds: Any, peaks: Any, ceilings: list[float]) -> None:
-    batch, seq = SHAPES[args.preset]
-    step = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"\n{args.preset} {args.dtype} on {args.device}, {args.threads} threads, batch {batch} x {seq}")
-    print(f"{'':24}{'step ms':>10}{'tokens/s':>10}{'cold s':>9}{'warm s':>9}{'peak MB':>9}")
-    for name in step:
-        print(
-            f"{name:24}{step[name] * 1e3:10.1f}{batch * seq / step[name]:10.0f}{cold[name]['first_step_s']:9.1f}"
-            f"{warm[name]['first_step_s']:9.1f}{peaks[name] / 1e6:9.0f}"
-        )
-    if "ours" not in step:
-        return
-    rivals = [name for name in step if name != "ours"]
-    for name in rivals:
-        print(f"speed ours / {name}: {step[name] / step['ours']:.3f}")
-    if rivals:
-        print(f"speed ours / better rival: {min(step[n] for n in rivals) / step['ours']:.3f}")
-    if "transformers_compiled" in step:
-        rival = cold["transformers_compiled"]["first_step_s"]
-        print(f"cold start ours / transformers_compiled: {cold['ours']['first_step_s'] / rival:.3f}")
-    for name in rivals:
-        print(f"peak memory ours / {name}: {peaks['ours'] / peaks[name]:.3f}")
-    if ceilings:
-        ceiling = statistics.median(ceilings)
-        flops = warm["ours"]["flops"]
-        print(
-            f"matrix product ceiling {ceiling / 1e9:.0f} GFLOP/s (2048x2048x2048); our {flops / 1e9:.1f} GFLOP a step "
-            f"need {flops / ceiling * 1e3:.0f} ms there: fraction {flops / ceiling / step['ours']:.3f}"
-        )
+    cell = Cell(**{field.name: getattr(args, field.name) for field in fields(Cell)})
+    results = []
+    for each in tables(cell)[args.table] if args.table else [cell]:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measured(each, args.only, args.rounds, args.steps, args.cold, Path(folder)))
+        print(text(results[-1]), flush=True)
+        if args.write:
+            args.write.write_text(markdown(results))
 
 
 if __name__ == "__main__":

@@ -16,39 +16,42 @@ def main() -> None:
     spec = contender.spec()
     import torch
 
-    from llama_fn import tree
+    from llama_fn import compat
+    from llama_fn.checkpoint import layout
+    from llama_fn.checkpoint.weights import Weights
     from llama_fn.compiler import stages
-    from llama_fn.config import Config, DataConfig, RunConfig
-    from llama_fn.model import arrays, random, train_step
-    from llama_fn.model.presets import preset
+    from llama_fn.config import Config, DataConfig, OptimConfig, RunConfig
+    from llama_fn.model import arrays, llama, random, train_step
+    from llama_fn.model.arrays import DTYPES
+    from sharding import Mesh
 
     contender.prepare(spec["threads"])
-    model = replace(preset(spec["preset"]), compute_dtype=spec["dtype"])
+    weights = Weights(Path(spec["ours"]), "--ours")
+    model = replace(weights.cfg, compute_dtype=spec["dtype"])
     data = DataConfig(seq_len=spec["seq"], global_batch_size=spec["batch"])
-    cfg = Config(model=model, data=data, run=RunConfig(steps=1000))
-    traced = stages.jit(train_step.make_train_step(cfg), donate=0).trace(*train_step.abstract_arguments(cfg))
-    lowered = traced.lower()
+    optim = OptimConfig(lr=contender.LR, schedule="constant", clip=contender.CLIP, weight_decay=contender.DECAY)
+    cfg = Config(model=model, data=data, optim=optim, run=RunConfig(steps=1000))
+    lowered = stages.jit(train_step.make_train_step(cfg), donate=0).trace(*train_step.abstract_arguments(cfg)).lower()
     step = lowered.compile(
         "inductor", device=spec["device"], attention=spec["attention"], cache=Path(os.environ["BENCH_CACHE"]) / "ours"
     )
     state = arrays.materialize(train_step.abstract_state(cfg), random.key(0), spec["device"])
-    tokens = contender.batch(model.vocab_size, spec["batch"], spec["seq"], spec["device"])[None]
-    mask = torch.ones(tokens[..., 1:].shape, device=spec["device"])
-    batch = train_step.Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), mask)
+    infos = llama.abstract_params(model)
+    state = replace(state, params=weights.load(infos, layout.parts(infos, None, Mesh(), 0), spec["device"]))
+    tokens, targets = (x[None] for x in contender.tokens_and_targets(spec))
+    batch = train_step.Batch(tokens, targets, torch.ones(targets.shape, device=spec["device"]))
     hyper = train_step.hyperparameters(cfg, spec["device"])
     held = [state]
 
-    def run() -> None:
+    def run() -> float:
         held[0], metrics = step(held[0], batch, hyper)
-        metrics["lm_loss"].item()
+        return metrics["lm_loss"].item()
 
     first = {"flops": lowered.cost_analysis().total_flops, "from_cache": step.from_cache}
-    contender.serve(
-        run,
-        spec["device"],
-        {**first, "leaves": len(tree.leaves(state))},
-        lambda: {"ceiling_flops_per_s": contender.ceiling(spec["dtype"], spec["device"])},
-    )
+    dtype = DTYPES[spec["dtype"]]
+    fastest = torch.float32 if spec["device"] == "cpu" and dtype in compat.slow_products() else dtype
+    ceiling = lambda: {"ceiling_flops_per_s": contender.ceiling(fastest, spec["device"])}  # noqa: E731
+    contender.serve(run, spec["device"], first, ceiling)
 
 
 if __name__ == "__main__":

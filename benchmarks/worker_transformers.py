@@ -1,4 +1,5 @@
-"""The rivals of benchmarks/step.py: LlamaForCausalLM, global-norm clipping and torch's fused AdamW.
+"""transformers' sides of benchmarks/step.py: LlamaForCausalLM, global-norm clipping and torch's fused AdamW; also what
+makes the weights of all contenders.
 
 Runs without the repository on its path: transformers probes for a package called `kernels`.
 """
@@ -12,40 +13,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import contender
 
-SHAPES = {  # layers, dim, heads, mlp, vocab
-    "llama_tiny": (4, 256, 4, 688, 4096),
-    "llama_60m": (8, 512, 8, 1376, 32000),
-    "llama_1b": (22, 2048, 16, 5504, 32000),
-}
+
+def make(spec: dict) -> None:
+    """Random weights in Hugging Face's files, which everybody reads."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=spec["vocab"], hidden_size=spec["dim"], intermediate_size=spec["mlp"],
+        num_hidden_layers=spec["layers"], num_attention_heads=spec["heads"], num_key_value_heads=spec["kv_heads"],
+        max_position_embeddings=max(4096, spec["seq"]), rms_norm_eps=1e-6, use_cache=False,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(spec["theirs"], max_shard_size="100GB")
 
 
 def main() -> None:
     spec = contender.spec()
+    if spec["name"] == "make":
+        make(spec)
+        return
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     contender.prepare(spec["threads"])
-    torch.manual_seed(0)
-    layers, dim, heads, mlp, vocab = SHAPES[spec["preset"]]
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=dim, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, max_position_embeddings=4096, rms_norm_eps=1e-6, use_cache=False,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(spec["device"]).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    forward = torch.compile(model) if spec["compiled"] else model
-    tokens = contender.batch(vocab, spec["batch"], spec["seq"], spec["device"])[:, :-1].contiguous()
+    model = LlamaForCausalLM.from_pretrained(spec["theirs"], dtype=torch.float32, attn_implementation="sdpa")
+    model = model.to(spec["device"]).train()
+    optimizer = contender.torch_adamw(model.parameters(), fused=True)
+    forward = torch.compile(model) if spec["name"] == "transformers_compiled" else model
+    tokens, targets = contender.tokens_and_targets(spec)
     cast = torch.autocast(spec["device"], torch.bfloat16, enabled=spec["dtype"] == "bf16")
 
-    def run() -> None:
+    def run() -> float:
         with cast:
-            loss = forward(input_ids=tokens, labels=tokens).loss
+            loss = forward(input_ids=tokens, labels=targets, shift_labels=targets).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), contender.CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        return loss.item()
 
     contender.serve(run, spec["device"], {})
 

@@ -19,10 +19,9 @@ from llama_fn.compat.native import (
     cpu_model,
     flash_attention,
     flash_attention_backward,
-    has_onednn,
     keep_memory,
-    onednn_product,
     physical_cores,
+    slow_products,
 )
 from llama_fn.compat.npu import (
     CONVERTED,
@@ -70,7 +69,6 @@ __all__ = [
     "ge_convert",
     "graph_module",
     "group_name",
-    "has_onednn",
     "inductor_compile",
     "inductor_decompositions",
     "is_collective",
@@ -82,9 +80,9 @@ __all__ = [
     "name_group",
     "names_groups",
     "node_value",
-    "onednn_product",
     "physical_cores",
     "ranges_in_code",
     "register_gloo_collectives",
+    "slow_products",
     "without_converter",
 ]

@@ -31,22 +31,13 @@ def flash_attention_backward(
     return op(do, q, k, v, o, lse, None, None, t, t, 0.0, True, seed, seed[0], scale=scale)
 
 
-def has_onednn() -> bool:
-    """Whether this build of torch has oneDNN."""
-    return torch.backends.mkldnn.is_available()
-
-
-_FORMS = torch.library.Library("llama_fn_forms", "FRAGMENT")
-_FORMS.define("onednn_product(Tensor a, Tensor b) -> Tensor")
-_FORMS.impl("onednn_product", lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""), "CPU")
-torch.library.register_fake(
-    "llama_fn_forms::onednn_product", lambda a, b: a.new_empty((a.shape[0], b.shape[1])), lib=_FORMS
-)
-
-
-def onednn_product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] times b [K, N]; either may be a transposed view. An op of its own, which inductor leaves alone."""
-    return torch.ops.llama_fn_forms.onednn_product(a, b)
+def slow_products() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes whose products this CPU has no instructions for."""
+    fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, there in fast.items() if not there)
 
 
 def cpu_model() -> str:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.einsum import einsum_reference, matrices
 from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.errors import UserError, nearest
@@ -43,18 +42,9 @@ def flash_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
     return tuple(x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
 
 
-def onednn(equation: str, a: Tensor, b: Tensor) -> Tensor:
-    """Unbatched products through oneDNN, which reads transposed operands as they are; MKL is slow on other CPUs."""
-    lhs, rhs, shape, order = matrices(equation, a, b)
-    if lhs.dim() == 3:
-        return einsum_reference(equation, a, b)
-    return compat.onednn_product(lhs, rhs).reshape(shape).permute(order).contiguous()
-
-
 FORMS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "attention": {"flash": flash, **KERNELS["attention"].impls},
     "attention_bwd": {"flash": flash_bwd, **KERNELS["attention_bwd"].impls},
-    "einsum": {"onednn": onednn},
 }
 
 
@@ -95,7 +85,4 @@ def choose(device: str, dtype: torch.dtype, attention: str, segments: bool = Fal
             log.warning(
                 "attention within documents (--data.segments) is computed block by block, not by FlashAttention"
             )
-    chosen = {"attention": attention}
-    if device == "cpu" and dtype == torch.float32 and compat.has_onednn():
-        chosen["einsum"] = "onednn"
-    return chosen
+    return {"attention": attention}

@@ -25,6 +25,7 @@ from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.in_place import add_in_place
 from llama_fn.compiler.passes.outline import outline
 from llama_fn.compiler.passes.place import place
+from llama_fn.compiler.passes.widen import widen
 from llama_fn.compiler.pieces import in_pieces
 from llama_fn.distributed import Messages, Processes
 from llama_fn.errors import UserError
@@ -65,6 +66,12 @@ def compile(
     mine, piped = program.graph_of(processes), len(program.graphs) > 1
     chosen = forms.choose(kind, _compute_dtype(mine), attention, _has_documents(mine))
     log.info("kernels: %s; the others reference, fused by inductor", ", ".join(f"{k}={v}" for k, v in chosen.items()))
+    wide = compat.slow_products() if kind == "cpu" else frozenset()
+    if _compute_dtype(mine) in wide:
+        log.warning(
+            "this CPU has no instructions for products in %s: they are computed in float32 and rounded, no faster than "
+            "--model.compute_dtype=fp32", str(_compute_dtype(mine)).removeprefix("torch."),
+        )  # fmt: skip
     chosen |= dict.fromkeys(collectives, "functional") | {"barrier": "reference"}
     patches = _PATCHES[kind] | (_NARROW if kind == "cpu" and _compute_dtype(mine).itemsize == 2 else {})
     if kind == "cuda" and (profiled or piped):
@@ -79,6 +86,7 @@ def compile(
     expanded: dict[str, torch.fx.GraphModule] = {}
     for body in calls.bodies(gm):
         expand(body, chosen, forms.finder(collectives), compat.inductor_decompositions(), expanded)
+        widen(body, wide)
     gm = add_in_place(gm)
     bodies = calls.bodies(gm)
     for body, scope in bodies.items():
