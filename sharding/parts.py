@@ -58,6 +58,18 @@ def part_of(shape: Sequence[int], layout: P, mesh: Mesh, rank: int) -> Part:
     return Part(tuple(pieces), (slots(layout.blocks, count), *widths[1:]))
 
 
+def boundaries(shape: Sequence[int], layout: P, mesh: Mesh) -> list[set[int]]:
+    """Of each dimension, where regions that devices hold begin and end."""
+    found: list[set[int]] = []
+    for dim, size in enumerate(shape):
+        count = mesh.extent(layout.axes(dim))
+        width = -(-size // count)
+        found.append({min(i * width, size) for i in range(count + 1)})
+    if layout.blocks:
+        found[0] = {0, *accumulate(layout.blocks)}
+    return found
+
+
 def slots(blocks: Sequence[int], count: int) -> int:
     """Of dimension 0 on every device, where `count` of them take these blocks in turn."""
     return max(sum(blocks[device::count]) for device in range(count))

@@ -16,7 +16,7 @@ import torch
 
 from llama_fn import tree
 from sharding import Mesh, P
-from sharding.parts import Part, Region, part_of, whole
+from sharding.parts import Part, Region, boundaries, part_of, whole
 
 CHUNK_BYTES = 16 << 20  # of 4 to 64 MB these are read fastest (benchmarks/checkpoint.py)
 
@@ -48,29 +48,28 @@ def stored(infos: Any, layouts: Sequence[P] | None, mesh: Mesh, rank: int) -> di
 
 
 def _stored(number: int, info: Any, layout: P | None, mesh: Mesh, rank: int) -> Stored:
+    """Looks at no other rank's part, of which there may be tens of thousands."""
     shape = tuple(info.shape)
-    parts = [whole(shape)] if layout is None else [part_of(shape, layout, mesh, r) for r in range(mesh.size)]
-    holders: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for r, part in enumerate(parts):
-        for at, _ in part.pieces:
-            holders.setdefault(_key(at), []).append(r)
-    regions = [at for at in holders if all(start < stop for start, stop in at)]
-    chunk = _small(tuple(_grid(size, [at[d] for at in regions]) for d, size in enumerate(shape)), info.dtype.itemsize)
+    mine = whole(shape) if layout is None else part_of(shape, layout, mesh, rank)
+    ends = [set() for _ in shape] if layout is None else boundaries(shape, layout, mesh)
+    chunk = _small(tuple(map(_grid, shape, ends)), info.dtype.itemsize)
+    sharding = {axis for axes in layout.by_dim for axis in axes} if layout is not None else set()
+    cut, copied = [[a for a, _ in mesh.axes if (a in sharding) is here] for here in (True, False)]
+    copies, place, copy = mesh.extent(copied), mesh.index(rank, cut), mesh.index(rank, copied)
     # Copies are written in turn by those that hold them, so that none writes more than its share.
-    writers = {at: holders[at][(number + i) % len(holders[at])] for i, at in enumerate(regions)}
-    mine = parts[rank if layout is not None else 0]
-    written = tuple((at, to) for at, to in mine.pieces if writers.get(_key(at)) == rank)
+    written = tuple(
+        (at, to)
+        for i, (at, to) in enumerate(mine.pieces)
+        if all(s.start < s.stop for s in at)
+        and (layout is None or (number + place * len(mine.pieces) + i) % copies == copy)
+    )
     return Stored(shape, info.dtype, chunk, written)
 
 
-def _key(at: Region) -> tuple[tuple[int, int], ...]:
-    return tuple((s.start, s.stop) for s in at)
-
-
-def _grid(size: int, spans: Iterable[tuple[int, int]]) -> int:
-    """The longest chunk of a dimension that ends wherever a span begins or ends."""
-    ends = [end for span in spans for end in span if 0 < end < size]
-    return gcd(*ends) if ends else max(size, 1)
+def _grid(size: int, ends: Iterable[int]) -> int:
+    """The longest chunk of a dimension that ends wherever a region does."""
+    inner = [end for end in ends if 0 < end < size]
+    return gcd(*inner) if inner else max(size, 1)
 
 
 def _small(chunk: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -1,0 +1,74 @@
+"""What an iteration takes outside of its compiled step: data, log lines, TensorBoard, events, checks of signals.
+
+    python benchmarks/loop.py --preset llama_tiny --iterations 500
+
+The loop of train.py runs with a step that returns at once, so that all the time there is the loop's own. It logs every
+iteration and reads a corpus that is prepared first. Prints the mean, median and slowest iteration, what the phases of
+the run took of them, and what they would be of a step of the given length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from llama_fn import compat
+from llama_fn.compiler import ir
+from llama_fn.compiler.backends import Executable, Program
+from llama_fn.config import Config, DataConfig, OptimConfig, RunConfig
+from llama_fn.config_checks import resolved
+from llama_fn.model.presets import PRESETS, preset
+from llama_fn.run import loop, records
+
+WARM = 20  # iterations at the start that do not count
+
+
+def immediate(program: Program, **options: object) -> Executable:
+    """A backend whose step returns zeros, and leaves the state as it is."""
+    values = [compat.node_value(node) for node in ir.results(program.graph_of(None).graph)]
+    results = [torch.zeros(value.shape, dtype=value.dtype) for value in values]
+
+    def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return results
+
+    return Executable(run, "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="llama_tiny", choices=PRESETS)
+    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--step_ms", type=float, default=500.0, help="length of a step to compare with")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        cfg = Config(
+            model=preset(args.preset),
+            data=DataConfig(seq_len=args.seq_len, global_batch_size=args.batch),
+            optim=OptimConfig(schedule="constant"),
+            run=RunConfig(
+                steps=args.iterations + WARM, workdir=name, eval_every=0, checkpoint_every=10**9, log_every=1
+            ),
+        )
+        loop.run(resolved(cfg), backend=immediate)
+        rows = records.read(Path(name))[WARM:]
+    took = [row["step_time_ms"] for row in rows]
+    waits = [row["data_wait_ms"] for row in rows]
+    mean = statistics.mean(took)
+    print(f"\n{args.preset}, batch {args.batch} x {args.seq_len}, {len(rows)} iterations outside of their step")
+    print(f"mean {mean:.3f} ms, median {statistics.median(took):.3f} ms, slowest {max(took):.3f} ms")
+    print(f"of it waiting for data: mean {statistics.mean(waits):.3f} ms")
+    print(f"{mean / args.step_ms:.2%} of a step of {args.step_ms:g} ms")
+
+
+if __name__ == "__main__":
+    main()
