@@ -40,8 +40,8 @@ def started(preset: str, folder: Path, cache: Path) -> dict[str, float]:
     if not metrics.exists():
         raise SystemExit(process.stderr)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    first, last = events[0], events[-1]
-    parts = {name: float(last["phases"].get(name, 0.0)) for name in PHASES}
+    first, spent = events[0], next(event for event in events if event["event"] == "spent")
+    parts = {name: spent[name] for name in PHASES}
     return {"first step": metrics.stat().st_mtime - began, "imports": first["time"] - began, **parts}
 
 

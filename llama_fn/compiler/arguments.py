@@ -92,16 +92,22 @@ def as_array(x: Leaf, path: str) -> torch.Tensor | ArrayInfo:
 class Leaves:
     """Flat arguments: the path of every leaf, what was given, the same as an array, and the tree they came from."""
 
-    paths: list[str]
+    paths: Sequence[str]
     given: list[Leaf]
     arrays: list[Leaf]
     spec: tree.TreeSpec
 
     @classmethod
-    def of(cls, names: Sequence[str], values: Sequence[Tree]) -> Leaves:
-        """ValueError naming the path of a leaf that is no array."""
-        paths = [path for name, value in zip(names, values, strict=True) for path in tree.paths(value, name)]
+    def of(
+        cls, names: Sequence[str], values: Sequence[Tree], known: tuple[tree.TreeSpec, Sequence[str]] | None = None
+    ) -> Leaves:
+        """ValueError naming the path of a leaf that is no array. `known`: a tree and its paths, which need not be found
+        again where the values are such a tree: that takes longer than the rest of a call."""
         given, spec = tree.flatten(tuple(values))
+        if known is not None and spec == known[0]:
+            paths: Sequence[str] = known[1]
+        else:
+            paths = [path for name, value in zip(names, values, strict=True) for path in tree.paths(value, name)]
         return cls(paths, given, [as_array(x, path) for x, path in zip(given, paths, strict=True)], spec)
 
 
@@ -127,9 +133,10 @@ def refuse_spoiled(paths: Sequence[str], leaves: Sequence[torch.Tensor]) -> None
 
 
 def refuse_shared(paths: Sequence[str], leaves: Sequence[torch.Tensor], donated: Sequence[int]) -> None:
-    """ValueError where the memory of a donated leaf, which the step overwrites, is also that of another leaf."""
+    """ValueError where the memory of a donated leaf, which the step overwrites, is also that of another leaf. All are
+    contiguous."""
     overwritten = set(donated)
-    before: tuple[str, int] = ("", 0)  # device, and how far the spans so far reach on it
+    before: tuple[int, int] = (-2, 0)  # device, and how far the spans so far reach on it
     reaching = -1  # the leaf that does
     for device, start, stop, i in sorted((*_span(x), i) for i, x in enumerate(leaves) if x.numel()):
         if device == before[0] and start < before[1] and (i in overwritten or reaching in overwritten):
@@ -142,7 +149,7 @@ def refuse_shared(paths: Sequence[str], leaves: Sequence[torch.Tensor], donated:
             before, reaching = (device, stop), i
 
 
-def _span(x: torch.Tensor) -> tuple[str, int, int]:
-    """Device, and first and last byte that a tensor may touch."""
-    reach = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    return str(x.device), x.data_ptr(), x.data_ptr() + reach * x.element_size()
+def _span(x: torch.Tensor) -> tuple[int, int, int]:
+    """Number of the device, -1 for the host, and first and last byte of a contiguous tensor."""
+    start = x.data_ptr()
+    return x.get_device(), start, start + x.nbytes

@@ -55,7 +55,7 @@ class Signature:
 
     def leaves(self, args: Sequence[Tree], kwargs: Mapping[str, Tree], what: str) -> Leaves:
         """A call's arguments; ValueError naming every path whose leaf is missing, extra, or of another type."""
-        leaves = Leaves.of(*self._ordered(args, kwargs, what))
+        leaves = Leaves.of(*self._ordered(args, kwargs, what), known=(self.in_spec, self.in_paths))
         if leaves.spec == self.in_spec and all(
             _matches(x, i) for x, i in zip(leaves.arrays, self.in_infos, strict=True)
         ):
