@@ -48,7 +48,7 @@ def one(point: Mapping[str, Any]) -> dict[str, float]:
 
     model = replace(preset(point["preset"]), compute_dtype="bf16")
     model = replace(model, num_layers=point["layers"] or model.num_layers)
-    mesh = MeshConfig(axes=point["mesh"], rules="fsdp_tp" if point["mesh"] else "replicated")
+    mesh = MeshConfig(axes=point["mesh"], rules="fsdp_tp" if point["mesh"] else "dp")
     rows = point["microbatches"] * dict(config_stages.mesh(Config(mesh=mesh)).axes).get("data", 1)
     data = DataConfig(seq_len=2048, global_batch_size=rows, microbatches=point["microbatches"])
     cfg = Config(model=model, data=data, mesh=mesh)

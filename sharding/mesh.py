@@ -60,6 +60,17 @@ class Mesh:
             groups.setdefault(tuple(v for a, v in at.items() if a not in axes), []).append(rank)
         return [sorted(group, key=lambda rank: self.index(rank, axes)) for group in groups.values()]
 
+    def group_of(self, rank: int, axes: Sequence[str]) -> list[int]:
+        """The ranks that differ from `rank` along `axes` only, in the order of :meth:`index`. Looks at no others, of
+        which there may be tens of thousands."""
+        at, strides, stride = self.coordinates(rank), {}, 1
+        for name, size in reversed(self.axes):
+            strides[name], stride = stride, stride * size
+        found, sizes = [rank - sum(at[axis] * strides[axis] for axis in axes)], dict(self.axes)
+        for axis in axes:
+            found = [first + i * strides[axis] for first in found for i in range(sizes[axis])]
+        return found
+
     @property
     def size(self) -> int:
         """How many devices there are."""

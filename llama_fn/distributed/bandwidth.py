@@ -23,7 +23,7 @@ def by_axis(processes: Processes, device: str, per_machine: int, size: int = BYT
         groups = processes.groups([axis])
         if n == 1:
             continue
-        group = next(g for g in processes.mesh.groups(axes_of(axis)) if processes.rank in g)
+        group = processes.mesh.group_of(processes.rank, axes_of(axis))
         gather = compat.collective_forms(groups)["all_gather"]
         given = torch.ones(size // 4, device=device)
         seconds = min(_timed(gather, given, axis, n, device) for _ in range(REPEATS))

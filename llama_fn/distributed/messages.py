@@ -19,7 +19,7 @@ class Messages:
 
     def __init__(self, processes: Processes, device: str) -> None:
         self.device = torch.device(device)
-        self.line = next(g for g in processes.mesh.groups((PIPE,)) if processes.rank in g)
+        self.line = processes.mesh.group_of(processes.rank, (PIPE,))
         self.index = self.line.index(processes.rank)
         self.groups = self._groups(processes)
         self.sending: list[tuple[Any, torch.Tensor]] = []  # a tensor has to live until it has been sent

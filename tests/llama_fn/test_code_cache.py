@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_fn.compiler.backends import code_cache
+from llama_fn.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = """
@@ -35,6 +36,41 @@ def filled(tmp_path_factory):
     again = step(folder)
     assert again.stdout == "True [7.0, 7.0, 7.0]\n" and not again.stderr, "found, and nothing to heal"
     return folder
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_may_write_to_is_refused(mode, tmp_path):
+    tmp_path.chmod(mode)
+    with pytest.raises(UserError, match=f"other users may write to it.*chmod go-w {tmp_path}"):
+        code_cache.usable(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_files_of_another_user_are_refused(tmp_path):
+    with code_cache.opened(tmp_path):
+        (tmp_path / "code.so").write_bytes(b"code")
+    os.chown(tmp_path / "code.so", 12345, -1)
+    with (
+        pytest.raises(UserError, match=r"code.so: it belongs to user 12345, and this is 0"),
+        code_cache.opened(tmp_path),
+    ):
+        pass
+    os.chown(tmp_path / "code.so", 0, -1)
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(UserError, match="belongs to user 12345"):
+        code_cache.usable(tmp_path)
+
+
+def test_what_is_kept_is_private_whatever_the_umask(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with code_cache.opened(tmp_path / "machine" / "version"):
+            (tmp_path / "machine" / "version" / "code.so").write_bytes(b"code")
+        assert os.umask(0o002) == 0o002
+    finally:
+        os.umask(before)
+    made = [path for path in tmp_path.rglob("*") if path.name != "machine"]
+    assert made and not [path for path in made if path.stat().st_mode & 0o077]
 
 
 @pytest.mark.slow

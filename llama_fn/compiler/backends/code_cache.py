@@ -1,5 +1,6 @@
 """The folder of compiled code: private, whole and writable, or set aside with a word for a folder of this process.
 
+Loading code runs it, and unpickles: a folder that another user may write, or a file of another user, is refused.
 Inductor loads what it finds, and a truncated file ends the process at every start. So the sums of all files are kept
 in FILES: before anything is loaded, what does not have its sum is removed, and is compiled again. Files that nobody
 listed are those of a process that was killed, or of one that is compiling now; they are removed when no process is.
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,9 +55,27 @@ def usable(folder: Path | None) -> Path:
     except OSError as error:
         reason = error.strerror or str(error)
     if not reason:
+        _refuse_foreign(folder)
         return folder
     log.warning("compiled code is not kept in %s: %s. Every start compiles again until that is mended", folder, reason)
     return private()
+
+
+def _refuse_foreign(path: Path) -> None:
+    """UserError where another user owns what is there, or may write to it."""
+    found = path.stat()
+    others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    if found.st_uid == os.geteuid() and not others:
+        return
+    if others:
+        why, remedy = "other users may write to it", f"If nobody did: chmod go-w {path}"
+    else:
+        why = f"it belongs to user {found.st_uid}, and this is {os.geteuid()}"
+        remedy = "If you do not know why, remove it"
+    raise UserError(
+        f"compiled code is not loaded from {path}: {why}, and loading runs what is there. {remedy}. Or name a folder "
+        "of your own with --run.compile_cache"
+    )
 
 
 def private() -> Path:
@@ -74,17 +94,31 @@ def private() -> Path:
 def opened(folder: Path, as_one: bool = False) -> Iterator[None]:
     """Compile or load inside; damage is removed before, `as_one`: with all else that is there, and what is new is
     listed after."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as lock:
-        alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if heal(folder, unlisted=alone) and as_one:
-            for path in _files(folder).values():
-                path.unlink(missing_ok=True)
-        _locked(lock, fcntl.LOCK_SH)
+    with _private_files():
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder, *_files(folder).values()):
+            if path.exists():  # another process may be removing what is damaged
+                _refuse_foreign(path)
+        with open(folder / _LOCK, "w") as lock:
+            alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if heal(folder, unlisted=alone) and as_one:
+                for path in _files(folder).values():
+                    path.unlink(missing_ok=True)
+            _locked(lock, fcntl.LOCK_SH)
+            yield
+            with open(folder / _SEALING, "w") as sealing:
+                _locked(sealing, fcntl.LOCK_EX)
+                seal(folder)
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """What is made inside, by compilers too, others can neither read nor write, whatever the user's umask."""
+    before = os.umask(0o077)
+    try:
         yield
-        with open(folder / _SEALING, "w") as sealing:
-            _locked(sealing, fcntl.LOCK_EX)
-            seal(folder)
+    finally:
+        os.umask(before)
 
 
 def _locked(file: IO[str], how: int) -> bool:

@@ -36,7 +36,7 @@ def laid_out(
     if processes is not None:
         by_axes = processes.groups(())
         streams = {group.name: axes for axes, group in by_axes.items()}
-        mine = {a: next(g for g in program.mesh.groups(axes_of(a)) if processes.rank in g) for a in by_axes}
+        mine = {a: program.mesh.group_of(processes.rank, axes_of(a)) for a in by_axes}
         environment.check_groups(str(program.mesh), mine)
     gm = program.graph_of(processes)
     if chosen(program, form) == "calls":
