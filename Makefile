@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test nightly lint format clean
+.PHONY: demo test nightly notebooks lint format clean
 
 demo: $(VENV)/.base
 	$(BIN)/python train.py --flagfile=configs/tiny_cpu.flags
@@ -18,8 +18,13 @@ test: $(VENV)/.test lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 nightly: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet -e '.[eval,cluster]'
+	$(BIN)/python -m pip install --quiet -e '.[eval,cluster,notebook]'
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+notebooks: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[notebook]'
+	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	@echo "Open them with $(BIN)/jupyter lab notebooks"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

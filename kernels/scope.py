@@ -102,6 +102,13 @@ def caller() -> str:
     while frame.f_back is not None:
         filename = frame.f_code.co_filename
         if not filename.startswith(_OURS) and not any(part in filename for part in _LIBRARIES):
-            return f"{Path(filename).name}:{frame.f_lineno}"
+            return f"{file_name(filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def file_name(path: str) -> str:
+    """The name of a source file, without its folders; of a cell of a notebook, whose file says nothing, In[3]."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cell = shell.compile.format_code_name(path) if shell is not None else None
+    return cell[1] if cell else Path(path).name

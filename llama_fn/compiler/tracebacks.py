@@ -11,6 +11,7 @@ from types import TracebackType
 
 import torch
 
+from kernels.scope import file_name
 from llama_fn import compat, errors
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def folded(error: Exception, name: str) -> Exception:
     whole = errors.keep_traceback(error)
     frames = _users(error.__traceback__)
     last = frames[-1] if frames else None
-    place = f"{Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno}" if last else "an unknown line"
+    place = f"{file_name(last.tb_frame.f_code.co_filename)}:{last.tb_lineno}" if last else "an unknown line"
     if isinstance(error, compat.DATA_DEPENDENT):
         error = ValueError(
             f"{name} asks for the value of a tensor ({place}), and while it is traced tensors have none: `if`, "

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels as k
 from llama_fn import tree
 from llama_fn.compat import cpp_units
 from llama_fn.compiler import ir, stages
@@ -113,6 +114,15 @@ def test_text_of_a_rung_names_shapes_scopes_and_sources(tiny_config):
     text = traced_step(tiny_config()).as_text()
     assert "llama_fn.attention.default" in text and "layers/0/attention llama.py:" in text
     assert "f32[2,32,4,8]" in text and "return %" in text
+
+
+def test_an_op_outside_of_scopes_has_its_own_line():
+    def step(x):
+        y = k.einsum("bd,df->bf", x, x)
+        return y * 2
+
+    text, first = stages.jit(step).trace(torch.ones(2, 2)).as_text(), step.__code__.co_firstlineno
+    assert f"step test_stages.py:{first + 1}" in text and f"step test_stages.py:{first + 2}" in text, text
 
 
 def test_costs_are_those_counted_by_hand(tiny_config):

@@ -1,7 +1,7 @@
 """Give every op a scope.
 
 Ops that the autograd engine makes by itself (sums of several gradients of one value, gradients of plain pointwise
-ops) carry the phase but no scope: they take it, and the line, from the backward op that produced their latest operand.
+ops) carry the phase but no scope and no line: they take both from the backward op that produced their latest operand.
 
     %g = add(%d1, %d2)  # backward   ->   %g = add(%d1, %d2)  # backward layers/3/mlp llama.py:105
 """
@@ -32,5 +32,6 @@ def _label(graph: torch.fx.Graph, default: str) -> None:
         producers = [n for n in node.all_input_nodes if ir.phase_of(n) == here["phase"] and ir.scope_of(n)]
         if (engine_made or not here["scope"]) and producers:
             latest = labels(max(producers, key=order.__getitem__))
-            here |= {key: latest.get(key, "") for key in ("scope", "region", "source")}
+            taken = ("scope", "region") if here["source"] else ("scope", "region", "source")
+            here |= {key: latest.get(key, "") for key in taken}
         node.meta["custom"] = {**here, "scope": here["scope"] or default}
