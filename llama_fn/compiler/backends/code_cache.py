@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -97,7 +97,7 @@ def opened(folder: Path, as_one: bool = False) -> Iterator[None]:
     with _private_files():
         folder.mkdir(parents=True, exist_ok=True)
         for path in (folder, *_files(folder).values()):
-            if path.exists():  # another process may be removing what is damaged
+            with suppress(FileNotFoundError):  # another process removes what is damaged
                 _refuse_foreign(path)
         with open(folder / _LOCK, "w") as lock:
             alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

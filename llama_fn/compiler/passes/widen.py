@@ -11,7 +11,7 @@ as they are, because there the copies would be most of the work.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -39,7 +39,8 @@ def _widen(gm: torch.fx.GraphModule, dtypes: frozenset[torch.dtype]) -> None:
         if value is None or value.dtype not in dtypes or min(value.shape[-2:]) < FEWEST_ROWS:
             continue
         operands = []
-        for operand in ir.operands(node):
+        left, right = cast(tuple[torch.fx.Node, torch.fx.Node], node.args)
+        for operand in (left, right):
             key = operand, ir.scope_of(node), ir.phase_of(node)
             if key not in wide:
                 with gm.graph.inserting_before(node):
@@ -56,7 +57,7 @@ def _widen(gm: torch.fx.GraphModule, dtypes: frozenset[torch.dtype]) -> None:
 
 
 def _cast(graph: torch.fx.Graph, x: torch.fx.Node, dtype: torch.dtype, like: torch.fx.Node) -> torch.fx.Node:
-    cast = graph.call_function(torch.ops.prims.convert_element_type.default, (x, dtype))
-    cast.meta["val"] = compat.node_value(x).to(dtype)
-    ir.label(cast, like)
-    return cast
+    made = graph.call_function(torch.ops.prims.convert_element_type.default, (x, dtype))
+    made.meta["val"] = compat.node_value(x).to(dtype)
+    ir.label(made, like)
+    return made
