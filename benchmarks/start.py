@@ -19,8 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from step_cells import BATCHES
+
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {"llama_tiny": (8, 256), "llama_60m": (4, 512)}
 PHASES = ("prepare", "compile", "restore", "step", "other")
 
 
@@ -29,7 +30,7 @@ def started(preset: str, folder: Path, cache: Path) -> dict[str, float]:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / "events.jsonl").unlink(missing_ok=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
-    batch, seq = SHAPES[preset]
+    batch, seq = BATCHES[preset]
     flags = [
         f"--model.preset={preset}", f"--data.global_batch_size={batch}", f"--data.seq_len={seq}", "--run.steps=2",
         "--run.stop_at=1", f"--run.workdir={folder}", f"--run.compile_cache={cache}",
@@ -54,7 +55,7 @@ def importing(module: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="llama_tiny", choices=SHAPES)
+    parser.add_argument("--preset", default="llama_tiny", choices=BATCHES)
     parser.add_argument("--warm", type=int, default=3, help="starts with compiled code there; the median is printed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

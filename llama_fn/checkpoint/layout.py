@@ -50,18 +50,18 @@ def stored(infos: Any, layouts: Sequence[P] | None, mesh: Mesh, rank: int) -> di
 def _stored(number: int, info: Any, layout: P | None, mesh: Mesh, rank: int) -> Stored:
     """Looks at no other rank's part, of which there may be tens of thousands."""
     shape = tuple(info.shape)
-    mine = whole(shape) if layout is None else part_of(shape, layout, mesh, rank)
-    ends = [set() for _ in shape] if layout is None else boundaries(shape, layout, mesh)
-    chunk = _small(tuple(map(_grid, shape, ends)), info.dtype.itemsize)
-    sharding = {axis for axes in layout.by_dim for axis in axes} if layout is not None else set()
+    if layout is None:
+        layout, mesh, rank = P(*(None for _ in shape)), Mesh(), 0
+    mine = part_of(shape, layout, mesh, rank)
+    chunk = _small(tuple(map(_grid, shape, boundaries(shape, layout, mesh))), info.dtype.itemsize)
+    sharding = {axis for axes in layout.by_dim for axis in axes}
     cut, copied = [[a for a, _ in mesh.axes if (a in sharding) is here] for here in (True, False)]
     copies, place, copy = mesh.extent(copied), mesh.index(rank, cut), mesh.index(rank, copied)
     # Copies are written in turn by those that hold them, so that none writes more than its share.
     written = tuple(
         (at, to)
         for i, (at, to) in enumerate(mine.pieces)
-        if all(s.start < s.stop for s in at)
-        and (layout is None or (number + place * len(mine.pieces) + i) % copies == copy)
+        if all(s.start < s.stop for s in at) and (number + place * len(mine.pieces) + i) % copies == copy
     )
     return Stored(shape, info.dtype, chunk, written)
 

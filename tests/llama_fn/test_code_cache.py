@@ -45,7 +45,7 @@ def test_a_folder_that_others_may_write_to_is_refused(mode, tmp_path):
         code_cache.usable(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.skipif(os.geteuid() != 0, reason="the right to give a file away is missing; runs as root on Linux")
 def test_files_of_another_user_are_refused(tmp_path):
     with code_cache.opened(tmp_path):
         (tmp_path / "code.so").write_bytes(b"code")

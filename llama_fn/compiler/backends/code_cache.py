@@ -96,9 +96,7 @@ def opened(folder: Path, as_one: bool = False) -> Iterator[None]:
     listed after."""
     with _private_files():
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (folder, *_files(folder).values()):
-            with suppress(FileNotFoundError):  # another process removes what is damaged
-                _refuse_foreign(path)
+        _refuse_foreign(folder)
         with open(folder / _LOCK, "w") as lock:
             alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if heal(folder, unlisted=alone) and as_one:
@@ -131,10 +129,13 @@ def _locked(file: IO[str], how: int) -> bool:
 
 
 def heal(folder: Path, unlisted: bool) -> list[Path]:
-    """Remove every file that has not its listed sum and, where asked, those that are not listed; returns the former."""
+    """Remove every file that has not its listed sum and, where asked, those that are not listed; returns the former.
+    UserError for one that another user owns or may write to."""
     known = _listed(folder)
     damaged = []
     for name, path in _files(folder).items():
+        with suppress(FileNotFoundError):  # another process removes what is damaged
+            _refuse_foreign(path)
         if name not in known:
             if unlisted:
                 path.unlink(missing_ok=True)
