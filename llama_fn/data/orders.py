@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ log = logging.getLogger("llama_fn.data")
 LEAST = 1 << 20  # entries, below which an order is made anew in memory in no time
 NAMES = ("sequences", "ends", "shuffle")
 _LISTED = "sums.json"
+# numpy reads a header with Python's parser, whose depth counter threads share before 3.13: two at a time can end in
+# "SystemError: AST constructor recursion depth mismatch" (python/cpython issue 106905).
+_READING = threading.Lock()
 
 
 def kept(folder: Path, made_of: Mapping[str, Any], make: Callable[[], tuple[np.ndarray, ...]]) -> list[np.ndarray]:
@@ -37,7 +41,8 @@ def kept(folder: Path, made_of: Mapping[str, Any], make: Callable[[], tuple[np.n
                 shutil.rmtree(place, ignore_errors=True)
             _write(place, make())
         try:
-            return [np.load(_file(place, name), mmap_mode="r") for name in NAMES]
+            with _READING:
+                return [np.load(_file(place, name), mmap_mode="r") for name in NAMES]
         except (OSError, ValueError) as error:  # another process found it damaged, too, and makes it again
             log.warning("%s cannot be opened: %s", place, error)
     return list(make())
