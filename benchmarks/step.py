@@ -24,15 +24,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from step_cells import BATCHES, DTYPES, Cell, tables
 from step_report import Result, markdown, text
 from turns import Contender
 
+from llama_fn import tree
+from llama_fn.checkpoint import layout
+from llama_fn.checkpoint.weights import Weights
+from llama_fn.model import llama
 from llama_fn.tools import convert_in
+from sharding import Mesh
 
 HERE = Path(__file__).resolve().parent
 WORKERS = {
@@ -55,12 +61,22 @@ def contender(name: str, spec: dict[str, Any], folder: Path) -> Contender:
     return Contender(name, HERE / WORKERS[name], {**spec, "name": name}, cache, folders)
 
 
+def write_weights(checkpoint: Path, file: str) -> None:
+    """Our parameters in one file, from which the worker reads them without the libraries of checkpoints: those would
+    count as memory of its step."""
+    weights = Weights(checkpoint, "--ours")
+    infos = llama.abstract_params(weights.cfg)
+    params = weights.load(infos, layout.parts(infos, None, Mesh(), 0), "cpu")
+    save_file(tree.by_path(params), file, {"model": json.dumps(asdict(weights.cfg))})
+
+
 def measured(cell: Cell, names: Sequence[str], rounds: int, steps: int, cold: bool, folder: Path) -> Result:
     """`rounds` turns of `steps` steps for each. `cold`: all of them start twice, the first time without a cache."""
-    spec = {**cell.spec(), "theirs": str(folder / "theirs"), "ours": str(folder / "ours_weights")}
+    spec = {**cell.spec(), "theirs": str(folder / "theirs"), "ours": str(folder / "ours.safetensors")}
     made = [sys.executable, "-P", str(HERE / WORKERS["transformers_eager"]), json.dumps({**spec, "name": "make"})]
     subprocess.run(made, cwd=folder, check=True)
-    convert_in.convert(folder / "theirs", folder / "ours_weights", None)
+    convert_in.convert(folder / "theirs", folder / "checkpoint", None)
+    write_weights(folder / "checkpoint", spec["ours"])
     starts: dict[str, list[float]] = {name: [] for name in names}
     if cold:
         for name in names:

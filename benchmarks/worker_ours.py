@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -15,19 +16,17 @@ import contender  # noqa: E402
 def main() -> None:
     spec = contender.spec()
     import torch
+    from safetensors import safe_open
 
-    from llama_fn import compat
-    from llama_fn.checkpoint import layout
-    from llama_fn.checkpoint.weights import Weights
+    from llama_fn import compat, tree
     from llama_fn.compiler import stages
-    from llama_fn.config import Config, DataConfig, OptimConfig, RunConfig
+    from llama_fn.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
     from llama_fn.model import arrays, llama, random, train_step
     from llama_fn.model.arrays import DTYPES
-    from sharding import Mesh
 
     contender.prepare(spec["threads"])
-    weights = Weights(Path(spec["ours"]), "--ours")
-    model = replace(weights.cfg, compute_dtype=spec["dtype"])
+    with safe_open(spec["ours"], "pt") as file:
+        model = replace(ModelConfig(**json.loads(file.metadata()["model"])), compute_dtype=spec["dtype"])
     data = DataConfig(seq_len=spec["seq"], global_batch_size=spec["batch"])
     optim = OptimConfig(lr=contender.LR, schedule="constant", clip=contender.CLIP, weight_decay=contender.DECAY)
     cfg = Config(model=model, data=data, optim=optim, run=RunConfig(steps=1000))
@@ -36,8 +35,9 @@ def main() -> None:
         "inductor", device=spec["device"], attention=spec["attention"], cache=Path(os.environ["BENCH_CACHE"]) / "ours"
     )
     state = arrays.materialize(train_step.abstract_state(cfg), random.key(0), spec["device"])
-    infos = llama.abstract_params(model)
-    state = replace(state, params=weights.load(infos, layout.parts(infos, None, Mesh(), 0), spec["device"]))
+    with safe_open(spec["ours"], "pt", device=spec["device"]) as file:
+        infos = llama.abstract_params(model)
+        state = replace(state, params=tree.map_with_path(lambda path, _: file.get_tensor(path).clone(), infos))
     tokens, targets = (x[None] for x in contender.tokens_and_targets(spec))
     batch = train_step.Batch(tokens, targets, torch.ones(targets.shape, device=spec["device"]))
     hyper = train_step.hyperparameters(cfg, spec["device"])

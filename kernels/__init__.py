@@ -6,10 +6,11 @@ from kernels.attention import attention
 from kernels.barrier import barrier
 from kernels.bias import bias
 from kernels.checkpoint_name import checkpoint_name
-from kernels.cross_entropy import cross_entropy, head_cross_entropy
+from kernels.cross_entropy import cross_entropy
 from kernels.decoding import cached, cached_attention
 from kernels.einsum import einsum
 from kernels.embedding import embedding
+from kernels.head_cross_entropy import head_cross_entropy
 from kernels.layers import stack, unbind
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_table

@@ -73,7 +73,8 @@ class Kernel:
     `schema` is the torch schema without the name. `reference(*args)` computes in plain torch; `abstract(*args)`
     gives results of the right shape and dtype from fake tensors; `vjp(inputs, outputs, cotangents)` gives one
     cotangent or None per input; `factors(*args)` the sharding rule; `flops(*args)` the floating-point operations
-    of the matrix products (pointwise work is counted as bytes). `impls` are faster forms with the same signature,
+    of the matrix products (pointwise work is counted as bytes); `scratch(*args)` the bytes that live while the op runs
+    and are none of its results, where they are many. `impls` are faster forms with the same signature,
     used only where a backend is asked for one by name. `npu(*args)` writes the op in torch's and torch_npu's operators,
     for which torchair has Ascend ops; None where `reference` has nothing but such operators. `opaque` names keep the op
     whole in compiled code.
@@ -85,6 +86,7 @@ class Kernel:
     abstract: Callable[..., Results]
     factors: Callable[..., Factors]
     flops: Callable[..., int] = lambda *args: 0
+    scratch: Callable[..., int] = lambda *args: 0
     vjp: Vjp | None = None
     impls: Mapping[str, Callable[..., Results]] = field(default_factory=dict)
     npu: Callable[..., Results] | None = None

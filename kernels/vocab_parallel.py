@@ -7,18 +7,22 @@ et al. 2019, section 3).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from kernels.cross_entropy import (
-    cross_entropy_bwd,
+from kernels.cross_entropy import cross_entropy_bwd, per_token
+from kernels.einsum import einsum_npu, einsum_reference
+from kernels.embedding import embedding_bwd_reference, embedding_reference
+from kernels.head_cross_entropy import (
+    LOGITS,
+    Product,
     head_cross_entropy,
     head_cross_entropy_bwd,
-    per_token,
+    head_cross_entropy_bwd_reference,
     token_blocks,
 )
-from kernels.embedding import embedding_bwd_reference, embedding_reference
 from kernels.registry import Factors, kernel
 from kernels.rms_norm import upcast
 
@@ -88,10 +92,12 @@ def logits_part_reference(logits: torch.Tensor, targets: torch.Tensor, index: to
 
 
 def head_part_reference(
-    x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, index: torch.Tensor
-) -> torch.Tensor:
+    x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, index: torch.Tensor,
+    product: Product = einsum_reference,
+) -> torch.Tensor:  # fmt: skip
     """As logits_part of x head^T, a block of tokens at a time."""
-    parts = [logits_part_reference(rows @ head.t(), t, index) for _, rows, t in token_blocks(x, targets)]
+    blocks = token_blocks(x, targets)
+    parts = [logits_part_reference(product(LOGITS, rows, head), t, index) for _, rows, t in blocks]
     return torch.cat(parts, 1).reshape(2, *targets.shape)
 
 
@@ -116,9 +122,11 @@ head_part = kernel(
     name="head_part",
     schema="(Tensor x, Tensor head, Tensor targets, Tensor index) -> Tensor",
     reference=head_part_reference,
+    npu=partial(head_part_reference, product=einsum_npu),
     abstract=lambda x, head, targets, index: _two_per_token(x, targets),
     factors=lambda *_: _NONE,
     flops=head_cross_entropy.flops,
+    scratch=head_cross_entropy.scratch,
 )
 part_max = kernel(
     name="part_max",
@@ -141,6 +149,15 @@ part_merge = kernel(
     abstract=lambda sums, top: (torch.empty_like(top), torch.empty_like(top)),
     factors=lambda *_: _NONE,
 )
+
+
+def _head_part_bwd(
+    g: torch.Tensor, x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
+    index: torch.Tensor, product: Product = einsum_reference,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return head_cross_entropy_bwd_reference(g, x, head, targets - index * head.shape[0], lse, product)
+
+
 # An id outside of the part equals no row of it, so that the whole vocabulary's formula serves with shifted ids.
 cross_entropy_part_bwd = kernel(
     name="cross_entropy_part_bwd",
@@ -154,12 +171,12 @@ cross_entropy_part_bwd = kernel(
 head_part_bwd = kernel(
     name="head_part_bwd",
     schema="(Tensor g, Tensor x, Tensor head, Tensor targets, Tensor lse, Tensor index) -> (Tensor, Tensor)",
-    reference=lambda g, x, head, targets, lse, index: head_cross_entropy_bwd.reference(
-        g, x, head, targets - index * head.shape[0], lse
-    ),
+    reference=_head_part_bwd,
+    npu=partial(_head_part_bwd, product=einsum_npu),
     abstract=lambda g, x, head, targets, lse, index: (torch.empty_like(x), torch.empty_like(head)),
     factors=lambda *_: _NONE,
     flops=head_cross_entropy_bwd.flops,
+    scratch=head_cross_entropy_bwd.scratch,
 )
 
 

@@ -37,7 +37,11 @@ class ModelConfig:
     compute_dtype: Literal["fp32", "bf16", "fp16", "fp64"] = opt(
         "fp32", "dtype of forward and backward; masters are fp32, or fp64 to check against"
     )
-    fused_head: bool = opt(False, "compute head and loss in blocks of tokens: less memory, one more head product")
+    fused_head: bool = opt(
+        False,
+        "compute head and loss in small blocks of tokens: least memory; with a sharded vocabulary or in a pipeline, "
+        "one more head product",
+    )
 
     @property
     def head_dim(self) -> int:

@@ -52,6 +52,12 @@ def flops_of(node: torch.fx.Node) -> int:
     return 0 if kernel is None else kernel.flops(*_values(node.args))
 
 
+def scratch_of(node: torch.fx.Node) -> int:
+    """Bytes that live inside of one op while it runs."""
+    kernel = of_node(node.target)
+    return 0 if kernel is None else kernel.scratch(*_values(node.args))
+
+
 def moved(node: torch.fx.Node) -> int:
     """Bytes of HBM that an op reads and writes, each operand once; none for views and for what goes over links."""
     if is_view(node) or collectives_table.kind_of(node):

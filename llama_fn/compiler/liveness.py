@@ -17,7 +17,7 @@ from kernels.registry import tensor_bytes
 from kernels.repeat import group
 from llama_fn.compat import node_value
 from llama_fn.compiler import calls, ir
-from llama_fn.compiler.cost import is_view
+from llama_fn.compiler.cost import is_view, scratch_of
 
 Storage = tuple[torch.fx.Node, int]  # the op that made it, and which of its results
 
@@ -85,7 +85,7 @@ class _Walk:
                 inner = self._inside(gm, node, life, set(dying[node]), scope)
                 most = Moment(node, live + inner.bytes, inner.at) if inner else Moment(node, live, "")
             else:
-                most = Moment(node, live + born, f"{node.target} in {scope}")
+                most = Moment(node, live + born + scratch_of(node), f"{node.target} in {scope}")
             over_time.append(most)
             live += born - sum(life.born.get(storage, 0) for storage in dying[node])
         return over_time

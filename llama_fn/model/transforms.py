@@ -29,8 +29,10 @@ def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, 
         leaves, spec = tree.flatten(params)
         value, pull, *_ = torch.func.vjp(lambda *flat: fn(tree.unflatten(spec, flat), *args), *leaves)
         with phase("backward"):
-            seed = torch.ones_like(value) if cotangent is None else cotangent.to(value.dtype)
-            grads = pull(seed)
+            # Not ones_like, with which the backward would seem to depend on the loss (passes/join_loss.py).
+            if cotangent is None:
+                cotangent = torch.ones(value.shape, device=value.device)
+            grads = pull(cotangent.to(value.dtype))
         return value, tree.unflatten(spec, grads)
 
     return transformed

@@ -130,6 +130,18 @@ def test_attention_forms_equal_the_reference(form, shape):
         assert a.shape == b_.shape and a.is_contiguous() and error(a, b_) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["head_loss", "head_loss_in_place"])
+def test_a_loss_with_its_gradients_equals_float64(name, dtype):
+    x, w, g = (rand(*shape, seed=i).to(dtype) for i, shape in enumerate([(3, 401, 5), (13, 5), (3, 401)]))
+    wide = [each.double().clone().requires_grad_() for each in (x, w)]
+    want = nll_oracle(wide[0] @ wide[1].t(), YL)
+    want = [want, *torch.autograd.grad(want, wide, g.double())]
+    for tokens in (2000, 512, 90):  # one block, a last one that is shorter, many
+        for mine, theirs in zip(KERNELS[name].op(g, x, w, YL, tokens), want, strict=True):
+            assert mine.shape == theirs.shape and error(mine, theirs) < TOLERANCE[dtype]
+
+
 SAMPLES = {
     "matmul": (rand(4, 3), rand(5, 4), True, True),
     "einsum": ("btd,dnh->btnh", rand(2, 3, 4), rand(4, 2, 6)),
@@ -152,6 +164,8 @@ SAMPLES = {
     "cross_entropy_bwd": (rand(2, 5), rand(2, 5, 11), Y, rand(2, 5)),
     "head_cross_entropy": (rand(2, 5, 4), rand(11, 4), Y),
     "head_cross_entropy_bwd": (rand(2, 5), rand(2, 5, 4), rand(11, 4), Y, rand(2, 5)),
+    "head_loss": (rand(2, 5), rand(2, 5, 4), rand(11, 4), Y, 4),
+    "head_loss_in_place": (rand(2, 5), rand(2, 5, 4), rand(11, 4), Y, 4),
     "weighted_sum": (rand(2, 5), rand(2, 5)),
     "embedding_part": (rand(11, 4), Y, torch.tensor(1)),
     "embedding_part_bwd": (rand(2, 5, 4), Y, torch.tensor(0), rand(6, 4)),

@@ -46,8 +46,8 @@ def test_every_stage_has_a_numbered_text_with_what_a_node_costs(dumped):
     folder = dump.rank_folder(dumped[0], 0)
     texts = sorted(path.name for path in folder.glob("*.txt"))
     assert [name[3:-4] for name in texts] == [
-        "traced", "partitioned", "sink_casts", "remat", "regather", "dead_code", "bucket", "overlap", "schedule",
-        "roll", "donation", "lowered",
+        "traced", "partitioned", "sink_casts", "join_loss", "remat", "regather", "dead_code", "bucket", "overlap",
+        "schedule", "roll", "donation", "lowered",
     ]  # fmt: skip
     assert [int(name[:2]) for name in texts] == list(range(len(texts)))
     lowered = (folder / texts[-1]).read_text()

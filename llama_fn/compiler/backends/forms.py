@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.head_loss import head_loss
 from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.errors import UserError, nearest
@@ -43,6 +44,7 @@ def flash_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
 
 
 FORMS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "head_loss": head_loss.impls,
     "attention": {"flash": flash, **KERNELS["attention"].impls},
     "attention_bwd": {"flash": flash_bwd, **KERNELS["attention_bwd"].impls},
 }
@@ -85,4 +87,4 @@ def choose(device: str, dtype: torch.dtype, attention: str, segments: bool = Fal
             log.warning(
                 "attention within documents (--data.segments) is computed block by block, not by FlashAttention"
             )
-    return {"attention": attention}
+    return {"attention": attention} | ({"head_loss": "in_place"} if device == "cpu" else {})

@@ -19,6 +19,7 @@ from kernels.repeat import flat
 from llama_fn.compiler import calls, finite, ir, liveness
 from llama_fn.compiler.backends import Executable, Program
 from llama_fn.compiler.backends.together import Mailbox, Meeting, Message, Wait, together
+from llama_fn.compiler.cost import scratch_of
 from llama_fn.compiler.ranges import RANGES, name_of
 from sharding.messages import is_message, over_stages, receive, send, way
 from sharding.simulate import COLLECTIVES, FUSED, join, part
@@ -134,7 +135,8 @@ class _Stage:
                 if self.check_finite and node.target is not receive.op:  # what it gives is yet to come
                     given = [values[r][operand] for operand in ir.operands(node)]
                     finite.check_result(node, result, given, f" on device {self.ranks[r]}", within)
-            storages.add(values[0][node], f"{node.target} in {calls.joined(within, ir.scope_of(node))}")
+            place = calls.joined(within, ir.scope_of(node))
+            storages.add(values[0][node], f"{node.target} in {place}", scratch_of(node))
             _drop([*dying[node], *([] if node.users else [node])], values, storages)
         return [[mine[r] for r in ir.results(gm.graph)] for mine in values]
 
@@ -216,13 +218,13 @@ class _Storages:
         storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
         return [(s.data_ptr(), s.nbytes()) for s in storages if s.nbytes() and s.data_ptr() not in self.inputs]
 
-    def add(self, value: Any, by: str = "") -> None:
-        """Count what `value` holds, made by the op and in the scope that `by` names."""
+    def add(self, value: Any, by: str = "", scratch: int = 0) -> None:
+        """Count what `value` holds, made by the op and in the scope that `by` names with `scratch` bytes besides."""
         for pointer, size in self._each(value):
             self.live += size * (self.holders[pointer] == 0)
             self.holders[pointer] += 1
-        if self.live > self.peak:
-            self.peak, self.peak_at = self.live, by
+        if self.live + scratch > self.peak:
+            self.peak, self.peak_at = self.live + scratch, by
 
     def drop(self, value: Any) -> None:
         for pointer, size in self._each(value):

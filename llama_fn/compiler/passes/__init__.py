@@ -13,6 +13,7 @@ from llama_fn.compiler.passes.bucket import bucket
 from llama_fn.compiler.passes.dead_code import dead_code
 from llama_fn.compiler.passes.donation import donation
 from llama_fn.compiler.passes.fuse import fuse
+from llama_fn.compiler.passes.join_loss import join_loss
 from llama_fn.compiler.passes.overlap import overlap
 from llama_fn.compiler.passes.regather import regather
 from llama_fn.compiler.passes.remat import remat
@@ -41,7 +42,19 @@ class Context:
 Pass = Callable[[torch.fx.GraphModule, Context], torch.fx.GraphModule]
 
 TRACING: list[Pass] = [scopes, dead_code]
-LOWERING: list[Pass] = [sink_casts, remat, regather, dead_code, fuse, bucket, overlap, schedule, roll, donation]
+LOWERING: list[Pass] = [
+    sink_casts,
+    join_loss,
+    remat,
+    regather,
+    dead_code,
+    fuse,
+    bucket,
+    overlap,
+    schedule,
+    roll,
+    donation,
+]
 OPTIONAL = ("sink_casts", "bucket", "overlap", "schedule")  # what a user may leave out: the numbers do not depend on it
 
 

@@ -24,7 +24,8 @@ from sharding.stages import Pipeline, Stages, stage_count, stages_of
 
 # What works on the ops of one stage, once the graph is cut: where collectives stand, and what is written at the end.
 OF_A_STAGE = (passes.bucket, passes.overlap, passes.schedule, passes.donation)
-OF_NO_PIPELINE = (passes.regather, passes.roll)  # the cut does what they do
+# The cut does what the first two do, and takes the forward and the backward apart that the third joins.
+OF_NO_PIPELINE = (passes.regather, passes.roll, passes.join_loss)
 
 
 def stages_for(signature: Signature, mesh: Mesh, pipeline: Pipeline) -> Stages | None:
