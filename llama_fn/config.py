@@ -253,6 +253,11 @@ class RunConfig:
     timeout_s: int = number(
         600, "several processes: seconds without a sign of life after which the others give up", 1, numbers=False
     )
+    step_limit_s: int = number(
+        3600,
+        "seconds after which one iteration, the first of a start apart, counts as stuck: stacks of all threads go to "
+        "workdir/stuck, and the process ends with status 8; 0: never", 0, numbers=False,
+    )  # fmt: skip
     compile_cache: str = opt("", "folder of compiled code; empty: ~/.cache/llama_fn", False, path=True)
     threads: int = number(0, "CPU threads; 0: one per physical core. Sums depend on it in their last digits", 0, 4096)
     init_from: str = opt(

@@ -4,7 +4,7 @@ Functions here say what is wanted in terms of public ideas (a traced graph, a co
 it this year.
 """
 
-from llama_fn.compat.distributed import Group, collective_forms, group_name, is_collective
+from llama_fn.compat.distributed import Group, collective_forms, collectives_entered, group_name, is_collective
 from llama_fn.compat.gloo import register_gloo_collectives
 from llama_fn.compat.inductor import (
     CompiledGraph,
@@ -62,6 +62,7 @@ __all__ = [
     "cann_version",
     "check_torch_version",
     "collective_forms",
+    "collectives_entered",
     "cpu_model",
     "define_npu_ops",
     "flash_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,3 +85,22 @@ def is_collective(target: Any) -> bool:
 def group_name(group: Any) -> str:
     """The name under which functional collectives find a process group."""
     return str(group.group_name)
+
+
+def collectives_entered(most: int) -> list[str]:
+    """The last collectives of this process that torch's flight recorder knows, oldest first; none without it."""
+    if not torch.distributed.is_available():
+        return []
+    import torch._C._distributed_c10d as recorder
+
+    entries = json.loads(recorder._dump_fr_trace_json(True, False)).get("entries", [])  # type: ignore[attr-defined]
+    return [_entry(each) for each in entries[-most:]]
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    sizes = " ".join("x".join(map(str, size)) or "scalar" for size in entry["input_sizes"])
+    dtypes = ", ".join(dict.fromkeys(entry["input_dtypes"]))
+    group = entry["process_group"][-1]
+    return (
+        f"{entry['profiling_name']} {entry['collective_seq_id']} of {sizes} {dtypes}, group {group}: {entry['state']}"
+    )

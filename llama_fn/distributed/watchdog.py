@@ -16,6 +16,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from llama_fn.distributed.hangs import GivingUp
+
 log = logging.getLogger("llama_fn.watch")
 
 EXIT_STATUS = 3
@@ -27,6 +29,7 @@ class Watchdog:
     def __init__(self, rank: int, world: int, timeout_s: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout_s
         self.step, self.closed = -1, threading.Event()
+        self.give_up = GivingUp(rank)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
         self.store = dist.PrefixStore("llama_fn.watch", store)
@@ -84,7 +87,9 @@ class Watchdog:
                 words = {r: self.store.get(str(r)) for r in range(self.world) if self.store.check([str(r)])}
             except RuntimeError as error:  # DistError and its kinds
                 if not self.closed.is_set():
-                    self._leave(f"the store on rank 0 ({os.environ['MASTER_ADDR']}) does not answer: {error}")
+                    self.give_up(
+                        EXIT_STATUS, f"the store on rank 0 ({os.environ['MASTER_ADDR']}) does not answer: {error}"
+                    )
                 return
             for rank, word in words.items():
                 self._judge(rank, word)
@@ -97,13 +102,11 @@ class Watchdog:
         if int(step) >= self.step:
             self.behind.pop(rank, None)
         elif now - self.behind.setdefault(rank, now) > self.timeout:
-            self._leave(f"rank {rank} on {host} stands in step {step} while this rank waits in step {self.step}")
+            self.give_up(
+                EXIT_STATUS, f"rank {rank} on {host} stands in step {step} while this rank waits in step {self.step}"
+            )
         if now - self.seen[rank][1] > self.timeout:
-            self._leave(f"rank {rank} on {host} has given no sign of life for {self.timeout:.0f} s (in step {step})")
-
-    def _leave(self, why: str) -> None:
-        """The main thread cannot be woken out of a collective, so the process ends here; checkpoints are complete."""
-        log.error(
-            "rank %d gives up: %s; the last complete checkpoint stays, start the same command again", self.rank, why
-        )
-        os._exit(EXIT_STATUS)
+            self.give_up(
+                EXIT_STATUS,
+                f"rank {rank} on {host} has given no sign of life for {self.timeout:.0f} s (in step {step})",
+            )

@@ -18,7 +18,7 @@ from llama_fn.data.blend import Blend
 from llama_fn.data.parts import Parts, open_parts
 from llama_fn.data.samples import Samples
 from llama_fn.data.skips import ranges
-from llama_fn.distributed import Processes, by_chief
+from llama_fn.distributed import GivingUp, Processes, StepWatch, by_chief
 from llama_fn.distributed import start as start_processes
 from llama_fn.hardware import Hardware
 from llama_fn.inspect.profiling import Profiler
@@ -36,6 +36,7 @@ from llama_fn.signals import Interrupted, StopRequest, named
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.loop")
+STUCK = "stuck"  # in the work folder: what processes that gave up left
 
 
 def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = None) -> int:
@@ -65,6 +66,10 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         workdir = Path(cfg.run.workdir)
         by_chief(members, lambda: held.enter_context(_locked(workdir)) and None)
         events = held.enter_context(_events(cfg, mesh, members, backend is not None))
+        memory = lambda: runtime.memory_text(cfg.run.device)  # noqa: E731
+        give_up = GivingUp(launch.rank, workdir / STUCK, memory, events.end)
+        if members is not None:
+            members.watchdog.give_up = give_up
         keep = (cfg.run.keep_latest, cfg.run.keep_every)
         local = None
         if cfg.run.local_every:
@@ -74,7 +79,9 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         load = lambda: _loaded(cfg, workdir, newest)  # noqa: E731
         with events.phase("prepare"):
             data, train = load() if members is None else members.in_turn(load)
-        return _run(cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train, events)
+        return _run(
+            cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train, events, give_up
+        )
 
 
 def _loaded(cfg: Config, workdir: Path, newest: SavedStep | None) -> tuple[Parts, Samples | Blend]:
@@ -125,7 +132,7 @@ def _locked(workdir: Path) -> Iterator[WorkdirLock]:
 def _run(
     cfg: Config, flags_text: str, backend: compiling.Backend | None, mesh: Mesh, hardware: Hardware | None,
     members: Processes | None, stop: StopRequest, store: Store, newest: SavedStep | None, data: Parts,
-    train: Samples | Blend, events: Events,
+    train: Samples | Blend, events: Events, give_up: GivingUp,
 ) -> int:  # fmt: skip
     """The rest of `run`, once it is known what there is."""
     chief, workdir = members is None or members.chief, Path(cfg.run.workdir)
@@ -157,7 +164,8 @@ def _run(
                         "profiled", cfg.run.profile_steps, start)  # fmt: skip
         writer = metrics.Writer(cfg, workdir, start) if chief else None
         profiler = Profiler(cfg, 0 if members is None else members.rank, step, hardware)
-        for part in (writer, display, profiler):
+        watch = StepWatch(cfg.run.step_limit_s, give_up)
+        for part in (writer, display, profiler, watch):
             if part is not None:
                 held.callback(part.close)
         held.callback(store.wait)
@@ -168,7 +176,7 @@ def _run(
         monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = training.Run(
             steps, evaluate, hyper, to_device, batches, validation, data, store, writer, display, stop, hardware,
-            members, profiler, monitor, mesh, samples, events,
+            members, profiler, monitor, mesh, samples, events, watch,
         )  # fmt: skip
         if display:
             display.start()

@@ -6,6 +6,7 @@ import logging
 import signal as signals
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from llama_fn.compiler.finite import NonFinite
 from llama_fn.config import Config
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.parts import Parts
-from llama_fn.distributed import Processes
+from llama_fn.distributed import Processes, StepWatch
 from llama_fn.hardware import Hardware
 from llama_fn.inspect.profiling import Profiler
 from llama_fn.model import train_step
@@ -53,6 +54,7 @@ class Run:
     mesh: Mesh
     samples: TextSamples | None
     events: Events
+    watch: StepWatch
 
     def stopping(self) -> int:
         """The signal that asks to stop; that of any process, so that all stop after the same step."""
@@ -116,12 +118,13 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
             run.processes.watchdog.begin(iteration)
         run.profiler.before(iteration + 1)
         try:
-            state, values = run.steps[parts](state, batch, run.hyper)
+            with run.watch.step(iteration + 1) if iteration > start else nullcontext():
+                state, values = run.steps[parts](state, batch, run.hyper)
+                look()  # which waits for the step before
         except NonFinite as error:  # the state holds old and new values: the end
             run.health.stopped_by = f"in iteration {iteration + 1} {error}"
             break
         iteration += 1
-        look()
         if iteration == start + 1 and (memory := runtime.memory_text(cfg.run.device)):
             log.info("after the first step: %s", memory)
         ended = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -155,6 +156,9 @@ def test_a_rank_that_stands_still_is_named(corpus, tmp_path):
         os.kill(pid, signal.SIGSTOP)
     out, _ = run.communicate(timeout=120)
     assert run.returncode and "rank 0 gives up: rank 1 on" in out
+    (report,) = (tmp_path / "stuck").glob("rank_0_*.txt")
+    said = report.read_text()
+    assert re.search(r"gloo:\w+ \d+ of [\dx]+ \w+, group .*: \w+", said) and "Thread 0x" in said, said
 
 
 @pytest.mark.slow
