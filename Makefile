@@ -18,7 +18,7 @@ test: $(VENV)/.test lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 nightly: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet -e '.[eval,cluster,notebook]'
+	$(BIN)/python -m pip install --quiet -e '.[eval,cluster,notebook,wandb,mlflow,prometheus]'
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
 notebooks: $(VENV)/.base

@@ -218,6 +218,10 @@ class RunConfig:
         False,
     )
     log_every: int = number(1, "iterations between log lines", 1, numbers=False)
+    norms_every: int = number(
+        0, "iterations between records of the norms of each layer's parameters, gradients and updates, in norms.jsonl "
+        "and TensorBoard; the step computes them always (docs/metrics.md); 0: none", 0, numbers=False,
+    )  # fmt: skip
     checkpoint_every: int = number(100, "iterations between checkpoints", 1, numbers=False)
     keep_latest: int = number(2, "how many of the newest checkpoints to keep", 1, numbers=False)
     keep_every: int = number(
@@ -272,7 +276,16 @@ class RunConfig:
     accept_changes: bool = opt(
         False, "this once, resume although flags or data that change the numbers differ", False, saved=False
     )
-    wandb: str = opt("", "Weights & Biases project to log to; empty: none, no network", False)
+    wandb: str = opt("", "Weights & Biases project to log to (extra wandb); empty: none, no network", False)
+    mlflow: str = opt(
+        "",
+        "MLflow experiment to log to (extra mlflow): of the server in MLFLOW_TRACKING_URI, else in workdir/mlflow.db",
+        False,
+    )
+    prometheus: str = opt(
+        "", "file to keep the last record in for node_exporter's textfile collector, such as "
+        "/var/lib/node_exporter/llama_fn.prom (extra prometheus)", False, path=True,
+    )  # fmt: skip
     tensorboard: bool = opt(True, "write TensorBoard events into workdir/tensorboard", False)
 
 

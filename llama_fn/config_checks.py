@@ -181,7 +181,9 @@ def without_effect(cfg: Config) -> Iterator[str]:
         ("run.sample_prompts", not r.sample_every, "no texts are written without --run.sample_every"),
         ("run.sample_every", r.sample_every > r.steps, f"the run ends at iteration {r.steps} without a text"),
         ("run.eval_every", r.eval_every > r.steps, f"the run ends at iteration {r.steps} without a validation"),
-        ("run.wandb", r.compile_only, "nothing is trained with --run.compile_only"),
+        ("run.norms_every", r.norms_every > r.steps, f"the run ends at iteration {r.steps} without a record"),
+        *((f"run.{name}", r.compile_only, "nothing is trained with --run.compile_only")
+          for name in ("wandb", "mlflow", "prometheus")),
         ("mesh.remat_names", m.remat != "names", f"--mesh.remat={m.remat} takes no names"),
         ("mesh.regather", single, "one device has no sharded weights"),
         ("mesh.fuse", single, "one device has no collectives"),

@@ -46,21 +46,20 @@ def rows(measured: Mapping[Key, float], lowered: stages.Lowered, hardware: Hardw
         if measured.get(key, 0.0) or predicted:
             bound = cost.bound if cost and predicted else ""
             compared.append(Row(*key, measured.get(key, 0.0) * 1e3, predicted * 1e3, bound))
-    return sorted(compared, key=lambda row: -max(row.measured_ms, row.predicted_ms))
+    return sorted(compared, key=lambda row: (-row.measured_ms, -row.predicted_ms))
 
 
 def as_text(rows: Sequence[Row], hardware: Hardware) -> str:
     """The table of docs/debugging.md, in milliseconds per step."""
     lines = [
         "milliseconds of a step by scope, measured, and predicted by the roofline, every op reading and writing memory",
-        f"{hardware.name}: {hardware.source}",
         f"{'measured':>10} {'predicted':>10} {'ratio':>6}  {'bound':13}  {'phase':9}  scope",
     ]
     for row in [*rows, Row("all", "", sum(r.measured_ms for r in rows), sum(r.predicted_ms for r in rows), "")]:
         ratio = f"{row.measured_ms / row.predicted_ms:6.2f}" if row.predicted_ms >= 1e-3 else f"{'':6}"
         numbers = f"{row.measured_ms:10.3f} {row.predicted_ms:10.3f} {ratio}"
         lines.append(f"{numbers}  {row.bound:13}  {row.phase:9}  {row.scope}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, f"predicted for {hardware.name}: {hardware.source}"]) + "\n"
 
 
 def of_trace(events: Iterable[Event], steps: int) -> dict[Key, float]:

@@ -62,6 +62,19 @@ def global_norm(grads: Tree) -> torch.Tensor:
     return torch.sqrt(torch.stack(squares).sum())
 
 
+def norms(values: Tree, infos: Tree) -> dict[str, torch.Tensor]:
+    """By path the Euclidean norm of each leaf, in float32 or wider: [L] of a leaf that stacks L layers, else []."""
+
+    def norm(x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
+        squares = torch.square(upcast(x))
+        stacked = info.axes[:1] == ("layers",)
+        return torch.sqrt(
+            constrain(squares.sum(list(range(1, x.dim()))), P(None)) if stacked else constrain(squares.sum(), P())
+        )
+
+    return tree.by_path(tree.map(norm, values, infos))
+
+
 def clip_by_global_norm() -> Optimizer:
     """Scale all updates by min(1, clip / (norm + 1e-6)) (Pascanu et al. 2013, with torch's epsilon)."""
 

@@ -8,6 +8,7 @@ hyper: scalars that may change from run to run (hyper.py).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -169,20 +170,22 @@ def _all_finite(params: llama.Params) -> torch.Tensor:
     return _finite(torch.stack([constrain(torch.sum(upcast(p)), P()) for p in tree.leaves(params)]).sum())
 
 
-def make_train_step(cfg: Config) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, torch.Tensor]]]:
+def make_train_step(cfg: Config) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, Any]]]:
     """The step for cfg. An iteration whose loss or gradients are not finite leaves params and moments as they were.
 
     metrics, all float32 scalars: lm_loss (mean nats per unmasked token), grad_norm (before clipping),
     learning_rate, loss_scale (used in this step), skipped_iterations and nan_iterations (since iteration 0), and
     nonfinite_params: 1 where the update itself overflowed, which no later step mends. That is seen and not undone:
-    holding the update back until every leaf is known would take a second copy of the state.
+    holding the update back until every leaf is known would take a second copy of the state. With run.norms_every also
+    norms: of the new parameters, the gradients before clipping and the updates, what optim.norms gives.
     UserError for a cfg that is no configuration.
     """
     check(cfg)
-    optimizer = optim.adamw(cfg, llama.abstract_params(cfg.model))
+    infos = llama.abstract_params(cfg.model)
+    optimizer = optim.adamw(cfg, infos)
     gradients = _gradients(cfg)
 
-    def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, torch.Tensor]]:
+    def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
         guard = state.opt_state.guard
         compute_params = _cast(state.params, cfg)
         with named_scope("loss"):
@@ -199,12 +202,15 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch, Hyper], tuple[T
             updates, chain = optimizer.update(grads, old[1], state.params, hyper=hyper, grad_norm=norm)
             params = optim.apply_updates(state.params, updates)
             params, chain = tree.map(lambda new, was: torch.where(ok, new, was), (params, chain), old)
-            metrics = {
+            metrics: dict[str, Any] = {
                 "lm_loss": loss,
                 "grad_norm": norm,
                 "learning_rate": optimizer.learning_rate(state.opt_state.chain, hyper),
                 "loss_scale": guard.loss_scale,
             }
+            if cfg.run.norms_every:
+                of = {"param": params, "grad": grads, "update": updates}
+                metrics["norms"] = {name: optim.norms(values, infos) for name, values in of.items()}
             params_ok = _all_finite(params)
             guard = next_guard(guard, ok, loss_ok & params_ok, hyper, cfg.model.compute_dtype)
             metrics |= {

@@ -59,6 +59,10 @@ class Board:
         sources = {name.partition("/")[2]: value for name, value in losses.items()}
         _add(self.validation, {f"loss/{s}" if s else LOSS: value for s, value in sources.items()}, row["iteration"])
 
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Numbers of an iteration by their tags."""
+        _add(self.train, values, iteration)
+
     def samples(self, iteration: int, texts: Sequence[tuple[str, str]]) -> None:
         """Prompts and the texts to them."""
         for number, (prompt, text) in enumerate(texts):

@@ -99,10 +99,7 @@ def compile(
             writer.finish(
                 lowered, compiled, choose(counted(lowered.graph_module), cfg.run.npu_form) if on_npu else None
             )
-        how = "loaded" if compiled.from_cache else "compiled"
-        first, *more = compiled.executable.origins or ("",)
-        origins = f"; {first}{f' and {len(more)} more pieces' if more else ''}" if first else ""
-        log.info("%s: %s in %.1f s%s", traced.name, how, compiled.seconds, origins)
+        log.info("%s", which_code(traced.name, compiled))
         return compiled
 
     folder = dump_folder(cfg, processes)
@@ -115,6 +112,14 @@ def compile(
         return train, None
     options.pop("profiled", None)
     return train, compiled_from(config_stages.evaluation(cfg), folder / dump.EVALUATION if folder else None)
+
+
+def which_code(name: str, compiled: stages.Compiled) -> str:
+    """Whether the code of a step was loaded or compiled, its key, its file and its age."""
+    how = "loaded" if compiled.from_cache else "compiled"
+    first, *more = compiled.executable.origins or ("",)
+    origins = f"; {first}{f' and {len(more)} more pieces' if more else ''}" if first else ""
+    return f"{name}: {how} in {compiled.seconds:.1f} s{origins}"
 
 
 def _say_lints(cfg: Config, lowered: stages.Lowered) -> None:

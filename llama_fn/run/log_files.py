@@ -21,7 +21,7 @@ _ITERATION = re.compile(rb" iteration +(\d+)/| (?:validation loss|sample) at ite
 
 
 def keep_records(path: Path, start: int) -> None:
-    """Keep the records of metrics.jsonl up to iteration `start`, in rising order."""
+    """Keep the records of metrics.jsonl, or of norms.jsonl, up to iteration `start`, in rising order."""
     kept: list[bytes] = []
     rejected: list[bytes] = []
     last, first_rejected = 0, 0
@@ -36,7 +36,7 @@ def keep_records(path: Path, start: int) -> None:
         if iteration <= start:
             kept.append(line)
     if rejected:
-        target = path.with_name("metrics.rejected.jsonl")
+        target = path.with_name(f"{path.stem}.rejected.jsonl")
         log.warning("%s: line %d is no record of its own iteration; such lines (%d) go to %s", path, first_rejected,
                     len(rejected), target.name)  # fmt: skip
         with open(target, "ab") as f:

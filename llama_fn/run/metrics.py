@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_fn.config import Config
-from llama_fn.config_fields import flat
-from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware
 from llama_fn.model.flops import hardware_flops_per_token, model_flops_per_token
+from llama_fn.run import norms
 from llama_fn.run.board import Board
 from llama_fn.run.log_files import keep_lines, keep_records, set_aside
+from llama_fn.run.trackers import trackers
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.metrics")
@@ -114,16 +114,18 @@ class Writer:
     def __init__(self, cfg: Config, workdir: Path, start: int) -> None:
         self.cfg = cfg
         self.path = workdir / "metrics.jsonl"
-        log_path = workdir / "train.log"
+        log_path, norms_path = workdir / "train.log", workdir / norms.FILE
         if start:
             keep_records(self.path, start)
+            keep_records(norms_path, start)
             keep_lines(log_path, start)
         else:
-            set_aside([self.path, log_path])
+            set_aside([self.path, log_path, norms_path])
         self.jsonl = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self.text = open(log_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self.wandb: Any = _wandb(cfg, workdir)
+        self.trackers = trackers(cfg, workdir)
         self.board = Board(cfg, workdir / "tensorboard", start) if cfg.run.tensorboard else None
+        self.norms = norms.NormsLog(norms_path, self.board) if cfg.run.norms_every else None
 
     def note(self, text: str) -> None:
         """A line of train.log that is not a record."""
@@ -136,8 +138,8 @@ class Writer:
         self.text.write("".join(f"{each}\n" for each in (text, *validation_lines(row["iteration"], losses))))
         if self.board:
             self.board.write(row, losses)
-        if self.wandb:
-            self.wandb.log({**row, **losses}, step=row["iteration"])
+        for tracker in self.trackers:
+            tracker.write(row, losses)
         return text
 
     def samples(self, iteration: int, texts: Sequence[tuple[str, str]]) -> list[str]:
@@ -154,25 +156,14 @@ class Writer:
         for f in (self.jsonl, self.text):
             f.flush()
             os.fsync(f.fileno())
+        if self.norms:
+            self.norms.sync()
 
     def close(self) -> None:
         """End all logs."""
-        for f in (self.jsonl, self.text, self.board):
+        for f in (self.jsonl, self.text, self.norms, self.board, *self.trackers):
             if f is not None:
                 f.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def _wandb(cfg: Config, workdir: Path) -> Any:
-    """A Weights & Biases run, or None. The one thing here that may use the network, and only when asked."""
-    if not cfg.run.wandb:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--run.wandb needs the package wandb: pip install 'llama_fn[wandb]'") from None
-    return wandb.init(project=cfg.run.wandb, dir=str(workdir), config=flat(cfg), resume="allow")
 
 
 def _exp(loss: float) -> float:

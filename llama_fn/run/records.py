@@ -41,8 +41,3 @@ def smoothed(losses: Mapping[int, float], weight: float) -> dict[int, float]:
             mean, known = weight * mean + (1 - weight) * loss, weight * known + (1 - weight)
             result[iteration] = mean / known
     return result
-
-
-def losses(path: Path) -> dict[int, float]:
-    """Iteration -> lm_loss, nan where it was not finite; UserError as `read`."""
-    return {row["iteration"]: row["lm_loss"] for row in read(path)}

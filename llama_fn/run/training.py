@@ -8,8 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-
-import torch
+from typing import Any
 
 from llama_fn.checkpoint import Store
 from llama_fn.compiler import stages
@@ -80,7 +79,7 @@ class _Pending:
     """An iteration whose metrics are not looked at yet, so that a device never waits for a log line."""
 
     iteration: int
-    values: dict[str, torch.Tensor]
+    values: dict[str, Any]
     seconds: float
     waited: float  # for its batch, within `seconds`
     consumed: dict[str, int]
@@ -100,10 +99,12 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
         logged = pending.iteration % cfg.run.log_every == 0 or pending.iteration == cfg.run.steps
         logged |= pending.validation is not None
         if logged or now:
-            numbers = {name: value.item() for name, value in pending.values.items()}
+            numbers = {name: value.item() for name, value in pending.values.items() if name != "norms"}
             run.health.observe(pending.iteration, numbers)
             if logged:
                 _write(cfg, pending, numbers, run)
+        if cfg.run.norms_every and pending.iteration % cfg.run.norms_every == 0 and run.writer and run.writer.norms:
+            run.writer.norms.write(pending.iteration, pending.values["norms"])
         pending = None
 
     iteration, began, signal, due = start, time.perf_counter(), 0, False

@@ -1,18 +1,20 @@
-"""Compare the losses of two runs: same iterations, relative error, two charts, and a bound that must hold.
+"""Compare runs with a reference: same iterations, relative error, two charts, and a bound that must hold.
 
     python -m llama_fn.tools.compare_loss RUN REFERENCE --out=docs/images
+    python -m llama_fn.tools.compare_loss RUN RUN RUN REFERENCE --value=grad_norm --smooth=0.9
 
-RUN and REFERENCE are work folders, or metrics.jsonl files. For every iteration that both logged, the relative error is
-|loss - reference| / reference. Prints a line per --every iterations, the peak and the mean; writes loss_chart.png and
-compare_chart.png. Exit status 0 where the peak is below --bound, 1 where it is not, 2 for wrong input.
+Each is a work folder, or a metrics.jsonl file; the last is the reference. For every iteration that a run and the
+reference both logged, the relative error is |value - reference| / reference. --smooth compares exponential means
+instead, which tells a drift from the noise of single iterations. Prints a line per --every iterations, the peak and the
+mean; writes loss_chart.png and compare_chart.png. Exit status 0 where all peaks are below --bound, 1 where one is not,
+2 for wrong input.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -21,122 +23,77 @@ from llama_fn.errors import UserError
 from llama_fn.files import check_writable
 from llama_fn.run import records
 from llama_fn.tools import command
+from llama_fn.tools.compare_charts import COMPARE_CHART, LOSS_CHART, Comparison, charts
 
 FLAGS = flags.FLAGS
-LOSS_CHART, COMPARE_CHART = "loss_chart.png", "compare_chart.png"
+VALUES = ("lm_loss", "grad_norm")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Iterations that both runs have, both losses, and their relative errors."""
-
-    iterations: list[int]
-    losses: list[float]
-    references: list[float]
-
-    @property
-    def errors(self) -> list[float]:
-        """|loss - reference| / reference, per iteration."""
-        return [abs(a - b) / b for a, b in zip(self.losses, self.references, strict=True)]
-
-    @property
-    def peak(self) -> float:
-        """The largest error."""
-        return max(self.errors)
-
-    @property
-    def mean(self) -> float:
-        """The mean error."""
-        return sum(self.errors) / len(self.errors)
+def read_values(path: Path, value: str = "lm_loss", smooth: float = 0.0) -> dict[int, float]:
+    """Iteration -> value of a run, smoothed with the weight `smooth`; UserError for one that is not finite and
+    positive."""
+    known = {}
+    for row in records.read(path):
+        number = row.get(value)
+        if not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
+            raise UserError(
+                f"{path}: {value} of iteration {row['iteration']} is {number}; a relative error needs a positive one"
+            )
+        known[row["iteration"]] = float(number)
+    return records.smoothed(known, smooth)
 
 
-def read_losses(path: Path) -> dict[int, float]:
-    """Iteration -> lm_loss of a run; UserError for one that is not finite and positive."""
-    losses = records.losses(path)
-    bad = [i for i, loss in losses.items() if not math.isfinite(loss) or loss <= 0]
-    if bad:
-        raise UserError(
-            f"{path}: the loss of iteration {bad[0]} is {losses[bad[0]]}; a relative error needs a positive one"
-        )
-    return losses
-
-
-def compare(losses: Mapping[int, float], references: Mapping[int, float]) -> Comparison:
-    """Both losses at the iterations that both runs logged; UserError where there are none."""
-    both = sorted(set(losses) & set(references))
+def compare(values: Mapping[int, float], references: Mapping[int, float], name: str = "run") -> Comparison:
+    """Both values at the iterations that both runs logged; UserError where there are none."""
+    both = sorted(set(values) & set(references))
     if not both:
-        raise UserError("the two runs logged no iteration in common; compare runs of the same --run.log_every")
-    return Comparison(both, [losses[i] for i in both], [references[i] for i in both])
-
-
-def charts(comparison: Comparison, names: tuple[str, str], bound: float, out: Path) -> None:
-    """loss_chart.png: both losses; compare_chart.png: the relative error and the bound."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "charts need matplotlib: pip install 'llama_fn[viz]', or leave them out with --nocharts"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    out.mkdir(parents=True, exist_ok=True)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(comparison.iterations, comparison.references, label=names[1], color="tab:gray", linewidth=2.5)
-    axes.plot(comparison.iterations, comparison.losses, label=names[0], color="tab:red", linewidth=1)
-    axes.set(xlabel="iteration", ylabel="lm loss (nats per token)")
-    axes.legend()
-    figure.savefig(out / LOSS_CHART, dpi=120)
-    pyplot.close(figure)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(
-        comparison.iterations,
-        comparison.errors,
-        color="tab:blue",
-        linewidth=1,
-        label=f"peak {comparison.peak:.4f}, mean {comparison.mean:.4f}",
-    )
-    axes.axhline(bound, color="tab:red", linestyle="--", label=f"bound {bound}")
-    axes.set(xlabel="iteration", ylabel="relative error of the loss", ylim=(0, max(bound, comparison.peak) * 1.25))
-    axes.set_title(f"{names[0]} against {names[1]}", fontsize="medium")
-    axes.legend()
-    figure.savefig(out / COMPARE_CHART, dpi=120)
-    pyplot.close(figure)
+        raise UserError(f"{name} and the reference logged no iteration in common; compare runs of the same "
+                        "--run.log_every")  # fmt: skip
+    return Comparison(name, both, [values[i] for i in both], [references[i] for i in both])
 
 
 def report(comparison: Comparison, every: int, bound: float) -> str:
     """A line per `every` iterations and the last, then the verdict."""
-    lines = [f"{'iteration':>9}  {'loss':>12}  {'reference':>12}  {'relative error':>14}"]
-    rows = list(zip(comparison.iterations, comparison.losses, comparison.references, comparison.errors, strict=True))
+    lines = [f"{'iteration':>9}  {comparison.name[:12]:>12}  {'reference':>12}  {'relative error':>14}"]
+    rows = list(zip(comparison.iterations, comparison.values, comparison.references, comparison.errors, strict=True))
     for n, (i, a, b, error) in enumerate(rows):
         if n % every == 0 or n == len(rows) - 1:
             lines.append(f"{i:9d}  {a:12.6f}  {b:12.6f}  {error:14.6f}")
     worst = comparison.iterations[comparison.errors.index(comparison.peak)]
     verdict = "below" if comparison.peak < bound else "NOT below"
     lines.append(
-        f"{len(rows)} iterations: peak relative error {comparison.peak:.6f} at iteration {worst}, "
+        f"{comparison.name}, {len(rows)} iterations: peak relative error {comparison.peak:.6f} at iteration {worst}, "
         f"mean {comparison.mean:.6f}; {verdict} the bound {bound}"
     )
     return "\n".join(lines)
 
 
+def names_of(paths: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """One for each path: those given, or the folders' names, numbered where two are alike."""
+    if given and len(given) != len(paths):
+        raise UserError(f"--names={','.join(given)}: give {len(paths)} names, one for each run, such as npu,gpu")
+    names = list(given) or [path.name if path.is_dir() else path.absolute().parent.name for path in paths]
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
 def compare_runs(argv: list[str]) -> int:
-    """Print the comparison and draw its charts; the exit status."""
-    if len(argv) != 3:
-        raise UserError("two runs are compared: compare_loss RUN REFERENCE (see --help)")
-    if len(FLAGS.names) != 2:
-        raise UserError(f"--names={','.join(FLAGS.names)}: give two names, such as npu,gpu")
+    """Print the comparisons and draw their charts; the exit status."""
+    paths = [Path(arg) for arg in argv[1:]]
+    if len(paths) < 2:
+        raise UserError("at least two runs are compared: compare_loss RUN [RUN ...] REFERENCE (see --help)")
     if not math.isfinite(FLAGS.bound):
         raise UserError(f"--bound={FLAGS.bound} is no bound; give a number such as 0.02")
-    a, b, out = Path(argv[1]), Path(argv[2]), Path(FLAGS.out)
+    names, out = names_of(paths, FLAGS.names), Path(FLAGS.out)
     if FLAGS.charts:
         check_writable(out / LOSS_CHART)
-    comparison = compare(read_losses(a), read_losses(b))
-    print(report(comparison, FLAGS.every, FLAGS.bound))
+    *runs, references = [read_values(path, FLAGS.value, FLAGS.smooth) for path in paths]
+    compared = [compare(values, references, name) for values, name in zip(runs, names[:-1], strict=True)]
+    print("\n\n".join(report(each, FLAGS.every, FLAGS.bound) for each in compared))
     if FLAGS.charts:
-        charts(comparison, (FLAGS.names[0], FLAGS.names[1]), FLAGS.bound, out)
+        words = f"{FLAGS.value}{f', smoothed with {FLAGS.smooth:g}' if FLAGS.smooth else ''}"
+        charts(compared, names[-1], words, FLAGS.bound, out)
         print(f"charts: {out / LOSS_CHART}, {out / COMPARE_CHART}")
-    return 0 if comparison.peak < FLAGS.bound else 1
+    return 0 if all(each.peak < FLAGS.bound for each in compared) else 1
 
 
 def main(argv: list[str]) -> None:
@@ -147,10 +104,14 @@ def main(argv: list[str]) -> None:
 def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_float("bound", 0.02, "largest relative error allowed, at every iteration", lower_bound=0.0)
+    flags.DEFINE_enum("value", "lm_loss", VALUES, "what is compared")
+    flags.DEFINE_float(
+        "smooth", 0.0, "weight of an exponential mean's past, such as 0.9; 0: iterations as they are", 0.0, 0.9999
+    )
     flags.DEFINE_integer("every", 10, "iterations between printed lines", lower_bound=1)
     flags.DEFINE_string("out", ".", "folder for the charts")
     flags.DEFINE_bool("charts", True, "draw the charts")
-    flags.DEFINE_list("names", ["run", "reference"], "what the charts call the two")
+    flags.DEFINE_list("names", [], "what the charts call the runs, the reference last; empty: as their folders")
 
 
 if __name__ == "__main__":

@@ -71,8 +71,9 @@ def _config(workdir: Path, out: Path) -> Config:
     run = replace(
         cfg.run, workdir=str(out), stop_at=FLAGS.step, backend=backend, check_finite=FLAGS.check_finite,
         device=FLAGS.device or ("cpu" if FLAGS.check_finite else cfg.run.device), accept_changes=True, log_every=1,
-        eval_every=0, sample_every=0, local_every=0, local_dir="", checkpoint_every=NEVER, keep_every=0, wandb="",
-        tensorboard=False, dump_dir="", profile_steps="", stop_after_skipped=0,
+        eval_every=0, sample_every=0, local_every=0, local_dir="", checkpoint_every=NEVER, keep_every=0,
+        wandb="", mlflow="", prometheus="", norms_every=0, tensorboard=False, dump_dir="", profile_steps="",
+        stop_after_skipped=0,
     )  # fmt: skip
     axes = cfg.mesh.axes if FLAGS.mesh is None else FLAGS.mesh
     return resolved(replace(cfg, run=run, mesh=replace(cfg.mesh, axes=axes)))

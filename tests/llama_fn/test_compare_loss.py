@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from llama_fn.errors import UserError
-from llama_fn.tools.compare_loss import COMPARE_CHART, LOSS_CHART, compare, read_losses, report
+from llama_fn.tools.compare_charts import COMPARE_CHART, LOSS_CHART
+from llama_fn.tools.compare_loss import compare, read_values, report
 
 
 def write(folder, losses):
@@ -25,8 +26,8 @@ def run(*args):
 
 
 def test_errors_are_relative_to_the_reference_and_aligned(tmp_path):
-    a = read_losses(write(tmp_path / "a", {1: 10.0, 2: 8.2, 4: 6.0}))
-    b = read_losses(write(tmp_path / "b", {2: 8.0, 3: 7.0, 4: 6.3}))
+    a = read_values(write(tmp_path / "a", {1: 10.0, 2: 8.2, 4: 6.0}))
+    b = read_values(write(tmp_path / "b", {2: 8.0, 3: 7.0, 4: 6.3}))
     found = compare(a, b)
     assert found.iterations == [2, 4]
     assert found.errors == pytest.approx([0.2 / 8.0, 0.3 / 6.3])
@@ -51,7 +52,30 @@ def test_wrong_files_are_named(tmp_path):
     assert missing.returncode == 2 and "none" in missing.stderr
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": 2.0}\nnot json\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
-        read_losses(tmp_path)
+        read_values(tmp_path)
     with pytest.raises(UserError, match="no iteration in common"):
         compare({1: 1.0}, {2: 1.0})
     assert "two runs" in run(tmp_path).stderr
+
+
+def test_several_runs_are_compared_smoothed_and_by_their_gradient_norm(tmp_path):
+    def noisy(name, drift):
+        folder = write(tmp_path / name, {})
+        rows = [{"iteration": i, "lm_loss": 2.0, "grad_norm": drift(i) * (1.1 if i % 2 else 0.9)} for i in range(1, 99)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    one, two = noisy("one", lambda i: 1.0), noisy("two", lambda i: 1 + i / 100)
+    reference = write(tmp_path / "reference", {})
+    rows = [{"iteration": i, "lm_loss": 2.0, "grad_norm": 1.0} for i in range(1, 99)]
+    (reference / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    same = run(one, two, reference, "--nocharts")
+    assert same.returncode == 0 and same.stdout.count("peak relative error 0.000000") == 2
+    norms = run(one, two, reference, "--value=grad_norm", "--smooth=0.9", "--bound=0.11", f"--out={tmp_path}")
+    assert norms.returncode == 1, norms.stderr
+    assert "one, 98 iterations" in norms.stdout and "; below the bound" in norms.stdout.split("two")[0]
+    assert "two, 98 iterations" in norms.stdout and "NOT below" in norms.stdout
+    assert (tmp_path / COMPARE_CHART).exists()
+    assert run(one, two, "--names=a", "--nocharts").returncode == 2
+    nothing = run(write(tmp_path / "old", {1: 2.0}), reference, "--value=grad_norm", "--nocharts")
+    assert nothing.returncode == 2 and "grad_norm of iteration 1 is None" in nothing.stderr

@@ -89,7 +89,7 @@ def test_the_good_is_taken():
 def test_the_home_folder_stands_for_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     paths = {name: "~/y" for name, (field, _) in FIELDS.items() if field.metadata["path"]}
-    assert len(paths) == 8
+    assert len(paths) == 9
     flat = config_fields.flat(resolved(with_values(Config(), paths)))
     assert {flat[name] for name in paths} == {"/home/x/y"}
 
