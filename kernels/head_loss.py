@@ -30,7 +30,7 @@ from kernels.rms_norm import upcast
 # The gradient of a head [V, D] in float32 is 4 V D bytes and a pass over memory for each further block. With so many
 # tokens times D in a block, its logits in 16 bits take twice that, and its products cost far more than the pass.
 TOKENS_PER_WIDTH = 4
-_ROWS = 32  # whose logits stay in a CPU's cache: 4 MB in float32 for a vocabulary of 32,000
+_CACHED = 1 << 18  # logits that stay in a CPU's cache from one pass over them to the next: 1 MB in float32
 
 _Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -70,9 +70,9 @@ def head_loss_in_place_reference(
     """The same with a block's dlogits in the memory of its logits, a few rows at a time, and one sum for dhead."""
 
     def backward(g: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        nll = torch.empty_like(upcast(g))
-        for start in range(0, len(logits), _ROWS):
-            rows = slice(start, start + _ROWS)
+        nll, few = torch.empty_like(upcast(g)), max(1, _CACHED // logits.shape[1])
+        for start in range(0, len(logits), few):
+            rows = slice(start, start + few)
             hit = targets[rows, None]
             p = torch.log_softmax(upcast(logits[rows]), 1)
             nll[rows] = -p.gather(1, hit).squeeze(1)
