@@ -16,6 +16,7 @@ FLOORS = (
     "operations", "tools",
 )  # fmt: skip
 GROUND_FILES = 12
+LONGEST = 300  # lines that a file may have, tests too
 
 
 def imported(path: Path) -> set[str]:
@@ -94,6 +95,11 @@ def test_the_ground_is_small_and_rooms_say_what_they_are_for():
     for room in FLOORS[1:]:
         words = ast.get_docstring(ast.parse((ROOT / "llama_fn" / room / "__init__.py").read_text()))
         assert words and (room in ("compat", "tools") or ("May import" in words and "Read " in words)), room
+
+
+def test_no_file_is_too_long_to_be_read_in_one_go():
+    lines = {path: len(path.read_text().splitlines()) for path in [*SOURCES, *ROOT.glob("tests/**/*.py")]}
+    assert not {str(path): count for path, count in lines.items() if count > LONGEST}
 
 
 def test_private_torch_symbols_stand_in_compat_only():

@@ -14,6 +14,7 @@ import torch
 
 from llama_fn import tree
 from llama_fn.compiler import stages
+from llama_fn.compiler.backends import Executable
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("eager", "interpret", "inductor")
@@ -205,7 +206,7 @@ def test_state_of_an_interrupted_step_is_refused_from_then_on():
             leaves[0].add_(1)  # as far as it came
             raise KeyboardInterrupt
 
-        return stages.backends.Executable(run, "")
+        return Executable(run, "")
 
     lowered = stages.jit(lambda s, g: ({"a": s["a"] + g, "b": s["b"] + g}, g), donate=0).trace(
         {"a": a, "b": b}, torch.ones(3)
