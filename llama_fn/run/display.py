@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, one plain line per record elsewhere."""
+"""What a person sees while a run goes on: what it is at and a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,28 +7,49 @@ import math
 import statistics
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 log = logging.getLogger("llama_fn.display")
 MEAN_OF = 50  # records whose mean loss the bar shows
 
 
+def terminal() -> Any:
+    """rich's console for standard error where that is a terminal, else None."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def at_work(console: Any, what: str) -> Iterator[None]:
+    """On a terminal `what` is done, with the time that it takes so far, until the block ends."""
+    if console is None:
+        yield
+        return
+    from rich import progress as bars
+
+    columns = bars.SpinnerColumn(), bars.TextColumn("{task.description}"), bars.TimeElapsedColumn()
+    with bars.Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
 class Display:
     """`console` is rich's on a terminal, None elsewhere."""
 
-    def __init__(self, steps: int, start: int) -> None:
+    def __init__(self, steps: int, start: int, console: Any) -> None:
         self.losses: deque[float] = deque(maxlen=MEAN_OF)
-        self.console: Any = None
         self.progress: Any = None
-        if sys.stderr.isatty():
+        if console is not None:
             from rich import progress as bars
-            from rich.console import Console
 
-            self.console = Console(stderr=True)
             self.progress = bars.Progress(
                 bars.TextColumn("step {task.completed}/{task.total}"), bars.BarColumn(),
-                bars.TimeRemainingColumn(), bars.TextColumn("{task.description}"), console=self.console,
+                bars.TimeRemainingColumn(), bars.TextColumn("{task.description}"), console=console,
             )  # fmt: skip
             self.task = self.progress.add_task("", total=steps, completed=start)
 

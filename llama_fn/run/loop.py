@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from llama_fn import config_fields
 from llama_fn.checkpoint import LocalCopies, SavedStep, Store, run_folder
@@ -27,7 +28,7 @@ from llama_fn.model import train_step
 from llama_fn.planner import config_stages
 from llama_fn.run import compiling, health, machine_checks, metrics, resume, runtime, stopping, training
 from llama_fn.run.batches import ToDevice, iterator, validation_batches
-from llama_fn.run.display import Display
+from llama_fn.run.display import Display, at_work, terminal
 from llama_fn.run.events import FILE, Events
 from llama_fn.run.text_samples import TextSamples, pieces_of
 from llama_fn.run.versions import command, versions
@@ -51,7 +52,8 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
     config_stages.rules(cfg, mesh)
     rampup.of(cfg.data)
     ranges(cfg.data.skip)
-    runtime.log_to_terminal(None, quiet=launch.rank != 0)
+    console = terminal() if launch.rank == 0 else None
+    runtime.log_to_terminal(console, quiet=launch.rank != 0)
     machine_checks.check_machine(cfg, launch.world)
     hardware = runtime.setup(cfg.run)
     if cfg.run.compile_only:
@@ -77,10 +79,23 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         store = Store(train_step.abstract_state(cfg), workdir / "checkpoints", keep, members, cfg.run.device, local)
         newest = store.find(lambda saved: resume.refuse_changes(cfg, saved), config_fields.flat(cfg))
         load = lambda: _loaded(cfg, workdir, newest)  # noqa: E731
-        with events.phase("prepare"):
+        with events.phase("prepare"), at_work(console, "finding, tokenizing and ordering the data"):
             data, train = load() if members is None else members.in_turn(load)
         return _run(
-            cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train, events, give_up
+            cfg,
+            flags_text,
+            backend,
+            mesh,
+            hardware,
+            members,
+            stop,
+            store,
+            newest,
+            data,
+            train,
+            events,
+            give_up,
+            console,
         )
 
 
@@ -132,7 +147,7 @@ def _locked(workdir: Path) -> Iterator[WorkdirLock]:
 def _run(
     cfg: Config, flags_text: str, backend: compiling.Backend | None, mesh: Mesh, hardware: Hardware | None,
     members: Processes | None, stop: StopRequest, store: Store, newest: SavedStep | None, data: Parts,
-    train: Samples | Blend, events: Events, give_up: GivingUp,
+    train: Samples | Blend, events: Events, give_up: GivingUp, console: Any,
 ) -> int:  # fmt: skip
     """The rest of `run`, once it is known what there is."""
     chief, workdir = members is None or members.chief, Path(cfg.run.workdir)
@@ -142,14 +157,16 @@ def _run(
     pieces = pieces_of(cfg, workdir) if cfg.run.sample_every else None
     if chief:
         resume.save_flags(workdir, cfg, flags_text)
-    with events.phase("compile"):
+    what = "the step and the evaluation" if data.has_validation else "the step"
+    with events.phase("compile"), at_work(console, f"compiling {what} with {cfg.run.backend}"):
         steps, evaluate = compiling.compile(
             cfg, mesh, hardware, members, data.has_validation, backend, rampup.configs(cfg, consumed)
         )
         step = steps[cfg.data.microbatches]
         if members is not None:
             members.all_reached("compiled")
-    with events.phase("restore"):
+    what = "drawing the first parameters" if newest is None else f"restoring iteration {start}"
+    with events.phase("restore"), at_work(console, what):
         state = resume.restore_or_begin(cfg, store, newest, step.lowered)
     to_device = ToDevice(cfg, step, members)
     stopping.say_how_long_a_save_takes(cfg, workdir, store.bytes(step.lowered.inputs), chief)
@@ -157,8 +174,7 @@ def _run(
         batches = iterator(cfg, train, to_device, consumed, tokens, ranges(cfg.data.skip), rampup.of(cfg.data))
         held.callback(batches.close)
         validation = validation_batches(cfg, data.valid_samples(cfg), to_device)
-        display = Display(cfg.run.steps, start) if chief else None
-        runtime.log_to_terminal(display.console if display else None, quiet=not chief)
+        display = Display(cfg.run.steps, start, console) if chief else None
         if (window := profiled(cfg)) and window.stop - 1 <= start:
             log.warning("--run.profile_steps=%s lies before iteration %d, from which this run goes on: nothing is "
                         "profiled", cfg.run.profile_steps, start)  # fmt: skip
