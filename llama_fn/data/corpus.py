@@ -1,7 +1,8 @@
 """Documents of a corpus as text: a text file, a folder of them, a JSON file, or Python's own library.
 
-A folder's files are taken in the order of their names. Passed over are hidden files and folders, empty files, and the
-work folders of runs, which hold what was trained on, not what to train on.
+A folder's files are taken in an order drawn with SEED, always the same for the same names, so that the documents at the
+end, which validation takes, are not those of the last names. Passed over are hidden files and folders, empty files, and
+the work folders of runs, which hold what was trained on, not what to train on.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llama_fn.data import json_text, tables
@@ -18,6 +20,7 @@ from llama_fn.data.streams import Reading, kind
 from llama_fn.errors import UserError
 
 log = logging.getLogger("llama_fn.data")
+SEED = 1234  # of the order of files; not --run.seed, with which every seed would tokenize anew
 DOCUMENT_CHARS = 1 << 20  # a longer text file becomes several documents, cut at line ends
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".html", ".tex", ".json", ".csv", ""}
 RUN_FILE = "run.lock"  # what tells a work folder
@@ -34,11 +37,19 @@ def documents(path: str, reading: Reading | str) -> Iterator[str]:
         yield from _standard_library()
         return
     root, any_text = _existing(path), False
-    for text in of_files(files(root), Reading(reading) if isinstance(reading, str) else reading, root.is_file()):
+    listed = shuffled(files(root))
+    for text in of_files(listed, Reading(reading) if isinstance(reading, str) else reading, root.is_file()):
         any_text = True
         yield text
     if not any_text:
         raise UserError(f"--data.path={path} holds no text: expected at least one non-empty document")
+
+
+def shuffled(listed: Sequence[Path]) -> list[Path]:
+    """Files in an order that SEED and their number alone decide."""
+    order = list(listed)
+    random.Random(SEED).shuffle(order)
+    return order
 
 
 def of_files(listed: Iterable[Path], reading: Reading, named: bool) -> Iterator[str]:
@@ -89,13 +100,12 @@ def _texts(file: Path, reading: Reading, alone: bool) -> Iterator[str]:
 def _standard_library() -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-    for file in sorted(root.rglob("*.py")):
-        if skipped.isdisjoint(file.relative_to(root).parts):
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError):
-                continue
-            yield from _pieces(text)
+    for file in shuffled([f for f in sorted(root.rglob("*.py")) if skipped.isdisjoint(f.relative_to(root).parts)]):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        yield from _pieces(text)
 
 
 def files(root: Path) -> list[Path]:

@@ -74,7 +74,7 @@ def _texts(cfg: Config) -> list[str]:
 
 
 def _text(cfg: Config, source: Source) -> str:
-    return f"{corpus.identity(source.path)}\0{cfg.data.jsonl_key}"
+    return f"{corpus.identity(source.path)}\0{cfg.data.jsonl_key}\0{corpus.SEED}"
 
 
 def _tokenizer_path(cfg: Config, folder: Path, texts: list[str]) -> Path:

@@ -41,11 +41,21 @@ def test_a_single_object_is_a_document_and_source_code_in_a_folder_stays_text(tm
     package = '{\n  "name": "x"\n}\n'
     (tmp_path / "package.json").write_text(package)
     (tmp_path / "list.json").write_text("[1, 2]")
-    assert read(tmp_path) == ["[1, 2]", "whole", package]
+    assert sorted(read(tmp_path)) == sorted(["[1, 2]", "whole", package])
     for name, message in (("package.json", r"no text under --data.jsonl_key=text; found \['name'\]"),
                           ("list.json", "element 0 has no text")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             read(tmp_path / name)
+
+
+def test_the_files_of_a_folder_are_drawn_so_that_the_last_are_not_the_last_names(tmp_path):
+    names = [f"{i:03}.txt" for i in range(100)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    drawn = read(tmp_path)
+    assert sorted(drawn) == names and drawn == read(tmp_path), "all of them, in the same order again"
+    behind = [names.index(name) for name in drawn[90:]]
+    assert min(behind) < 50 and sum(behind) / 10 < 75, "the names of the last tenth are from everywhere"
 
 
 @pytest.mark.parametrize(
