@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test nightly notebooks lint format clean
+.PHONY: demo test nightly notebooks lock audit lint format clean
 
 demo: $(VENV)/.base
 	$(BIN)/python train.py --flagfile=configs/tiny_cpu.flags
@@ -17,9 +17,21 @@ demo: $(VENV)/.base
 test: $(VENV)/.test lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-nightly: $(VENV)/.test
+nightly: $(VENV)/.test audit
 	$(BIN)/python -m pip install --quiet -e '.[eval,cluster,notebook,wandb,mlflow,prometheus]'
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+# Every package but torch, at one version, with the hashes of its files (BUILD.md).
+lock: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-emit-package torch --no-annotate --custom-compile-command "make lock" --extra viz --extra data --extra test \
+	  --output-file requirements.lock pyproject.toml
+
+# Asks PyPI for known vulnerabilities of what the lock names.
+audit: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements.lock
 
 notebooks: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[notebook]'
