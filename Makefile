@@ -17,9 +17,10 @@ demo: $(VENV)/.base
 test: $(VENV)/.test lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-nightly: $(VENV)/.test audit
+nightly: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[eval,cluster,notebook,wandb,mlflow,prometheus]'
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(MAKE) audit
 
 # Every package but torch, at one version, with the hashes of its files (BUILD.md).
 lock: $(VENV)/.base
