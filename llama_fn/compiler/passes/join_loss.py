@@ -44,7 +44,7 @@ def join_loss(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     found = {cross_entropy.op: _with_logits, head_cross_entropy.op: _in_blocks}
     for node in ir.calls(gm.graph):
         loss = found[node.target](node) if node.target in found else None
-        if loss is not None and _moved_before(gm.graph, loss.operands[0], node):
+        if loss is not None and _moved_before(loss.operands[0], node):
             _join(gm.graph, node, loss)
     return gm
 
@@ -102,19 +102,18 @@ def _cotangent(backward: torch.fx.Node) -> torch.fx.Node:
     return cast(torch.fx.Node, backward.args[0])
 
 
-def _moved_before(graph: torch.fx.Graph, value: torch.fx.Node, place: torch.fx.Node) -> bool:
+def _moved_before(value: torch.fx.Node, place: torch.fx.Node) -> bool:
     """Whether `value` does not depend on `place`; it and what it is made of then stand before it."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
     late: set[torch.fx.Node] = set()
     waiting = [value]
     while waiting:
         node = waiting.pop()
         if node is place:
             return False
-        if node not in late and order[node] > order[place]:
+        if node not in late and place < node:
             late.add(node)
             waiting += node.all_input_nodes
-    for node in sorted(late, key=order.__getitem__):
+    for node in sorted(late):
         place.prepend(node)
     return True
 
@@ -131,12 +130,8 @@ def _join(graph: torch.fx.Graph, node: torch.fx.Node, loss: _Loss) -> None:
         ir.label(made, loss.dhead)
     for old, made in [*((nll, results[0]) for nll in loss.nll), (loss.dx, results[1]), (loss.dhead, results[2])]:
         old.replace_all_uses_with(made)
-    for old in reversed([n for n in graph.nodes if _belongs(n, node, loss)]):
+    superfluous = {node, *node.users, loss.last, loss.dx, loss.dhead}
+    if node.target is cross_entropy.op:
+        superfluous.add(cast(torch.fx.Node, node.args[0]))  # the logits
+    for old in sorted(superfluous, reverse=True):
         graph.erase_node(old)
-
-
-def _belongs(node: torch.fx.Node, first: torch.fx.Node, loss: _Loss) -> bool:
-    """Whether nothing but the old loss was computed by a node."""
-    inside = {first, loss.last, loss.dx, loss.dhead, *first.users}
-    logits = first.args[0] if first.target is cross_entropy.op else None
-    return node in inside or node is logits
