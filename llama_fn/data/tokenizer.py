@@ -76,17 +76,24 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             allow_whitespace_only_pieces=True, max_sentence_length=4 * LINE_CHARS,
         )  # fmt: skip
     except RuntimeError as error:
-        most = re.search(r"value <= (\d+)", str(error))
-        why = f"it has at most {most[1]}" if most else str(error)[-160:]
         raise UserError(
-            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {why}. Give more "
-            "text, another vocabulary, or a --data.tokenizer"
+            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: "
+            f"{_why(str(error))}. Give more text, another vocabulary, or a --data.tokenizer"
         ) from None
     sums = BlockSums()
     sums.add(model.getvalue())
     write_sums(path, {path.name: sums})
     with atomic(path, "wb") as f:
         f.write(model.getvalue())
+
+
+def _why(said: str) -> str:
+    """What sentencepiece says of a number of pieces that it cannot train."""
+    if most := re.search(r"value <= (\d+)", said):
+        return f"it has at most {most[1]}"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", said):
+        return f"its characters and the 256 bytes alone take {least[1]}"
+    return said.rpartition("] ")[2].strip().rstrip(".")
 
 
 def _lines(texts: Iterable[str]) -> Iterable[str]:

@@ -96,6 +96,15 @@ def config(tmp_path, path, **data):
     )
 
 
+@pytest.mark.parametrize(("pieces", "why"), [(200, r"its characters and the 256 bytes alone take 2\d\d\."),
+                                             (4000, r"it has at most \d+\.")])  # fmt: skip
+def test_a_vocabulary_that_cannot_be_trained_says_what_could(pieces, why, tmp_path):
+    with pytest.raises(
+        UserError, match=rf"--model.vocab_size={pieces} pieces can be trained on this corpus: {why} Give"
+    ):
+        tokenizer.train(["the quick brown fox jumps over the lazy dog"] * 9, pieces, tmp_path / "t.model")
+
+
 def test_text_is_tokenized_once_and_decodes_back(tmp_path, monkeypatch):
     folder = tmp_path / "texts"
     folder.mkdir()
