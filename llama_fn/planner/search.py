@@ -163,8 +163,16 @@ _TRACES = plan.Traces()  # of this process
 
 
 def _try(family: Sequence[Config], hardware: Hardware) -> list[Tried]:
-    """The first option that fits each size of microbatch, or why none does. What is too much for one size is too much
-    for a larger one, and where the most frugal option is too much for the smallest, nothing fits."""
+    """The first option that fits each size of microbatch, or why none does. A batch in one piece is apart: it needs no
+    sums of gradients, and may fit where smaller pieces do not."""
+    pieces = [base for base in family if base.data.microbatches > 1]
+    whole = [base for base in family if base.data.microbatches == 1]
+    return [tried for sizes in (pieces, whole) if sizes for tried in _by_size(sizes, hardware)]
+
+
+def _by_size(family: Sequence[Config], hardware: Hardware) -> list[Tried]:
+    """What is too much for one size is too much for a larger one, and where the most frugal option is too much for the
+    smallest, nothing fits."""
     tries: list[Tried] = []
     first = 0
     for base in family:
