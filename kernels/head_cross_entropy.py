@@ -26,14 +26,13 @@ def block_size(targets: torch.Tensor) -> int:
     return max(FEWEST_TOKENS, -(-targets.numel() // MOST_BLOCKS))
 
 
-def token_blocks(
-    x: torch.Tensor, targets: torch.Tensor, size: int = 0
-) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Per block of `size` tokens, or block_size: its place, its rows of x [B, T, D] as [tokens, D], and its targets."""
-    rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    size = size or block_size(targets)
-    spans = [slice(s, min(s + size, rows.shape[0])) for s in range(0, rows.shape[0], size)]
-    return [(span, rows[span], flat[span]) for span in spans]
+def token_blocks(x: torch.Tensor, *of_tokens: torch.Tensor, size: int = 0) -> list[tuple[torch.Tensor, ...]]:
+    """Per block of `size` tokens, or block_size: rows of x [B, T, D] as [tokens, D], and its part of each [B, T]."""
+    flat = [x.reshape(-1, x.shape[-1]), *(each.reshape(-1) for each in of_tokens)]
+    count, size = flat[0].shape[0], size or block_size(of_tokens[0])
+    if size >= count:  # without slices, which compilers would have to find idle
+        return [tuple(flat)]
+    return [tuple(each[start : start + size] for each in flat) for start in range(0, count, size)]
 
 
 def logits_bytes(x: torch.Tensor, head: torch.Tensor, size: int) -> int:
@@ -45,7 +44,7 @@ def head_cross_entropy_reference(
     x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, product: Product = einsum_reference
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As cross_entropy of logits = x [B, T, D] head^T [D, V], a block of tokens at a time."""
-    parts = [cross_entropy_reference(product(LOGITS, rows, head), t) for _, rows, t in token_blocks(x, targets)]
+    parts = [cross_entropy_reference(product(LOGITS, rows, head), t) for rows, t in token_blocks(x, targets)]
     nll, lse = (torch.cat(column).reshape(targets.shape) for column in zip(*parts, strict=True))
     return nll, lse
 
@@ -65,9 +64,8 @@ def head_cross_entropy_bwd_reference(
     """
     dx: list[torch.Tensor] = []
     dhead: torch.Tensor | None = None
-    g_flat, lse_flat = g.reshape(-1), lse.reshape(-1)
-    for span, rows, t in token_blocks(x, targets):
-        dlogits = cross_entropy_bwd_reference(g_flat[span], product(LOGITS, rows, head), t, lse_flat[span])
+    for rows, t, of_loss, sums in token_blocks(x, targets, g, lse):
+        dlogits = cross_entropy_bwd_reference(of_loss, product(LOGITS, rows, head), t, sums)
         dx.append(product(DX, dlogits, head))
         dhead = added(dhead, product(DHEAD, dlogits, rows))
     assert dhead is not None, "no tokens"

@@ -94,8 +94,8 @@ def _by_blocks(
     form: _Form, g: torch.Tensor, x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, tokens: int
 ) -> _Tensors:
     nll, dx, dhead = list[torch.Tensor](), list[torch.Tensor](), None
-    for span, rows, t in token_blocks(x, targets, tokens):
-        part, dlogits = form.backward(g.reshape(-1)[span], form.product(LOGITS, rows, head), t)
+    for rows, t, of_loss in token_blocks(x, targets, g, size=tokens):
+        part, dlogits = form.backward(of_loss, form.product(LOGITS, rows, head), t)
         nll.append(part)
         dx.append(form.product(DX, dlogits, head))
         dhead = form.add(dhead, dlogits, rows)

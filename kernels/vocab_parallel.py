@@ -97,7 +97,7 @@ def head_part_reference(
 ) -> torch.Tensor:  # fmt: skip
     """As logits_part of x head^T, a block of tokens at a time."""
     blocks = token_blocks(x, targets)
-    parts = [logits_part_reference(product(LOGITS, rows, head), t, index) for _, rows, t in blocks]
+    parts = [logits_part_reference(product(LOGITS, rows, head), t, index) for rows, t in blocks]
     return torch.cat(parts, 1).reshape(2, *targets.shape)
 
 
