@@ -7,7 +7,6 @@ is stuck. Without this the others would wait inside a collective, and the error 
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -17,8 +16,6 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from llama_fn.distributed.hangs import GivingUp
-
-log = logging.getLogger("llama_fn.watch")
 
 EXIT_STATUS = 3
 
