@@ -82,7 +82,8 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         with events.phase("prepare"), at_work(console, "finding, tokenizing and ordering the data"):
             data, train = load() if members is None else members.in_turn(load)
         return _run(
-            cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train, events, give_up, console
+            cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train, events, give_up,
+            console,
         )  # fmt: skip
 
 
