@@ -51,7 +51,7 @@ _ATEN = {
     "sin.default": "Sin", "slice.Tensor": "StridedSliceV2", "split.Tensor": "Cast Pack SplitV",
     "sqrt.default": "Sqrt", "squeeze.dim": "", "stack.default": "Pack", "sub.Tensor": "Sub",
     "sum.default": "Cast ReduceSum",
-    "sum.dim_IntList": "Cast ReduceSum", "transpose.int": "", "triu.default": "Triu", "unbind.int": "Unpack",
+    "sum.dim_IntList": "ReduceSum", "transpose.int": "", "triu.default": "Triu", "unbind.int": "Unpack",
     "unsqueeze.default": "", "view.default": "", "where.self": "SelectV2", "zeros_like.default": "ZerosLike",
 }  # fmt: skip
 _C10D = {
@@ -83,12 +83,15 @@ def ge_ops(node: torch.fx.Node) -> tuple[str, ...]:
     name = str(node.target)
     if over_stages(node):  # in no piece, and so in no form but ours
         return tuple(filter(None, [_HCOM.get(collectives_table.kind_of(node))]))
+    source: Any = node.args[0] if node.args else None
     if name == "aten.clone.default":  # what splits and expands is contiguous in GE, what turns is not
-        source: Any = node.args[0]
         turned = source.target in _TURNS and not compat.node_value(source).is_contiguous()
         return ("Transpose",) if turned else ()
     if name == "aten.full.default":
         return ("Fill",) if node.args[0] else ()
+    if name == "aten.sum.dim_IntList":  # torchair casts here only where it must, in sum.default always
+        cast = compat.node_value(source).dtype != compat.node_value(node).dtype
+        return ("Cast",) * cast + CONVERTED[name]
     return () if node.target is operator.getitem else CONVERTED.get(name, (name,))
 
 
