@@ -9,7 +9,7 @@ from absl import flags
 
 from llama_fn import config_checks
 from llama_fn.ascend.budget import STREAMS
-from llama_fn.compiler.backends.ge_counts import choose
+from llama_fn.compiler.backends.ge_choice import choose
 from llama_fn.planner import config_stages, ge_budget
 from llama_fn.tools import config_flags
 

@@ -46,6 +46,14 @@ def phase_of(node: torch.fx.Node) -> str:
     return str(compat.labels(node).get("phase", "forward"))
 
 
+MADE_BY = "pass"  # the label of an op that a pass made of its own accord
+
+
+def made_by(node: torch.fx.Node) -> str:
+    """The pass that asked for a collective: partition, unless a later one says so."""
+    return str(compat.labels(node).get(MADE_BY, "partition"))
+
+
 def label(node: torch.fx.Node, like: torch.fx.Node) -> None:
     """Give `node` the scope, phase and source of another."""
     node.meta["custom"] = dict(compat.labels(like))

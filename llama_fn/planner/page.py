@@ -59,7 +59,7 @@ def _ge_parts(ge: tuple[Budget, str] | None) -> list[str]:
     if ge is None:
         return []
     lines, why = "\n".join(as_lines(ge[0])), ge[1]
-    return ["<h2>GE graphs</h2>", f"<pre>{escape(lines)}</pre><p>because {escape(why)}</p>"]
+    return ["<h2>GE graphs</h2>", f"<pre>{escape(lines)}\nbecause {escape(why)}</pre>"]
 
 
 def _pyplot() -> Any:

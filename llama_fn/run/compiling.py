@@ -10,7 +10,8 @@ from typing import Any
 
 from llama_fn.compiler import backends, passes, stages
 from llama_fn.compiler.backends import code_cache
-from llama_fn.compiler.backends.ge_counts import choose, counted
+from llama_fn.compiler.backends.ge_choice import choose
+from llama_fn.compiler.backends.ge_counts import counted
 from llama_fn.compiler.lints import lints
 from llama_fn.config import Config
 from llama_fn.config_checks import dumps, profiled

@@ -16,7 +16,8 @@ import torch
 
 from llama_fn import hardware, tree
 from llama_fn.compiler import stages
-from llama_fn.compiler.backends.ge_counts import choose, counted
+from llama_fn.compiler.backends.ge_choice import choose
+from llama_fn.compiler.backends.ge_counts import counted
 from llama_fn.config import Config, DataConfig
 from llama_fn.errors import UserError, nearest
 from llama_fn.hardware import Hardware

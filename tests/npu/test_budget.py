@@ -8,6 +8,7 @@ import pytest
 from ge_interpreter import GeRank
 from jobs import JOBS, config_of
 
+from llama_fn.ascend.budget import CONST_BYTES_PER_OP
 from llama_fn.compat.ge_streams import LABEL
 from llama_fn.compiler.backends.ge_counts import NO_WORK, counted
 from llama_fn.inspect import dump
@@ -52,6 +53,16 @@ def test_the_model_file_has_about_the_size_that_is_told(job, lowered):
     (mine,) = counted(lowered_of(job, 0).graph_module).in_form("whole").graphs
     size = (dump.rank_folder(lowered[job], 0) / dump.GE_AIR).stat().st_size
     assert mine.air_bytes == pytest.approx(size, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "job", ["tiny_4_ranks", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tiny_bf16", "65b_8layers"))]
+)
+def test_shapes_and_numbers_take_no_more_than_the_bound(job, lowered):
+    (mine,) = counted(lowered_of(job, 0).graph_module).in_form("whole").graphs
+    ops = GeRank(dump.rank_folder(lowered[job], 0), "").ops
+    taken = sum(len(op.attr["value"].t.data) for op in ops if op.type == "Const")
+    assert taken <= mine.total * CONST_BYTES_PER_OP <= 4 * taken
 
 
 @pytest.mark.slow

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from kernels.registry import KERNELS
+from kernels.registry import KERNELS, tensor_bytes
 from kernels.scope_names import without_numbers
 from llama_fn import compat
-from llama_fn.ascend.budget import LONG_S, STREAMS, Budget, GraphCounts
+from llama_fn.ascend.budget import Budget, GraphCounts
 from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends.npu_graphs import npu_graphs
+from llama_fn.compiler.passes.bucket import joinable
 from llama_fn.compiler.passes.constants import SCOPE
 from llama_fn.compiler.pieces import in_pieces
 from sharding import collectives_table
@@ -34,6 +35,10 @@ NO_WORK = frozenset({
 _HCOM = {
     "all_gather": "HcomAllGather", "all_reduce": "HcomAllReduce", "reduce_scatter": "HcomReduceScatter",
     "all_to_all": "HcomAllToAll",
+}  # fmt: skip
+_WIDE = {
+    "aten.cat.default": lambda node: node.args[0], "aten.stack.default": lambda node: node.args[0],
+    "aten.split.Tensor": compat.node_value, "aten.unbind.int": compat.node_value,
 }  # fmt: skip
 _TURNS = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
 _ATEN = {
@@ -98,28 +103,34 @@ def ge_ops(node: torch.fx.Node) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Pieces:
     """What stands in the GE graphs of a device in form calls, and `between` them: what stages do together. `constants`
-    of each: their GE ops, by what they are, as one graph has those of all once."""
+    of each: their GE ops and bytes, by what they are, as one graph has those of all once."""
 
     each: tuple[GraphCounts, ...]
     between: GraphCounts
-    constants: tuple[Mapping[str, tuple[str, ...]], ...]
+    constants: tuple[Mapping[str, tuple[tuple[str, ...], int]], ...]
 
     def in_form(self, form: str) -> Budget:
         """The graphs of a form. Of a step that calls bodies, written out, the ops are a bound: what bodies are given,
         such as angles, they turn at every call, and one graph once."""
         if form == "calls":
             return Budget(form, self.each)
-        whole = GraphCounts("", 1, Counter(), Counter())
+        once = {key: made for constants in self.constants for key, made in constants.items()}
+        wide = tuple(sorted(n for piece in self.each for n in piece.wide * piece.runs))
+        whole = GraphCounts("", 1, Counter(), Counter(), wide, sum(size for _, size in once.values()))
         for piece in (*self.each, self.between):
             for mine, its in ((whole.ops, piece.ops), (whole.collectives, piece.collectives)):
                 for kind, n in its.items():
                     mine[kind] += n * piece.runs
         for piece, constants in zip(self.each, self.constants, strict=True):
-            for kinds in constants.values():
+            for kinds, _ in constants.values():
                 whole.ops.subtract({kind: n * piece.runs for kind, n in Counter(kinds).items()})
-        once = {key: kinds for constants in self.constants for key, kinds in constants.items()}
-        whole.ops.update(kind for kinds in once.values() for kind in kinds)
+        whole.ops.update(kind for kinds, _ in once.values() for kind in kinds)
         return Budget(form, (whole,), exact=len(self.each) == 1)
+
+    def bucketed(self) -> Pieces:
+        """With small collectives joined; an op that joins takes the place of each that goes."""
+        each = tuple(replace(piece, collectives=piece.collectives - piece.joinable) for piece in self.each)
+        return replace(self, each=each)
 
     def halved(self) -> Pieces:
         """With half as many microbatches, of twice the size: further runs of one piece are half as many."""
@@ -132,67 +143,39 @@ def counted(gm: torch.fx.GraphModule) -> Pieces:
     compat.define_npu_ops()
     root = passes.copy_graph(gm)
     if not calls.bodies(root):
+        fewer = joinable(root.graph)
         (alone,) = npu_graphs(root, _collective_forms(), "cpu").values()
-        return Pieces((of_graph(alone.gm, "", 1),), GraphCounts("", 1, Counter()), (_constants(alone.gm),))
+        each = replace(of_graph(alone.gm, "", 1), joinable=fewer)
+        return Pieces((each,), GraphCounts("", 1, Counter()), (_constants(alone.gm),))
     root = in_pieces(root)
     names, runs = ir.subgraphs(root), Counter(calls.body_of(root, n) for n in ir.calls(root.graph) if calls.is_call(n))
+    fewer_of = {body: joinable(body.graph) for body in runs}
     made = npu_graphs(root, _collective_forms(), "cpu")
-    each = tuple(of_graph(graph.gm, names[body], runs[body]) for body, graph in made.items())
-    return Pieces(each, of_graph(root, "", 1), tuple(_constants(graph.gm) for graph in made.values()))
+    pieces = tuple(
+        replace(of_graph(graph.gm, names[body], runs[body]), joinable=fewer_of[body]) for body, graph in made.items()
+    )
+    return Pieces(pieces, of_graph(root, "", 1), tuple(_constants(graph.gm) for graph in made.values()))
 
 
-def _constants(gm: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
-    """The GE ops of what depends on no input, by operator and operands (passes/constants.py puts them into a scope)."""
+def _constants(gm: torch.fx.GraphModule) -> dict[str, tuple[tuple[str, ...], int]]:
+    """The GE ops of what depends on no input, and its bytes where other ops read it, by operator and operands
+    (passes/constants.py puts them into a scope)."""
     keys: dict[torch.fx.Node, str] = {}
     for node in ir.calls(gm.graph):
         if ir.scope_of(node) == SCOPE:
             keys[node] = (
                 f"{node.target}{torch.fx.node.map_arg((node.args, node.kwargs), lambda n: keys.get(n, n.name))}"
             )
-    return {key: ge_ops(node) for node, key in keys.items()}
-
-
-def choose(pieces: Pieces, form: str) -> tuple[Budget, str]:
-    """The GE graphs in the form that is asked for, auto being whole where that surely loads and GE compiles it in less
-    than half an hour; and why."""
-    whole, called = (pieces.in_form(each) for each in ("whole", "calls"))
-    told = (
-        f"written out, the step has {whole.total:,} ops and needs {whole.streams('AIV'):,} to "
-        f"{whole.streams('HOST'):,} of {STREAMS} streams; GE would compile it in some {whole.compile_s / 60:.0f} min"
-    )
-    if len(pieces.each) == 1:
-        return whole, f"{told}. It calls nothing"
-    if form != "auto":
-        return {"whole": whole, "calls": called}[form], f"{told}. Asked for by --run.npu_form"
-    if whole.loads and whole.compile_s <= LONG_S:
-        return whole, told
-    return called, f"{told}, in pieces {called.total:,} ops in {called.compile_s / 60:.0f} min"
-
-
-def remedies(pieces: Pieces, made: Budget) -> list[str]:
-    """What would need fewer streams than `made`, and how many, a line each."""
-    lines = []
-    if made.form == "whole" and len(pieces.each) > 1:
-        called = pieces.in_form("calls")
-        lines.append(f"--run.npu_form=calls: {called.streams('AIV'):,} to {called.streams('HOST'):,} streams")
-        halved = pieces.halved().in_form("whole")
-        streams = f"{halved.streams('AIV'):,} to {halved.streams('HOST'):,} streams"
-        lines.append(f"half the --data.microbatches, of twice the size: {streams}")
-    return lines
-
-
-def most_collectives(gm: torch.fx.GraphModule) -> str:
-    """Which scopes and axes have most of the collectives of a step, and how many."""
-    rows: Counter[str] = Counter()
-    for node, times in calls.counted(gm):
-        if (row := collectives_table.row_of(node)) is not None:
-            rows[f"{row.kind} over {row.axis} in {without_numbers(ir.scope_of(node))}, {ir.phase_of(node)}"] += times
-    return "; ".join(f"{n:,} {what}" for what, n in rows.most_common(3)) or "none"
+    read = {node for node in keys if any(user not in keys for user in node.users)}
+    return {
+        key: (ge_ops(node), tensor_bytes(compat.node_value(node)) if node in read else 0) for node, key in keys.items()
+    }
 
 
 def of_graph(gm: torch.fx.GraphModule, name: str, runs: int) -> GraphCounts:
     """Of a graph as npu_graphs makes it: the ops that are no calls, nor pack what calls take."""
-    counts = GraphCounts(name, runs, Counter())
+    computed = sum(size for _, size in _constants(gm).values())
+    counts = GraphCounts(name, runs, Counter(), Counter(), _wide(gm.graph), computed)
     for node in ir.calls(gm.graph):
         if calls.is_call(node) or calls.is_packing(node):
             continue
@@ -201,6 +184,12 @@ def of_graph(gm: torch.fx.GraphModule, name: str, runs: int) -> GraphCounts:
             if kind.startswith("Hcom"):
                 counts.collectives[_stream(node)] += 1
     return counts
+
+
+def _wide(graph: torch.fx.Graph) -> tuple[int, ...]:
+    """How many tensors each op joins or divides that stands in no layer, and so may have one of every layer."""
+    nodes = [n for n in ir.calls(graph) if without_numbers(ir.scope_of(n)) == ir.scope_of(n)]
+    return tuple(sorted(len(_WIDE[str(n.target)](n)) for n in nodes if str(n.target) in _WIDE))
 
 
 def _stream(node: torch.fx.Node) -> str:

@@ -13,10 +13,11 @@ import torch
 from kernels.barrier import barrier
 from llama_fn import compat
 from llama_fn.ascend import environment
-from llama_fn.ascend.budget import refuse
+from llama_fn.ascend.budget import advice, refuse
 from llama_fn.compiler import calls, ir, passes
 from llama_fn.compiler.backends import Program, communication
-from llama_fn.compiler.backends.ge_counts import choose, counted, most_collectives, remedies
+from llama_fn.compiler.backends.ge_choice import choose, most_collectives, remedies
+from llama_fn.compiler.backends.ge_counts import counted
 from llama_fn.compiler.pieces import in_pieces
 from llama_fn.compiler.pipeline.blocking import check_streams
 from llama_fn.distributed import Messages, Processes
@@ -63,7 +64,10 @@ def chosen(program: Program, form: str) -> str:
     pieces = counted(largest)
     made, why = choose(pieces, form)
     log.info("npu_form %s: %s", made.form, why)
-    refuse(made, most_collectives(largest), remedies(pieces, made))
+    instead = remedies(pieces, made)
+    refuse(made, most_collectives(largest), instead)
+    if doubt := advice(made, instead):
+        log.warning("%s", doubt)
     return made.form
 
 

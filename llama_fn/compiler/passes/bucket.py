@@ -11,6 +11,7 @@ another's result. The bucket stands where its first result is used.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +23,11 @@ from kernels.rows import join_rows, shapes_text, split_rows
 from llama_fn import compat
 from llama_fn.compiler import ir
 from sharding.abstract_eval import AbstractEval
-from sharding.collectives import all_gather, all_reduce, reduce_scatter
+from sharding.collectives import STARTS, all_gather, all_reduce, reduce_scatter
 
 SMALL = 256 * 1024  # at some 10 GB/s about what starting a collective costs, tens of microseconds
 BUCKETED = (all_gather.op, all_reduce.op, reduce_scatter.op)
+_STARTS = tuple(STARTS[name].op for name in ("all_gather", "all_reduce", "reduce_scatter"))  # as overlap leaves them
 
 
 def bucket(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
@@ -43,6 +45,15 @@ class _Bucket:
     key: tuple[Any, ...]
     members: list[torch.fx.Node] = field(default_factory=list)
     needs: int = 0  # bit set of the buckets whose results reach a member
+
+
+def joinable(graph: torch.fx.Graph) -> Counter[str]:
+    """By axes, how many collectives fewer a lowered graph would have if this pass had not been left out."""
+    fewer: Counter[str] = Counter()
+    for each in _buckets(graph):
+        alone = [member for member in each.members if ir.made_by(member) != "bucket"]
+        fewer[each.key[1]] += max(len(alone) - 1, 0)
+    return +fewer
 
 
 def _buckets(graph: torch.fx.Graph) -> list[_Bucket]:
@@ -85,13 +96,13 @@ def _sent(node: torch.fx.Node) -> torch.fx.Node:
 
 def _key(node: torch.fx.Node) -> tuple[Any, ...] | None:
     """What collectives must have in common to travel together; None for what does not."""
-    if node.target not in BUCKETED or not node.users:  # the others want what a stage sends, not what it gets
+    if node.target not in (*BUCKETED, *_STARTS) or not node.users:  # others want what a stage sends, not what it gets
         return None
     value = compat.node_value(_sent(node))
     if tensor_bytes(value) > SMALL:
         return None
     scope = ir.scope_of(node).rpartition("/")[0] or ir.scope_of(node)
-    kind = node.args[3] if node.target is all_reduce.op else ""
+    kind = node.args[3] if node.target in (all_reduce.op, STARTS["all_reduce"].op) else ""
     return node.target, node.args[1], node.args[2], kind, value.dtype, ir.phase_of(node), scope
 
 
@@ -163,5 +174,6 @@ class _Together:
             **compat.labels(self.members[0]),
             "scope": scopes.pop() if len(scopes) == 1 else self.scope,
             "source": "; ".join(filter(None, sources)),
+            ir.MADE_BY: "bucket",
         }
         return node

@@ -93,7 +93,7 @@ class _Product:
         """The fused op with the left operand as rows; the note says that it is one."""
         rows = new(aten.view.default, left, [compat.node_value(left).numel() // self.inner, self.inner])
         made = new(fused.op, rows, new(aten.view.default, self.right, self.right_shape), axes, n, self.transposed)
-        made.meta["custom"] = {**compat.labels(made), NOTE: f"fused into {fused.name}"}
+        made.meta["custom"] = {**compat.labels(made), NOTE: f"fused into {fused.name}", ir.MADE_BY: "fuse"}
         return made
 
 

@@ -98,7 +98,10 @@ def _again(
 ) -> torch.fx.Node:
     shard: Any = gather.args[0]
     scope = ir.place_of(gather).in_microbatch(ir.place_of(reader).microbatch)
-    where = {**compat.labels(gather), "scope": scope, "phase": ir.phase_of(reader), "note": RECOMPUTED}
+    where = {
+        **compat.labels(gather), "scope": scope, "phase": ir.phase_of(reader), "note": RECOMPUTED,
+        ir.MADE_BY: "regather",
+    }  # fmt: skip
     with graph.inserting_before(reader):
         held = graph.call_function(barrier.op, (shard, entering))
         new = graph.call_function(all_gather.op, (held, *gather.args[1:]))

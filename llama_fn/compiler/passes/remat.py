@@ -66,7 +66,7 @@ class _Recomputation:
                 first = next(iter(operands))
                 operands[first] = self._behind_barrier(first, node)
             new = self.graph.node_copy(node, operands.__getitem__)
-            new.meta["custom"] = {**compat.labels(node), "phase": "backward", "note": RECOMPUTED}
+            new.meta["custom"] = {**compat.labels(node), "phase": "backward", "note": RECOMPUTED, ir.MADE_BY: "remat"}
             self.again[node] = new
         return self.again[node]
 

@@ -253,7 +253,7 @@ class _Program:
     def _message(self, op: Any, args: Any, node: Node, work: Work, val: Any, **kwargs: Any) -> Node:
         """An op on a message, in the scope of what is sent and in its microbatch."""
         new = self._emit(op, args, node, val, **kwargs)
-        new.meta["custom"] |= {"scope": ir.place_of(node).in_microbatch(work.microbatch)}
+        new.meta["custom"] |= {"scope": ir.place_of(node).in_microbatch(work.microbatch), ir.MADE_BY: "pipeline"}
         return new
 
 
