@@ -55,12 +55,15 @@ class GraphCounts:
         """Ops, collectives included."""
         return sum(self.ops.values())
 
-    def streams(self, tasks_per_collective: int) -> dict[str, int]:
-        """Physical streams by logical one, "" being that which computes."""
+    def tasks(self, per_collective: int) -> dict[str, int]:
+        """Tasks by logical stream, "" being that which computes."""
         crossing = EVENT_TASKS * sum(self.collectives.values())
         tasks = {"": self.total - sum(self.collectives.values()) + crossing}
-        tasks |= {name: n * (tasks_per_collective + EVENT_TASKS) for name, n in self.collectives.items()}
-        return {name: math.ceil(n / TASKS_PER_STREAM) for name, n in tasks.items()}
+        return tasks | {name: n * (per_collective + EVENT_TASKS) for name, n in self.collectives.items()}
+
+    def streams(self, tasks_per_collective: int) -> dict[str, int]:
+        """Physical streams by logical one."""
+        return {name: math.ceil(n / TASKS_PER_STREAM) for name, n in self.tasks(tasks_per_collective).items()}
 
     @property
     def told(self) -> str:
@@ -186,6 +189,7 @@ def as_json(budget: Budget, why: str) -> dict[str, Any]:
                 "name": g.name, "runs": g.runs, "ops": dict(g.ops), "collectives": dict(g.collectives),
                 "engines": g.engines, "events": g.events, "notifies": NOTIFIES, "added": g.added,
                 "constant_bytes": g.constant_bytes, "air_bytes": g.air_bytes, "compile_s": g.compile_s,
+                "tasks": {mode: g.tasks(TASKS[mode]) for mode in TASKS},
                 "streams": {mode: g.streams(TASKS[mode]) for mode in TASKS},
             }
             for g in budget.graphs

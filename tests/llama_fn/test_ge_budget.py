@@ -62,6 +62,7 @@ def test_pieces_do_not_grow_with_the_microbatches():
 
 def test_streams_are_those_of_tasks():
     graph = GraphCounts("step", 1, Counter(MatMul=4000, HcomAllGather=30, HcomAllReduce=10), Counter(data=30, model=10))
+    assert graph.tasks(3) == {"": 4000 + 2 * 40, "data": 30 * 5, "model": 10 * 5}
     assert graph.streams(3) == {"": 3, "data": 1, "model": 1}  # 4000 ops and 80 events
     assert graph.streams(245) == {"": 3, "data": 4, "model": 2}  # 30 x 247 and 10 x 247 tasks
     assert Budget("whole", (graph, graph)).streams("HOST") == 18
@@ -185,6 +186,8 @@ def test_a_plan_has_it_in_text_and_json():
     assert "GE graphs of a device, form whole:" in text and "of 2024 streams" in text
     assert numbers["ge"]["form"] == "whole" and numbers["ge"]["graphs"][0]["ops"]["FlashAttentionScore"] == 2
     assert numbers["ge"]["graphs"][0]["engines"]["HCCL"] == numbers["ge"]["graphs"][0]["events"] // 2 > 0
+    (graph,) = numbers["ge"]["graphs"]
+    assert graph["tasks"]["HOST"]["data"] == 247 * graph["collectives"]["data"] and graph["notifies"] == 2
     assert "<h2>GE graphs</h2><pre>GE graphs of a device, form whole" in page.page(made, ge)
     assert ge_budget.make(cfg, mesh, TABLE["h100"]) is None and report.as_json(made)["ge"] is None
 
