@@ -163,7 +163,7 @@ def split_weights(split: str) -> list[float]:
 
 def without_effect(cfg: Config) -> Iterator[str]:
     """What cfg asks for and will not get, one sentence each."""
-    o, r, m, given = cfg.optim, cfg.run, cfg.mesh, _changed(cfg)
+    o, r, m, given = cfg.optim, cfg.run, cfg.mesh, changed(cfg)
     single = not m.axes
     for name, idle, why in (
         ("run.dump_ranks", not r.dump_dir, "nothing is dumped without --run.dump_dir"),
@@ -199,6 +199,7 @@ def without_effect(cfg: Config) -> Iterator[str]:
         yield f"--optim.min_lr={o.min_lr} is above --optim.lr={o.lr}: the learning rate will rise, not decay"
 
 
-def _changed(cfg: Config) -> dict[str, Any]:
+def changed(cfg: Config) -> dict[str, Any]:
+    """Fields that are not as they are by default, by their flags' names."""
     default = flat(Config())
     return {name: value for name, value in flat(cfg).items() if value != default[name]}

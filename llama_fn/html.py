@@ -11,15 +11,17 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; 
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em } code { background: #eef2f6; padding: 0 .3em }
 table { border-collapse: collapse; font-size: .9em } th { text-align: left; border-bottom: 2px solid #9fb0c0 }
 td, th { padding: .15em .9em .15em 0 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-tr + tr td { border-top: 1px solid #e3e9ef } a { color: #0b5cad }
+tr + tr td { border-top: 1px solid #e3e9ef } a { color: #0b5cad } a, .path { overflow-wrap: anywhere }
+pre { overflow-x: auto }
 """
 
 
 def document(title: str, body: str) -> str:
     """A whole page around `body`, which is HTML; the title is escaped."""
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{escape(title)}</h1>{body}</html>\n"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>{body}</html>\n"
     )
 
 
@@ -36,4 +38,4 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     rest = "".join(
         "<tr>" + "".join(cell("td", v, n) for v, n in zip(row, numbers, strict=True)) + "</tr>" for row in lines
     )
-    return f"<table><tr>{top}</tr>{rest}</table>"
+    return f"<div style='overflow-x: auto'><table><tr>{top}</tr>{rest}</table></div>"  # a phone is narrower

@@ -14,15 +14,16 @@ from unittest import mock
 
 import torch
 
-from llama_fn.compat.tracing import INVOKE_SUBGRAPH, labels
+from llama_fn.compat.tracing import INVOKE_SUBGRAPH
 
 Title = Callable[[Iterable[torch.fx.Node]], str]
 
 
 @contextlib.contextmanager
-def ranges_in_code(title: Title, text: str) -> Iterator[None]:
-    """While open, inductor writes `title(nodes)` as a range around each kernel. `text`, the graph with its scopes, goes
-    into the key of what is kept on disk: two graphs that differ only in scopes have different code."""
+def ranges_in_code(title: Title, title_of_call: Callable[[torch.fx.Node], str], text: str) -> Iterator[None]:
+    """While open, inductor writes `title(nodes)` as a range around each kernel, and `title_of_call(node)` around each
+    call of a subgraph. `text`, the graph with its scopes, goes into the key of what is kept on disk, and so does the
+    form of titles: two graphs that differ only in scopes have different code."""
     from torch._inductor import config, debug
     from torch._inductor.codegen import cpp, triton
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen as Wrapper
@@ -37,8 +38,7 @@ def ranges_in_code(title: Title, text: str) -> Iterator[None]:
         self.imports.splice("from llama_fn.compiler.ranges import RANGES as _ranges\n")
 
     def codegen_invoke_subgraph(self: Any, call: Any) -> None:
-        where = labels(_called(call))
-        self.writeline(f"_ranges.enter({where['phase'] + ' ' + where['scope']!r})")
+        self.writeline(f"_ranges.enter({title_of_call(_called(call))!r})")
         subgraph(self, call)
         self.writeline("_ranges.leave()")
 
@@ -69,7 +69,11 @@ def _origins(schedule: Any) -> list[torch.fx.Node]:
     if isinstance(schedule, (list, tuple)):  # markers of loops stand among the nodes
         irs = [each.node for each in schedule if getattr(each, "node", None) is not None]
         return _of_this_graph(origin for node in irs for origin in node.origins)
-    return _of_this_graph(schedule.origins if schedule.origin_node is None else [schedule.origin_node])
+    if schedule.origin_node is not None:
+        return _of_this_graph([schedule.origin_node])
+    # Of an op with several results, what made its operands counts as an origin, too.
+    origins = _of_this_graph(schedule.origins)
+    return [node for node in origins if node.target is getattr(schedule, "op_overload", None)] or origins
 
 
 def _called(call: Any) -> torch.fx.Node:

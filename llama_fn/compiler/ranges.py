@@ -1,9 +1,10 @@
 """Ranges of a profile that carry our scopes: which part of the program the device works on at a time.
 
-A range is named "phase scope", layers and microbatches taken together ("forward layers/*/mlp"); a kernel that a
-compiler fused out of several scopes names each with its share of the bytes: "forward a 70%, forward b 30%". A layer
-that is a subgraph has a range of its own around those of its ops ("forward layers/3"). Backends and the code that they
-generate say where they are; nothing is recorded unless a profiler runs.
+A range is named by its scope and phase, layers and microbatches taken together. The name begins with the innermost
+part, as a viewer cuts names off at the end: "mlp < layers/* < microbatch/* (forward)". A kernel that a compiler fused
+out of several scopes names each with its share of the bytes: "a (forward) 70%, b (forward) 30%". A layer that is a
+subgraph has a range of its own around those of its ops ("layers/3 (forward)"). Backends and the code that they generate
+say where they are; nothing is recorded unless a profiler runs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from kernels.scope_names import without_numbers
 from llama_fn.compiler import calls, cost, ir
 
 Key = tuple[str, str]  # scope and phase, layers and microbatches taken together
-_NAME = re.compile(rf"({'|'.join(ir.PHASES)}) ([^ ,]+)(?: (\d+)%)?")
+_NAME = re.compile(rf"([^,]+) \(({'|'.join(ir.PHASES)})\)(?: (\d+)%)?")
+_PART = re.compile(r"[^/]+(?:/(?:\d+|\*)(?=/|$))?")  # "layers/3" is one
+_INSIDE = " < "
 
 
 class Ranges:
@@ -106,7 +109,17 @@ def range_event(name: str, begin: float, us: float) -> dict[str, Any]:
 
 def name_of(node: torch.fx.Node, within: str = "") -> str:
     """The range of an op that runs by itself, in a body that is called in the scope `within`."""
-    return f"{ir.phase_of(node)} {without_numbers(calls.joined(within, ir.scope_of(node)))}"
+    return title(without_numbers(calls.joined(within, ir.scope_of(node))), ir.phase_of(node))
+
+
+def title(scope: str, phase: str) -> str:
+    """The range of a scope in a phase."""
+    return f"{_INSIDE.join(reversed(_PART.findall(scope)))} ({phase})"
+
+
+def of_call(node: torch.fx.Node) -> str:
+    """The range of a subgraph's call: a layer with its number."""
+    return title(ir.scope_of(node), ir.phase_of(node))
 
 
 def shared_name(nodes: Iterable[torch.fx.Node]) -> str:
@@ -127,6 +140,8 @@ def shares_of(name: str) -> dict[Key, float]:
         return {}
     parts: dict[Key, float] = defaultdict(float)
     for term in terms:
-        parts[without_numbers(term[2]), term[1]] += float(term[3] or 100)  # type: ignore[index]
+        inside, phase, share = term.groups()  # type: ignore[union-attr]
+        scope = "/".join(reversed(inside.split(_INSIDE)))
+        parts[without_numbers(scope), phase] += float(share or 100)
     whole = sum(parts.values())
     return {key: part / whole for key, part in parts.items()}

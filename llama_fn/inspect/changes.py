@@ -7,19 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from html import escape
 from typing import Any
 
 from llama_fn.hardware import FLOPS_PER_HBM_BYTE, FLOPS_PER_LINK_BYTE
+from llama_fn.inspect.renames import ATTRIBUTES, Renamed, Summary, with_names_of
 
-Summary = Mapping[str, Any]
 MEMORY = ("argument_bytes", "result_bytes", "peak_bytes")
 LAID_OUT = ("mesh", "rules", "donation")  # kinds that explain the others, whatever they cost
 TOTALS = ("FLOPs", "memory")  # kinds of a few changes each, which follow from the others
 SOURCES = 3  # lines of source that a change names
 SHOWN, WIDTH = 10, 180  # kinds, and characters of each, that a notebook shows
-_ATTRIBUTES = ("constants", "dtype", "sharding")
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,10 @@ def changes(a: Summary, b: Summary) -> Changes:
     """All that b has and a has not, and the other way round, by kind; the costliest kind and change first.
 
     KeyError, TypeError or AttributeError where one is no summary."""
-    renamed = _renamed_scopes(a, b)
-    moved = {
-        **a,
-        "ops": [{**row, "scope": renamed.get(row["scope"], row["scope"])} for row in a["ops"]],
-        "collectives": [{**row, "scope": renamed.get(row["scope"], row["scope"])} for row in a["collectives"]],
-    }
+    moved, renamed = with_names_of(a, b)
     unordered = [
         *(Change(name, f"{a[name]} -> {b[name]}") for name in ("mesh", "rules") if a[name] != b[name]),
-        *_donation(a["donated"], b["donated"]), *_collectives(moved, b), *_ops(moved, b), *_renames(renamed),
+        *_donation(moved["donated"], b["donated"]), *_collectives(moved, b), *_ops(moved, b), *_renames(renamed),
         *_flops(a["flops"], b["flops"]), *_memory(a["memory"], b["memory"]),
     ]  # fmt: skip
     ordered = sorted(_by_kind(unordered).values(), key=lambda group: -sum(change.cost for change in group))
@@ -179,7 +172,7 @@ def _grouped(rows: list[dict[str, Any]], key: Callable[[Mapping[str, Any]], _Key
             group.flops += row["flops"]
             group.bytes += row["bytes"]
             group.sources |= {line: None for source in row["sources"] for line in source.split("; ")}
-            group.attributes[tuple(row[name] for name in _ATTRIBUTES)] += row["count"]
+            group.attributes[tuple(row[name] for name in ATTRIBUTES)] += row["count"]
     return groups
 
 
@@ -195,13 +188,19 @@ def _counted(kind: str, name: str, old: _Row, new: _Row) -> Change:
     )  # fmt: skip
 
 
-def _donation(a: list[str], b: list[str]) -> Iterator[Change]:
+def _donation(a: Sequence[str], b: Sequence[str]) -> Iterator[Change]:
     for path in a:
         if path not in b:
             yield Change("donation", f"{path} is no longer overwritten in place")
     for path in b:
         if path not in a:
             yield Change("donation", f"{path} is now overwritten in place")
+
+
+def _renames(renamed: Renamed) -> Iterator[Change]:
+    for what, names in (("scope", renamed.scopes), ("argument", renamed.arguments)):
+        for (before, after), n in names.items():
+            yield Change(f"renamed {what}s", f"{before} -> {after} in {n} {what}{'s' * (n > 1)}, otherwise as before")
 
 
 def _flops(a: Mapping[str, int], b: Mapping[str, int]) -> Iterator[Change]:
@@ -221,38 +220,3 @@ def _memory(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Change]:
 
 def _from_to(a: int, b: int) -> str:
     return f"{a:,} -> {b:,}" + (f" ({(b - a) / a * 100:+.1f} %)" if a else "")
-
-
-def _renamed_scopes(a: Summary, b: Summary) -> dict[str, str]:
-    """Scopes of a that b lacks, by those of b, which a lacks, that hold the very same ops."""
-    old, new = (_ops_by_scope(summary) for summary in (a, b))
-    free = [scope for scope in new if scope not in old]
-    renamed: dict[str, str] = {}
-    for scope, ops in old.items():
-        alike = [other for other in free if new[other] == ops] if scope not in new else []
-        if alike:
-            renamed[scope] = max(alike, key=lambda other: SequenceMatcher(None, scope, other).ratio())
-            free.remove(renamed[scope])
-    return renamed
-
-
-def _ops_by_scope(summary: Summary) -> dict[str, Counter[tuple[Any, ...]]]:
-    scopes: dict[str, Counter[tuple[Any, ...]]] = {}
-    for row in summary["ops"]:
-        key = tuple(row[name] for name in ("phase", "op", "recomputed", *_ATTRIBUTES))
-        scopes.setdefault(row["scope"], Counter())[key] += row["count"]
-    return scopes
-
-
-def _renames(renamed: Mapping[str, str]) -> Iterator[Change]:
-    """One change for all scopes in which the same part was replaced."""
-    parts: Counter[tuple[str, str]] = Counter()
-    for old, new in renamed.items():
-        a, b = old.split("/"), new.split("/")
-        while len(a) > 1 and len(b) > 1 and a[0] == b[0]:
-            a, b = a[1:], b[1:]
-        while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
-            a, b = a[:-1], b[:-1]
-        parts["/".join(a), "/".join(b)] += 1
-    for (before, after), n in parts.items():
-        yield Change("renamed scopes", f"{before} -> {after} in {n} scope{'s' * (n > 1)}, with the same ops")

@@ -2,7 +2,7 @@
 
 rank_0/index.html          opens the others; written last: where it is, the dump is complete
 rank_0/NN_NAME.txt         the graph after each stage: traced, partitioned, each pass, as the backend got it
-rank_0/NN_NAME.json        traced and lowered, for Google's model-explorer; overlays NN_NAME.time.json, ...
+rank_0/NN_NAME.json        traced and lowered, for Google's model-explorer; overlays NN_NAME.time_us.json, ...
 rank_0/NN_code.txt         what the backend made of it, where it says
 rank_0/summary.json        ops by scope and phase, collectives, FLOPs, memory: what graph_diff compares
 rank_0/evaluation/         the same for the validation step
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -36,8 +36,9 @@ from llama_fn.compiler.backends.npu import GeFiles
 from llama_fn.files import atomic
 from llama_fn.hardware import Hardware
 from llama_fn.inspect import explorer, pages
-from llama_fn.inspect.pages import INDEX, SUMMARY
+from llama_fn.inspect.pages import INDEX, SUMMARY, Stage
 from llama_fn.inspect.summary import summary
+from sharding import Mesh
 
 log = logging.getLogger("llama_fn.dump")
 TRACED, LOWERED, BACKEND, CODE = "traced", "lowered", "backend", "code"
@@ -73,9 +74,15 @@ def _write(path: Path, content: str) -> None:
 class DumpWriter:
     """Writes the stages of one step into a folder as they come; what an earlier dump left there goes first."""
 
-    def __init__(self, folder: Path, hardware: Hardware | None = None) -> None:
-        """`hardware`: whose peaks the overlay of times takes; None: there is no such overlay."""
-        self.folder, self.count, self.hardware = folder, 0, hardware
+    def __init__(
+        self, folder: Path, hardware: Hardware | None = None, mesh: Mesh | None = None,
+        about: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """`hardware`: whose peaks the overlay of times takes; None: there is no such overlay. `mesh`: what is lowered
+        for. `about`: how the dump is made, in words by their names, for the index."""
+        self.folder, self.hardware, self.mesh, self.about = folder, hardware, mesh or Mesh(), about or {}
+        self.stages: list[Stage] = []
+        self.before = ""
         for old in sorted(folder.glob("*"), key=lambda path: path.name != INDEX):  # the index first
             if old.name in (INDEX, SUMMARY) or _OURS.fullmatch(old.name):
                 old.unlink()
@@ -89,15 +96,20 @@ class DumpWriter:
 
     def graph(self, name: str, gm: torch.fx.GraphModule) -> None:
         """The next stage, and its JSON if it is one to look at in a browser."""
-        number = f"{self.count:02d}_{name}"
-        self._next(name, ir.as_text(gm, name, note=_costs) + "\n")
+        text = ir.as_text(gm, name, note=_costs)
+        nodes = sum(len(each.graph.nodes) for each in (gm, *ir.subgraphs(gm)))
+        untitled = text.replace(f"graph {name} {{", "graph {")
+        stage = self._next(name, text + "\n", nodes, untitled != self.before)
+        self.before = untitled
         if name in (TRACED, LOWERED):
-            for ending, content in explorer.files(gm, number, self.hardware).items():
-                _write(self.folder / f"{number}{ending}.json", json.dumps(content))
+            for ending, content in explorer.files(gm, stage.prefix, self.hardware, self.mesh).items():
+                _write(self.folder / f"{stage.prefix}{ending}.json", json.dumps(content))
 
-    def _next(self, name: str, content: str) -> None:
-        _write(self.folder / f"{self.count:02d}_{name}.txt", content)
-        self.count += 1
+    def _next(self, name: str, content: str, nodes: int | None = None, changed: bool = True) -> Stage:
+        stage = Stage(len(self.stages), name, nodes, changed)
+        _write(self.folder / f"{stage.prefix}.txt", content)
+        self.stages.append(stage)
+        return stage
 
     def finish(
         self, lowered: stages.Lowered, compiled: stages.Compiled | None = None, ge: tuple[Budget, str] | None = None
@@ -108,7 +120,7 @@ class DumpWriter:
         if len(lowered.graphs) > 1 and (compiled is None or not compiled.executable.local):
             for one in lowered.by_stage:
                 folder = self.folder / f"{STAGE}_{one.stage}"
-                DumpWriter(folder, self.hardware)._finish(one, None, {}, None)
+                DumpWriter(folder, self.hardware, self.mesh, self.about)._finish(one, None, {}, None)
                 of_stages[f"{folder.name}/{INDEX}"] = (folder / INDEX).stat().st_size
         self._finish(lowered, compiled, of_stages, ge)
         log.info("graphs of %s: %s", lowered.traced.name, self.folder / INDEX)
@@ -126,9 +138,26 @@ class DumpWriter:
         _write(self.folder / SUMMARY, json.dumps(numbers, indent=1))
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
         sizes = {path.name: path.stat().st_size for path in files} | of_stages
-        origins = "; ".join(map(str, compiled.executable.origins)) if compiled else ""
+        origins = compiled.executable.origins if compiled else ()
         told = budget.as_lines(ge[0]) if ge else []
-        _write(self.folder / INDEX, pages.page(lowered.title, numbers, sizes, self.hardware, origins, told))
+        page = pages.page(lowered.title, numbers, self.stages, sizes, self.hardware, origins, self.about, told)
+        _write(self.folder / INDEX, page)
+
+
+def write_measured(
+    folder: Path, lowered: stages.Lowered, seconds: Mapping[tuple[str, str], float], hardware: Hardware
+) -> None:
+    """Add what a profile measured by scope and phase, per step, to a finished dump of the same step: an overlay."""
+    found = sorted(folder.glob(f"??_{LOWERED}.json"))
+    if not found or not (folder / INDEX).exists():
+        return
+    name = found[-1].stem
+    overlay = f"{name}{explorer.MEASURED_US}.json"
+    content = explorer.measured(lowered.graph_module, name, seconds, hardware, lowered.mesh)
+    _write(folder / overlay, json.dumps(content))
+    link = f" <a href='{overlay}'>{overlay}</a> has what a profile measured of each scope, shared among its ops."
+    _write(folder / INDEX, (folder / INDEX).read_text().replace(pages.MEASURED, link))
+    log.info("measured times for model-explorer: %s", folder / overlay)
 
 
 def _costs(node: torch.fx.Node) -> str:

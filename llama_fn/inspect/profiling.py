@@ -17,10 +17,10 @@ import torch
 from llama_fn.compiler import stages
 from llama_fn.compiler.ranges import RANGES, Timeline
 from llama_fn.config import Config
-from llama_fn.config_checks import profiled
+from llama_fn.config_checks import dumps, profiled
 from llama_fn.files import atomic
 from llama_fn.hardware import Hardware, named
-from llama_fn.inspect import profile_table
+from llama_fn.inspect import dump, profile_table
 
 log = logging.getLogger("llama_fn.profiling")
 
@@ -30,7 +30,7 @@ class Profiler:
     runs, `hardware` what predictions are made for; None: this CPU, measured."""
 
     def __init__(self, cfg: Config, rank: int, step: stages.Compiled, hardware: Hardware | None) -> None:
-        self.cfg, self.step, self.hardware = cfg, step, hardware
+        self.cfg, self.rank, self.step, self.hardware = cfg, rank, step, hardware
         self.steps, self.kind = profiled(cfg), cfg.run.device.split(":")[0]
         self.running: Any = None
         self.ran = 0
@@ -93,6 +93,9 @@ class Profiler:
         simulated = lowered.mesh.size if self.step.backend == "interpret" else 1  # devices that take turns
         measured = {key: seconds / simulated for key, seconds in measured.items()}
         hardware = self.hardware or named("cpu", self.cfg.model.compute_dtype)
+        if dumps(self.cfg.run, self.rank):
+            folder = dump.rank_folder(Path(self.cfg.run.dump_dir), self.rank)
+            dump.write_measured(folder, lowered, measured, hardware)
         text = profile_table.as_text(profile_table.rows(measured, lowered, hardware), hardware)
         with atomic(self.table) as f:
             f.write(text)

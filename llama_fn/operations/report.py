@@ -19,10 +19,9 @@ STYLE = """<style>
 svg { display: block; margin: .4em 0 } pre { background: #eef2f6; padding: .6em; white-space: pre-wrap; margin: .3em 0 }
 .legend span { margin-right: 1.2em; display: inline-block; font-size: .85em }
 .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em }
-.wide { overflow-x: auto }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20em, 1fr)); gap: 1em }
 h3 { font-size: 1em; margin: 1em 0 .2em } @media (max-width: 40em) { body { margin: 1em auto; font-size: 14px } }
-</style><meta name=viewport content="width=device-width, initial-scale=1">"""
+</style>"""
 ENDED = {0: "#15803d", 5: "#a16207", 6: "#a16207"}  # by exit status
 PART_COLORS = {
     "step": "#15803d", "lost": "#b91c1c", "idle": "#94a3b8", "compile": "#0b5cad", "restore": "#0e7490",
@@ -55,7 +54,7 @@ def _now(runs: Sequence[Facts]) -> str:
         for run in runs
     ]  # fmt: skip
     head = ("run", "state", "iteration", "loss", "validation", "goodput", "tokens/s, wall clock", "last word")
-    return _wide(html.table(head, rows))
+    return html.table(head, rows)
 
 
 def _last(run: Facts, key: str) -> str:
@@ -90,7 +89,7 @@ def _time(runs: Sequence[Facts]) -> str:
     )
     names = [name for name in runs[0].goodput.seconds if any(run.goodput.seconds[name] >= 0.05 for run in runs)]
     rows = [(name, *(round(run.goodput.seconds[name], 1) for run in runs)) for name in names]
-    return _section("Where the time went", bars + _wide(html.table(("seconds", *(run.name for run in runs)), rows)))
+    return _section("Where the time went", bars + html.table(("seconds", *(run.name for run in runs)), rows))
 
 
 def _timelines(runs: Sequence[Facts]) -> str:
@@ -108,7 +107,7 @@ def _timeline(run: Facts) -> str:
     ends = (_moment(run.attempts[0].start["time"]), _moment(run.attempts[-1].last_time))
     told = [(i, *_told(a)) for i, a in enumerate(run.attempts, 1)]
     table = html.table(("start", "at", "on", "devices", "trained from", "up to", "checkpoints", "how it ended"), told)
-    return f"<h3>{escape(run.name)}</h3>{svg.spans(rows, ends)}{_wide(table)}"
+    return f"<h3>{escape(run.name)}</h3>{svg.spans(rows, ends)}{table}"
 
 
 def _told(a: Attempt) -> tuple[str, ...]:
@@ -150,8 +149,8 @@ def _what_ran(runs: Sequence[Facts]) -> str:
     kept = [("checkpoints", *(", ".join(map(str, run.checkpoints)) or "none" for run in runs))]
     head = ("", *(run.name for run in runs))
     return _section(
-        "What ran", f"<h3>Flags that differ from the preset</h3>{_wide(table)}<h3>Versions</h3>"
-        f"{_wide(html.table(head, [*told, *kept]))}",
+        "What ran", f"<h3>Flags that differ from the preset</h3>{table}<h3>Versions</h3>"
+        f"{html.table(head, [*told, *kept])}",
     )  # fmt: skip
 
 
@@ -161,10 +160,6 @@ def _value(run: Facts, name: str) -> str:
 
 def _section(title: str, body: str) -> str:
     return f"<h2>{escape(title)}</h2>{body}" if body else ""
-
-
-def _wide(table: str) -> str:
-    return f"<div class=wide>{table}</div>"
 
 
 def _moment(seconds: float) -> str:

@@ -77,6 +77,7 @@ def _image(plt: Any, draw: Any, plan: Plan) -> str:
     figure, axes = plt.subplots(figsize=(11, 3.6), layout="constrained")
     draw(axes, plan)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)  # above, on no bar
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     plt.close(figure)
@@ -114,15 +115,19 @@ def _memory(axes: Any, plan: Plan) -> None:
         axes.bar(at, [heights[i] for i in at], width=1, color=colour, label=phase)
     rest = (plan.parameters_bytes + plan.optimizer_bytes) / GB
     axes.axhline(rest, color="#1d2733", linewidth=0.8, linestyle=":")
-    axes.text(0, rest, " parameters and optimizer", va="bottom", fontsize=8)
+    _beside(axes, rest, "parameters\nand optimizer")
     limit = (plan.hardware.hbm_bytes - plan.reserved_bytes) / GB
     if limit < 2.5 * max(heights):
         axes.axhline(limit, color="#c22", linewidth=1)
-        axes.text(0, limit, f" {plan.hardware.name}, less what is reserved", va="bottom", fontsize=8, color="#c22")
+        _beside(axes, limit, f"{plan.hardware.name}, less\nwhat is reserved", color="#c22")
     axes.set(
         xlabel="parts of the step, in order (layers; of many microbatches three)", ylabel="GB", xlim=(-1, len(heights))
     )
-    axes.legend(frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.15), fontsize=8)
+
+
+def _beside(axes: Any, height: float, text: str, **kwargs: Any) -> None:
+    """Words on a line, to the right of the axes and so of every bar."""
+    axes.text(1.01, height, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, **kwargs)
 
 
 def _roofline(axes: Any, plan: Plan) -> None:
@@ -135,7 +140,6 @@ def _roofline(axes: Any, plan: Plan) -> None:
     axes.set(xlabel="s at the device's peaks", xlim=(0, None))
     for bound, colour in BOUNDS.items():
         axes.bar(0, 0, color=colour, label=f"bound by {bound}")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _wires(axes: Any, plan: Plan) -> None:
@@ -148,4 +152,3 @@ def _wires(axes: Any, plan: Plan) -> None:
         axes.barh(names, [sizes[name] for name in names], left=[left[name] for name in names], label=kind)
         left = {name: left[name] + sizes[name] for name in names}
     axes.set(xlabel="GB that a device sends in a step, by mesh axis")
-    axes.legend(frameon=False, fontsize=8)

@@ -73,4 +73,3 @@ def _draw(axes: Any, plan: Plan, until_s: float) -> None:
         if any(e.work.kind == kind for e in made.timeline.stages[0]):
             axes.bar(0, 0, color=colour, label=kind)
     axes.set(yticks=range(len(made.stages)), ylabel="stage", xlabel="s", ylim=(len(made.stages) - 0.5, -0.5))
-    axes.legend(frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.15), fontsize=8)

@@ -14,13 +14,14 @@ from llama_fn.compiler.backends.ge_choice import choose
 from llama_fn.compiler.backends.ge_counts import counted
 from llama_fn.compiler.lints import lints
 from llama_fn.config import Config
-from llama_fn.config_checks import dumps, profiled
+from llama_fn.config_checks import changed, dumps, profiled
 from llama_fn.distributed import Processes
 from llama_fn.errors import UserError
 from llama_fn.hardware import Hardware, named
 from llama_fn.inspect import dump
 from llama_fn.model import arrays, train_step
 from llama_fn.planner import config_stages, ge_budget, plan, report
+from llama_fn.run import versions
 from llama_fn.run.resume import refuse_too_large
 from sharding import Mesh
 
@@ -136,8 +137,14 @@ def _lowered(
     traced: stages.Traced, cfg: Config, mesh: Mesh, hardware: Hardware | None, folder: Path | None
 ) -> tuple[dump.DumpWriter | None, stages.Lowered]:
     """The lowered step, and the writer of its stages into `folder`, to be finished once it is compiled."""
-    writer = dump.DumpWriter(folder, hardware) if folder else None
+    writer = dump.DumpWriter(folder, hardware, mesh, _about(cfg)) if folder else None
     return writer, config_stages.lower(traced, cfg, mesh, writer.observer(traced) if writer else passes.unobserved)
+
+
+def _about(cfg: Config) -> dict[str, str]:
+    """How a dump is made, for its index."""
+    flags = " ".join(f"--{name}={value}" for name, value in changed(cfg).items())
+    return {"command": versions.command(), "flags that differ from their defaults": flags, **versions.versions()}
 
 
 def compile_only(cfg: Config, mesh: Mesh, hardware: Hardware | None) -> None:

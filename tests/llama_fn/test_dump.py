@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,25 @@ def test_the_json_is_what_model_explorer_opens(dumped):
         ids = {node["id"] for node in graph["nodes"]}
         assert all(edge["sourceNodeId"] in ids for node in graph["nodes"] for edge in node["incomingEdges"])
         assert "backward/microbatch/0/layers/1/mlp" in {node["namespace"] for node in graph["nodes"]}
-        for overlay in ("time", "bytes", "flops"):
+        for overlay in ("time_us", "bytes", "flop", "sent_bytes"):
             content = json.loads(path.with_suffix(f".{overlay}.json").read_text())
             results = content[graph["id"]]["results"]
             assert results.keys() <= ids and all(result["value"] > 0 for result in results.values())
+            assert bool(results) == (overlay != "sent_bytes" or stage == "lowered")
+
+
+def test_overlays_have_the_collectives_with_their_times(dumped):
+    """A gather at the rate of the links takes longer than reading and writing memory."""
+    (path,) = dump.rank_folder(dumped[0], 0).glob("*_lowered.json")
+    sent, times = (
+        json.loads(path.with_suffix(f".{overlay}.json").read_text())[path.stem]["results"]
+        for overlay in ("sent_bytes", "time_us")
+    )
+    summary = json.loads((path.parent / dump.SUMMARY).read_text())
+    assert sum(each["value"] for each in sent.values()) == sum(
+        row["bytes"] * row["count"] for row in summary["collectives"]
+    )
+    assert sent.keys() <= times.keys()
 
 
 def test_the_index_opens_every_file_and_says_what_counts(dumped):
@@ -82,6 +98,53 @@ def test_the_index_opens_every_file_and_says_what_counts(dumped):
     assert {path.name for path in folder.iterdir()} == {*links, dump.INDEX}
     assert "reduce_scatter" in page and "peak_bytes" in page and "llama_fn.einsum.default recomputed" in page
     assert "http" not in page, "nothing from the network"
+
+
+def stage_rows(page):
+    """Of the table of stages: what is said of each by its name."""
+    return dict(re.findall(r"<tr><td class=n>\d+</td><td>(\w+)</td><td>(.*?)</td>", page))
+
+
+def test_the_index_groups_files_by_stage_and_marks_passes_that_changed_nothing(dumped):
+    plain, recomputing = ((dump.rank_folder(folder, 0) / dump.INDEX).read_text() for folder in (dumped[0], dumped[2]))
+    assert stage_rows(plain)["remat"] == "unchanged"
+    assert re.fullmatch(r"\d+ nodes", stage_rows(recomputing)["remat"])
+    assert re.fullmatch(r"[\d,]+ nodes", stage_rows(plain)["overlap"])
+    assert stage_rows(plain)["lowered"] == "unchanged", "it is what the last pass left"
+    assert re.search(r"<td>lowered</td>.*?12_lowered\.txt.*?12_lowered\.time_us\.json", plain)
+
+
+def test_the_index_says_how_it_was_made(dumped):
+    page = (dump.rank_folder(dumped[2], 0) / dump.INDEX).read_text()
+    assert "--mesh.remat=full" in page and "--mesh.axes=data:2,model:2" in page
+    assert re.search(r"<td>torch</td><td>2\.13\.0", page) and "<td>command</td>" in page
+
+
+@pytest.mark.slow
+def test_compiled_code_has_its_key_and_age_in_the_index_and_a_profile_an_overlay(tmp_path):
+    cfg = config(tmp_path, axes="")
+    run = replace(
+        cfg.run, compile_only=False, profile_steps="2:3", steps=4, backend="inductor", tensorboard=False,
+        eval_every=0, compile_cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    model, data = replace(cfg.model, vocab_size=512), replace(cfg.data, path=str(ROOT / "docs"))
+    cfg = replace(cfg, model=model, data=data)
+    said = []
+    for n in range(2):
+        assert loop.run(replace(cfg, run=replace(run, workdir=str(tmp_path / f"run{n}")))) == 0
+        folder = dump.rank_folder(tmp_path / "dump", 0)
+        page = (folder / dump.INDEX).read_text()
+        said.append(re.findall(r"<tr><td>(\w{12})</td><td>(hit|miss)</td><td>(compiled .*?)</td>", page))
+    (first, *_), (second, *_) = said
+    assert first[0] == second[0] and (first[1:], second[1]) == (("miss", "compiled now"), "hit")
+    (overlay,) = folder.glob("*_lowered.measured_us.json")
+    assert f"href='{overlay.name}'" in page
+    values = json.loads(overlay.read_text())[overlay.name.removesuffix(".measured_us.json")]["results"]
+    table = (tmp_path / "run1" / "profile" / "rank_0_steps_2_3.txt").read_text().splitlines()
+    whole = float(table[-2].split()[0])
+    named = sum(float(line.split()[0]) for line in table[2:-2] if re.search("compute|memory", line))  # what has ops
+    assert sum(each["value"] for each in values.values()) / 1e3 == pytest.approx(named, rel=0.02, abs=0.01)
+    assert named > 0.5 * whole
 
 
 @pytest.mark.slow
@@ -205,6 +268,16 @@ def test_a_lost_donation_is_found(plain):
     kept = json.loads(json.dumps(dump.summary(config_stages.lower(traced, cfg, config_stages.mesh(cfg)))))
     first = next(overview(changes(plain, kept)))
     assert first.startswith("donation: ") and "is no longer overwritten in place" in first
+
+
+def test_a_renamed_weight_is_a_change_of_names():
+    """Its scopes, its place in the state and its two moments: the summary that a step with it would have."""
+    before = summary(without="bucket")  # else the scopes of small weights are one
+    found = changes(before, json.loads(re.sub(r"\bw_gate\b", "gate_proj", json.dumps(before))))
+    assert sorted((c.kind, c.text.partition(",")[0]) for c in found) == [
+        ("renamed arguments", "w_gate -> gate_proj in 3 arguments"),
+        ("renamed scopes", "w_gate -> gate_proj in 2 scopes"),
+    ]
 
 
 def test_a_renamed_scope_is_one_change(plain, monkeypatch):

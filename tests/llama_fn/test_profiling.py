@@ -4,6 +4,7 @@ table that gives every scope the time that was spent in it."""
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -68,7 +69,7 @@ def check_nesting(events):
 
 
 def steps_in(events):
-    return {e["name"] for e in events if e.get("name", "").startswith("step ")}
+    return {name for e in events if re.fullmatch(r"step \d+", name := e.get("name", ""))}
 
 
 def test_the_trace_holds_the_steps_asked_for(tiny_run, profile, tmp_path):
@@ -129,13 +130,20 @@ def test_ranges_carry_scopes_in_compiled_code_and_leave_the_numbers(tiny_run, pr
         layers = sorted(
             (e["ts"], e["dur"], e["name"]) for e in events if "layers/" in e["name"] and "*" not in e["name"]
         )
-        step_of_layers = [f"forward microbatch/0/layers/{i}" for i in range(3)]
-        step_of_layers += [f"backward microbatch/0/layers/{i}" for i in reversed(range(3))]
+        step_of_layers = [f"layers/{i} < microbatch/0 (forward)" for i in range(3)]
+        step_of_layers += [f"layers/{i} < microbatch/0 (backward)" for i in reversed(range(3))]
         assert [name for *_, name in layers] == 2 * step_of_layers
         assert all(ts + us <= after for (ts, us, _), (after, *_) in pairwise(layers)), "one after the other"
         assert set(profile_table.of_trace(events, 2)) >= working_scopes(lowered)
         pairs = zip(tree.leaves(after), tree.leaves(expected), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_an_op_of_several_results_takes_is_its_own(tiny_run, tmp_path):
+    """Head, loss and gradients are one op, whose operand a kernel makes in the scope of the final norm."""
+    code = config_stages.train(tiny_run()).lower().compile("inductor", cache=tmp_path, profiled=True).executable.code
+    before = code[: code.index("= torch.ops.llama_fn.head_loss")]
+    assert re.findall(r"_ranges\.to\('(.*?)'\)", before)[-1] == "head < microbatch/* (backward)"
 
 
 @pytest.mark.slow
@@ -146,15 +154,15 @@ def test_scopes_that_differ_are_not_taken_from_the_cache(tiny_run, tmp_path):
         where = dict(node.meta["custom"])
         node.meta["custom"] = where | {"scope": where["scope"].replace("mlp", "feed_forward")}
     renamed = lowered.compile("inductor", cache=tmp_path, profiled=True)
-    assert "layers/*/feed_forward" in renamed.executable.code
-    assert "layers/*/mlp" not in renamed.executable.code
+    assert "'feed_forward < layers/*" in renamed.executable.code
+    assert "'mlp < layers/*" not in renamed.executable.code
 
 
 def event(name, ts, dur, cat="user_annotation", tid=1, **args):
     return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
 
 
-A, B, C = "forward a", "backward b", "forward layers/3"
+A, B, C = "a (forward)", "b (backward)", "layers/3 (forward)"
 NESTED = [event(C, 0, 100), event(A, 10, 30), event(f"{A} 75%, {B} 25%", 50, 40), event("step 1", 0, 500)]
 
 
@@ -162,6 +170,15 @@ def test_a_range_counts_without_those_inside_and_is_shared_as_it_says():
     found = profile_table.of_trace(NESTED, steps=2)
     us = {key: round(seconds * 2e6, 6) for key, seconds in found.items()}
     assert us == {("layers/*", "forward"): 30, ("a", "forward"): 60, ("b", "backward"): 10}
+
+
+def test_a_range_begins_with_what_tells_it_from_others():
+    scope = "microbatch/0/layers/3/attention/rope"
+    assert ranges.title(scope, "backward") == "rope < attention < layers/3 < microbatch/0 (backward)"
+    assert ranges.shares_of(ranges.title(scope, "backward")) == {
+        ("microbatch/*/layers/*/attention/rope", "backward"): 1.0
+    }
+    assert ranges.shares_of("ProfilerStep#3") == {}
 
 
 def test_a_timeline_keeps_ranges_without_torchs_profiler():

@@ -87,15 +87,16 @@ class CodeOrigin:
 
     def __str__(self) -> str:
         """ "code f3xmkmn, compiled 2 h ago, /home/me/.cache/llama_fn/x.py"."""
+        return f"code {self.key[:12]}, {self.age}" + (f", {self.file}" if self.file else "")
+
+    @property
+    def age(self) -> str:
+        """ "compiled 2 h ago"."""
         if self.file is None:
-            return f"code {self.key[:12]}, not kept on disk"
+            return "not kept on disk"
         if not self.from_cache:
-            when = "compiled now"
-        elif self.file.exists():
-            when = f"compiled {_ago(time.time() - self.file.stat().st_mtime)}"
-        else:
-            when = "since deleted"
-        return f"code {self.key[:12]}, {when}, {self.file}"
+            return "compiled now"
+        return f"compiled {_ago(time.time() - self.file.stat().st_mtime)}" if self.file.exists() else "since deleted"
 
 
 def _ago(seconds: float) -> str:

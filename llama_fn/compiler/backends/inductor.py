@@ -117,7 +117,8 @@ def _source(
     kept = {node for i, node in enumerate(ir.placeholders(gm.graph)) if i in staying}
     call = next(node for node in ir.calls(gm.graph) if calls.is_call(node) and calls.body_of(gm, node) is body)
     static = [i for i, operand in enumerate(call.args[1:]) if operand in kept]
-    ranges_of = compat.ranges_in_code(ranges.shared_name, ir.as_text(body, "inductor")) if profiled else None
+    text = ir.as_text(body, "inductor") + ranges.title("scope/0", "phase")  # the form of titles is in the code, too
+    ranges_of = compat.ranges_in_code(ranges.shared_name, ranges.of_call, text) if profiled else None
     return compat.GraphSource(body, [compat.node_value(x) for x in ir.placeholders(body.graph)], static, ranges_of)
 
 

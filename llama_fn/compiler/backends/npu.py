@@ -22,7 +22,7 @@ import torch
 from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.ascend.ge_text import ge_scopes, ge_text
-from llama_fn.compiler import ir
+from llama_fn.compiler import ir, ranges
 from llama_fn.compiler.backends import Executable, Program, communication, npu_cache
 from llama_fn.compiler.backends.ge_counts import of_graph
 from llama_fn.compiler.backends.in_turn import between_stages, in_turn
@@ -74,11 +74,12 @@ def compile(
 
 
 def _unambiguous(scopes: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The scopes of ops by name, but for a name that two graphs give to ops of different scopes: a profile of the
+    """The ranges of ops by name, but for a name that two graphs give to ops of different scopes: a profile of the
     device does not say which of the graphs it saw."""
     several: dict[str, set[str]] = defaultdict(set)
-    for name, scope in (pair for each in scopes for pair in each.items()):
-        several[name].add(scope)
+    for name, where in (pair for each in scopes for pair in each.items()):
+        phase, _, scope = where.partition(" ")
+        several[name].add(ranges.title(scope, phase))
     return {name: next(iter(each)) for name, each in several.items() if len(each) == 1}
 
 
