@@ -25,13 +25,19 @@ class Attempt:
     iteration: int = 0
     spent: dict[str, float] = field(default_factory=dict)
     saved: list[Event] = field(default_factory=list)
+    spikes: list[Event] = field(default_factory=list)
     end: Event | None = None
 
     @property
     def seconds_per_iteration(self) -> float:
         """Of its steps alone; 0 where none is known."""
-        done = self.iteration - (self.first or 0)
+        done = self.iteration - (self.first or 0) + self.done_again
         return self.spent.get("step", 0.0) / done if done > 0 else 0.0
+
+    @property
+    def done_again(self) -> int:
+        """Iterations that it went back over, because of spikes."""
+        return sum(each["iteration"] - each["back_to"] for each in self.spikes if "back_to" in each)
 
 
 def read(workdir: Path) -> list[Attempt]:
@@ -63,7 +69,10 @@ def _add(attempt: Attempt, event: Event) -> None:
     attempt.iteration = max(attempt.iteration, int(event.get("iteration", 0)))
     match event["event"]:
         case "training":
-            attempt.first, attempt.steps = event["iteration"], event["steps"]
+            attempt.first = event["iteration"] if attempt.first is None else min(attempt.first, event["iteration"])
+            attempt.steps = event["steps"]
+        case "spike":
+            attempt.spikes.append(event)
         case "spent":
             attempt.spent = {name: float(event.get(name, 0.0)) for name in PARTS}
         case "saved":
@@ -74,8 +83,8 @@ def _add(attempt: Attempt, event: Event) -> None:
 
 @dataclass(frozen=True)
 class Goodput:
-    """`seconds` by part, which together are `wall`: PARTS of events.py; `lost`, steps whose iterations a later attempt
-    did again; and `idle`, between attempts, or after the last word of a killed one."""
+    """`seconds` by part, which together are `wall`: PARTS of events.py; `lost`, steps whose iterations were done again,
+    by a later attempt or after a spike; and `idle`, between attempts, or after the last word of a killed one."""
 
     seconds: dict[str, float]
     wall: float
@@ -94,6 +103,8 @@ def goodput(attempts: list[Attempt], now: float | None = None) -> Goodput:
     for attempt in attempts:
         for name, spent in attempt.spent.items():
             seconds[name] += spent
+        lost = attempt.done_again * attempt.seconds_per_iteration
+        seconds["lost"], seconds["step"] = seconds["lost"] + lost, seconds["step"] - lost
     for attempt, following in pairwise(attempts):
         again = next((a.first for a in attempts[attempts.index(following) :] if a.first is not None), None)
         if again is not None and again < attempt.iteration:

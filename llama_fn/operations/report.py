@@ -107,7 +107,17 @@ def _timeline(run: Facts) -> str:
     ends = (_moment(run.attempts[0].start["time"]), _moment(run.attempts[-1].last_time))
     told = [(i, *_told(a)) for i, a in enumerate(run.attempts, 1)]
     table = html.table(("start", "at", "on", "devices", "trained from", "up to", "checkpoints", "how it ended"), told)
-    return f"<h3>{escape(run.name)}</h3>{svg.spans(rows, ends)}{table}"
+    return f"<h3>{escape(run.name)}</h3>{svg.spans(rows, ends)}{table}{_spikes(run.attempts)}"
+
+
+def _spikes(attempts: Sequence[Attempt]) -> str:
+    rows = [
+        (_moment(s["time"]), s["iteration"], f"{s['loss']:.4f}", f"{s['usual']:.4f}", s["action"],
+         str(s.get("back_to", "")), f"{s['from']} to {s['to']}" if "from" in s else "")
+        for a in attempts for s in a.spikes
+    ]  # fmt: skip
+    head = ("jump of the loss at", "iteration", "loss", "usual", "action", "went back to", "samples passed over")
+    return html.table(head, rows) if rows else ""
 
 
 def _told(a: Attempt) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ One object a line, never taken back: `time` (seconds since 1970), `event`, and w
     training   iteration from which it trains, steps; `restored` whether a checkpoint was there
     spent      iteration, and seconds by PARTS since the start; about once a minute, and before an end
     saved      iteration, seconds that the loop waited
+    spike      iteration, loss, the usual one, action; where the run went back: back_to, an iteration, and the samples
+               from and to that it passes over
     end        status, iteration, why
 """
 

@@ -8,29 +8,20 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-from llama_fn import config_fields
-from llama_fn.checkpoint import LocalCopies, SavedStep, Store, run_folder
+from llama_fn.checkpoint import LocalCopies, Store, run_folder
 from llama_fn.config import Config
-from llama_fn.config_checks import profiled, resolved
-from llama_fn.data import rampup
-from llama_fn.data.blend import Blend
-from llama_fn.data.parts import Parts, open_parts
-from llama_fn.data.samples import Samples
-from llama_fn.data.skips import ranges
-from llama_fn.distributed import GivingUp, Processes, StepWatch, by_chief
+from llama_fn.config_checks import resolved
+from llama_fn.data import rampup, skips
+from llama_fn.distributed import GivingUp, Processes, by_chief
 from llama_fn.distributed import start as start_processes
-from llama_fn.hardware import Hardware
-from llama_fn.inspect.profiling import Profiler
 from llama_fn.launch import launched
 from llama_fn.model import train_step
 from llama_fn.planner import config_stages
-from llama_fn.run import compiling, health, machine_checks, metrics, resume, runtime, stopping, training
-from llama_fn.run.batches import ToDevice, iterator, validation_batches
-from llama_fn.run.display import Display, at_work, terminal
+from llama_fn.run import compiling, machine_checks, runtime
+from llama_fn.run.display import terminal
 from llama_fn.run.events import FILE, Events
-from llama_fn.run.text_samples import TextSamples, pieces_of
+from llama_fn.run.stretches import Parts, stretches
 from llama_fn.run.versions import command, versions
 from llama_fn.run.workdir_lock import WorkdirLock
 from llama_fn.signals import Interrupted, StopRequest, named
@@ -51,7 +42,7 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
     # What is wrong is said before data is touched.
     config_stages.rules(cfg, mesh)
     rampup.of(cfg.data)
-    ranges(cfg.data.skip)
+    skips.ranges(cfg.data.skip)
     console = terminal() if launch.rank == 0 else None
     runtime.log_to_terminal(console, quiet=launch.rank != 0)
     machine_checks.check_machine(cfg, launch.world)
@@ -77,24 +68,8 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         if cfg.run.local_every:
             local = LocalCopies(run_folder(Path(cfg.run.local_dir), workdir, members), members)
         store = Store(train_step.abstract_state(cfg), workdir / "checkpoints", keep, members, cfg.run.device, local)
-        newest = store.find(lambda saved: resume.refuse_changes(cfg, saved), config_fields.flat(cfg))
-        load = lambda: _loaded(cfg, workdir, newest)  # noqa: E731
-        with events.phase("prepare"), at_work(console, "finding, tokenizing and ordering the data"):
-            data, train = load() if members is None else members.in_turn(load)
-        return _run(
-            cfg, flags_text, backend, mesh, hardware, members, stop, store, newest, data, train, events, give_up,
-            console,
-        )  # fmt: skip
-
-
-def _loaded(cfg: Config, workdir: Path, newest: SavedStep | None) -> tuple[Parts, Samples | Blend]:
-    """The data, and the samples that are left to train on; the first process of a machine leaves both on disk."""
-    data = open_parts(cfg, workdir)
-    if newest is not None:
-        resume.refuse_other_data(cfg, newest, data)
-    start, consumed, _ = resume.starting_point(newest)
-    known = newest.meta["iterator"] if newest is not None else {}
-    return data, data.train_samples(cfg, consumed, max(0, cfg.run.steps - start), known)
+        parts = Parts(cfg, flags_text, backend, mesh, hardware, members, stop, store, events, give_up, console)
+        return stretches(parts)
 
 
 @contextmanager
@@ -130,66 +105,3 @@ def _locked(workdir: Path) -> Iterator[WorkdirLock]:
         yield lock
     finally:
         lock.release()
-
-
-def _run(
-    cfg: Config, flags_text: str, backend: compiling.Backend | None, mesh: Mesh, hardware: Hardware | None,
-    members: Processes | None, stop: StopRequest, store: Store, newest: SavedStep | None, data: Parts,
-    train: Samples | Blend, events: Events, give_up: GivingUp, console: Any,
-) -> int:  # fmt: skip
-    """The rest of `run`, once it is known what there is."""
-    chief, workdir = members is None or members.chief, Path(cfg.run.workdir)
-    if newest is not None:
-        resume.warn_of_other_digits(cfg, mesh, newest)
-    start, consumed, tokens = resume.starting_point(newest)
-    pieces = pieces_of(cfg, workdir) if cfg.run.sample_every else None
-    if chief:
-        resume.save_flags(workdir, cfg, flags_text)
-    what = "the step and the evaluation" if data.has_validation else "the step"
-    with events.phase("compile"), at_work(console, f"compiling {what} with {cfg.run.backend}"):
-        steps, evaluate = compiling.compile(
-            cfg, mesh, hardware, members, data.has_validation, backend, rampup.configs(cfg, consumed)
-        )
-        step = steps[cfg.data.microbatches]
-        if members is not None:
-            members.all_reached("compiled")
-    what = "drawing the first parameters" if newest is None else f"restoring iteration {start}"
-    with events.phase("restore"), at_work(console, what):
-        state = resume.restore_or_begin(cfg, store, newest, step.lowered)
-    to_device = ToDevice(cfg, step, members)
-    stopping.say_how_long_a_save_takes(cfg, workdir, store.bytes(step.lowered.inputs), chief)
-    with ExitStack() as held:
-        batches = iterator(cfg, train, to_device, consumed, tokens, ranges(cfg.data.skip), rampup.of(cfg.data))
-        held.callback(batches.close)
-        validation = validation_batches(cfg, data.valid_samples(cfg), to_device)
-        display = Display(cfg.run.steps, start, console) if chief else None
-        if (window := profiled(cfg)) and window.stop - 1 <= start:
-            log.warning("--run.profile_steps=%s lies before iteration %d, from which this run goes on: nothing is "
-                        "profiled", cfg.run.profile_steps, start)  # fmt: skip
-        writer = metrics.Writer(cfg, workdir, start) if chief else None
-        profiler = Profiler(cfg, 0 if members is None else members.rank, step, hardware)
-        watch = StepWatch(cfg.run.step_limit_s, give_up)
-        for part in (writer, display, profiler, watch):
-            if part is not None:
-                held.callback(part.close)
-        held.callback(store.wait)
-        samples = None
-        if pieces is not None:
-            samples = TextSamples(cfg, pieces, step.lowered, compiling.decoding_options(cfg, members))
-        hyper = train_step.hyperparameters(cfg, cfg.run.device)
-        monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
-        run = training.Run(
-            steps, evaluate, hyper, to_device, batches, validation, data, store, writer, display, stop, hardware,
-            members, profiler, monitor, mesh, samples, events, watch,
-        )  # fmt: skip
-        if display:
-            display.start()
-        stop.train()
-        saved = store.newest if newest is not None and newest.local else start
-        events.write("training", iteration=start, steps=cfg.run.steps, restored=newest is not None)
-        events.iteration = start
-        with events.phase("step"):
-            status = training.train(cfg, start, saved, state, run)
-        if members is not None:
-            members.barrier()
-        return status

@@ -24,11 +24,13 @@ from llama_fn.run import health, metrics, resume, runtime
 from llama_fn.run.batches import ToDevice
 from llama_fn.run.display import Display
 from llama_fn.run.events import Events
+from llama_fn.run.spikes import Spikes
 from llama_fn.run.text_samples import TextSamples
 from llama_fn.signals import SAVED, UNSAVED, StopRequest
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.loop")
+GO_BACK = -1
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Run:
     processes: Processes | None
     profiler: Profiler
     health: health.Health
+    spikes: Spikes
     mesh: Mesh
     samples: TextSamples | None
     events: Events
@@ -58,6 +61,16 @@ class Run:
     def stopping(self) -> int:
         """The signal that asks to stop; that of any process, so that all stop after the same step."""
         return self.stop.signal if self.processes is None else self.processes.any(self.stop.signal)
+
+    @property
+    def may_save(self) -> bool:
+        """Whether the state is worth a checkpoint."""
+        return self.health.may_save and self.spikes.found is None
+
+    @property
+    def verdict(self) -> str:
+        """Why the run must stop now, "" while it need not."""
+        return self.health.verdict or self.spikes.verdict
 
     def save(self, cfg: Config, iteration: int, state: train_step.TrainState, local: bool = False) -> None:
         """Save the state as of `iteration`, with all that a resume needs; logs up to there reach the disk first.
@@ -88,7 +101,8 @@ class _Pending:
 
 def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run: Run) -> int:
     """The loop, from iteration `start` on; `saved`: the newest that a checkpoint has. Batch n + 1 is prepared in a
-    thread while step n runs; the metrics of step n - 1 are written after step n has been started."""
+    thread while step n runs; the metrics of step n - 1 are written after step n has been started. Returns the exit
+    status, or GO_BACK where the run is to go back to a checkpoint because of a spike."""
     pending: _Pending | None = None
 
     def look(now: bool = False) -> None:
@@ -101,6 +115,7 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
         if logged or now:
             numbers = {name: value.item() for name, value in pending.values.items() if name != "norms"}
             run.health.observe(pending.iteration, numbers)
+            _watch_for_spikes(pending, numbers["lm_loss"], run)
             if logged:
                 _write(cfg, pending, numbers, run)
         if cfg.run.norms_every and pending.iteration % cfg.run.norms_every == 0 and run.writer and run.writer.norms:
@@ -109,7 +124,7 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
 
     iteration, began, signal, due = start, time.perf_counter(), 0, False
     last = min(cfg.run.steps, cfg.run.stop_at or cfg.run.steps)
-    while iteration < last and not (signal := run.stopping()) and not run.health.verdict:
+    while iteration < last and not (signal := run.stopping()) and not run.health.verdict and not run.spikes.found:
         asked = time.perf_counter()
         with run.events.phase("data"):
             batch, consumed = run.to_device(next(run.batches)), run.batches.counts()
@@ -149,21 +164,30 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
         due |= iteration % cfg.run.checkpoint_every == 0 or iteration == cfg.run.steps
         if due:
             look(now=True)
-            if run.health.may_save:
+            if run.may_save:
                 run.save(cfg, iteration, state)
                 saved, due = iteration, False
         elif cfg.run.local_every and iteration % cfg.run.local_every == 0:
             look(now=True)
-            if run.health.may_save:
+            if run.may_save:
                 run.save(cfg, iteration, state, local=True)
     look(now=True)
+    if run.spikes.found and not run.verdict and not signal:
+        run.store.wait()
+        return GO_BACK
     # After a signal; and after a start from a local copy that had nothing more to do.
-    if iteration > saved and run.health.may_save and not run.health.verdict and iteration != cfg.run.stop_at:
+    if iteration > saved and run.may_save and not run.verdict and iteration != cfg.run.stop_at:
         run.save(cfg, iteration, state)
         saved = iteration
     with run.events.phase("save"):
         run.store.close(saved == iteration)
     return _ended(cfg, iteration, saved, signal, run)
+
+
+def _watch_for_spikes(pending: _Pending, loss: float, run: Run) -> None:
+    spike = run.spikes.observe(pending.iteration, loss, pending.consumed["consumed_samples"])
+    if spike is not None and run.spikes.found is None:
+        run.events.write("spike", iteration=spike.iteration, loss=loss, usual=spike.usual, action=run.spikes.action)
 
 
 def _write(cfg: Config, pending: _Pending, numbers: dict[str, float], run: Run) -> None:
@@ -190,7 +214,7 @@ def _validated(evaluate: stages.Compiled, state: train_step.TrainState, run: Run
 def _ended(cfg: Config, iteration: int, saved: int, signal: int, run: Run) -> int:
     """Say how the run ended; returns its exit status."""
     where = run.store.folder / str(saved) if saved else "none"
-    why = run.health.verdict
+    why = run.verdict
     if not why and not run.health.may_save:  # every one of them was worth nothing
         why = f"the run ended in {run.health.streak} skipped iterations"
     if why:

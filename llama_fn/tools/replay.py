@@ -26,6 +26,7 @@ from absl import app, flags
 from llama_fn.config import Config
 from llama_fn.config_checks import resolved
 from llama_fn.config_fields import flat, with_values
+from llama_fn.data import skips
 from llama_fn.errors import UserError
 from llama_fn.launch import launched
 from llama_fn.run import health, records
@@ -89,6 +90,8 @@ def _prepare(workdir: Path, out: Path) -> None:
     (out / "checkpoints").mkdir(parents=True)
     if before:
         shutil.copytree(folder / str(before), out / "checkpoints" / str(before), copy_function=os.link)
+    if (workdir / skips.FILE).exists():
+        shutil.copy(workdir / skips.FILE, out)
     if (workdir / "data").is_dir():
         (out / "data").symlink_to(workdir / "data")
     print(f"from iteration {before} to {FLAGS.step}", flush=True)

@@ -48,7 +48,7 @@ def ge_backend(folder: Path):
     def compile(program: Program) -> Executable:
         mesh = program.mesh
         ge = GeInterpreter([rank_folder(folder, r) for r in range(mesh.size)])
-        written = ir.written(program.graph_module.graph)
+        written = ir.written(program.graphs[0].graph)
 
         def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
             held = [[part(x, p, mesh, r) for x, p in zip(flat, program.inputs, strict=True)] for r in range(mesh.size)]
