@@ -105,6 +105,12 @@ class RunConfig:
     grace_s: int = number(
         0, "seconds from such a signal until the run is killed; 0: as torchrun says, else not known", 0, numbers=False
     )
+    preflight: Literal["warn", "strict", "off"] = opt(
+        "warn",
+        "several processes: compare their machines before anything compiles (devices, versions, clock, disk, shared "
+        "folder, speed of each axis); what is wrong is an error, what is slow or odd a warning, or an error if strict",
+        False,
+    )
     timeout_s: int = number(
         600, "several processes: seconds without a sign of life after which the others give up", 1, numbers=False
     )

@@ -56,10 +56,12 @@ def test_slurm_starts_again_what_a_start_again_mends(end, requeued, status, tmp_
         "END": end,
     }  # fmt: skip
     script = str(LAUNCH / "slurm.sbatch")
-    done = subprocess.run(["bash", script], env={**os.environ, **given}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", script, "--optim.lr=1e-4"], env={**os.environ, **given}, capture_output=True, text=True
+    )
     assert done.returncode == status, done.stderr
     words = (tmp_path / "torchrun").read_text().split()
-    for word in ("--nnodes=2", "--node_rank=1", "--nproc_per_node=8", "--master_addr=n1", "--run.grace_s=600"):
+    for word in ("--nnodes=2", "--node_rank=1", "--nproc_per_node=8", "--master_addr=n1", "--optim.lr=1e-4"):
         assert word in words, words
     assert ("requeue 77" in (tmp_path / "scontrol").read_text()) == requeued
 
@@ -93,3 +95,83 @@ def _pods(node):
     elif isinstance(node, list):
         for value in node:
             yield from _pods(value)
+
+
+def launch(*words, **environ):
+    command = [sys.executable, "-m", "llama_fn.tools.launch", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environ})
+
+
+RECIPE = ["--flagfile=configs/llama_65b_32npu.flags", "--run.workdir=/shared/work/a b"]
+FURTHER = ["--optim.lr=1e-4", "--flagfile=configs/hyper/paper_65b.flags"]
+
+
+@pytest.mark.parametrize("on", ["nodes", "slurm", "pytorchjob", "volcano"])
+def test_a_dry_run_says_what_every_machine_would_run(on):
+    done = launch(f"--on={on}", *RECIPE, *FURTHER, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("a b: 32 processes, 8 on each of 4 machines\n") and "not there" not in done.stdout
+    assert "'--run.workdir=/shared/work/a b'" in done.stdout
+    assert "--optim.lr=1e-4 --flagfile=configs/hyper/paper_65b.flags" in done.stdout
+    if "manifest" in done.stdout:
+        job = yaml.safe_load(done.stdout.partition("manifest:\n")[2])
+        assert job["metadata"]["name"] == "a-b"
+        (container,) = next(iter(_pods(job)))["containers"]
+        assert container["resources"]["limits"] == {"huawei.com/Ascend910": 8}
+        assert all(part in " ".join(container["args"]) for part in ("/shared/work/a b", "--optim.lr=1e-4"))
+
+
+def stand_in(folder, name):
+    (folder / name).write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" > {folder}/{name}.words\n[ ! -t 0 ] && cat > {folder}/{name}.given\nexit 3\n'
+    )
+    (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_one_machine_gets_the_words_that_were_shown_and_gives_its_status(tmp_path):
+    words = [
+        "--flagfile=configs/tiny_cpu.flags",
+        "--mesh.axes=data:2",
+        "--devices=2",
+        f"--run.workdir={tmp_path / 'a b'}",
+    ]
+    shown = launch(*words, "--dry_run").stdout
+    assert "here:\n  bash configs/torchrun_one_node.sh 2 configs/tiny_cpu.flags" in shown
+    done = launch(*words, **stand_in(tmp_path, "torchrun"))
+    assert done.returncode == 3, done.stderr
+    given = (tmp_path / "torchrun.words").read_text().splitlines()
+    expected = [
+        "--nproc_per_node=2",
+        "train.py",
+        "--flagfile=configs/tiny_cpu.flags",
+        f"--run.workdir={tmp_path / 'a b'}",
+    ]
+    assert given[2:] == [*expected, "--mesh.axes=data:2"]
+
+
+def test_slurm_gets_the_job_with_its_flags_and_kubernetes_the_manifest(tmp_path):
+    assert launch("--on=slurm", *RECIPE, *FURTHER, **stand_in(tmp_path, "sbatch")).returncode == 3
+    given = (tmp_path / "sbatch.words").read_text().splitlines()
+    assert given[0] == "--nodes=4" and given[-3:] == ["configs/launch/slurm.sbatch", *FURTHER]
+    assert "--export=ALL,FLAGFILE=configs/llama_65b_32npu.flags,WORKDIR=/shared/work/a b,DEVICES=8" in given
+    assert launch("--on=volcano", *RECIPE, "--image=my/llama:1", **stand_in(tmp_path, "kubectl")).returncode == 3
+    assert yaml.safe_load((tmp_path / "kubectl.given").read_text())["spec"]["minAvailable"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--on=one", *RECIPE], "--on=one starts one machine, and the mesh takes 4 of 8"),
+        (["--on=slurm", *RECIPE, "--devices=12"], "has 32 devices, no multiple of --devices=12"),
+        (["--on=slurm"], "give --flagfile"),
+        (["--on=nodes", *RECIPE], "needs --node_rank, 0 to 3, and --first_host"),
+        (["--on=volcano", *RECIPE], "--image is needed"),
+        (["--on=slurm", *RECIPE, "--run.stepz=3"], "--run.stepz is not a flag"),
+        (["--on=slurm", *RECIPE, "--mesh.rules=fdsp"], "Did you mean fsdp"),
+        (["--on=slurm", RECIPE[0], "--run.workdir=/a,b"], "sbatch divides at commas"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_launched_is_said_before_anything_starts(words, said):
+    done = launch(*words)
+    assert done.returncode == 2 and said in done.stderr, done.stderr

@@ -33,7 +33,7 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
     """The keyword arguments of cfg's backend."""
     options: dict[str, Any] = {} if processes is None else {"processes": processes}
     if cfg.run.backend == "inductor":
-        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": _cache(cfg)}
+        options |= {"device": cfg.run.device, "attention": cfg.run.attention, "cache": cache_folder(cfg)}
         options |= {"profiled": True} if profiled(cfg) else {}
     if cfg.run.backend == "eager" and processes is not None:
         options |= {"device": cfg.run.device}
@@ -41,7 +41,7 @@ def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
         options |= {"check_finite": True}
     if cfg.run.backend == "npu":
         options |= {"device": cfg.run.device, "form": cfg.run.npu_form, "streams": cfg.run.npu_streams}
-        options |= {"cache": _cache(cfg) / "ge"} if cfg.run.npu_cache else {}
+        options |= {"cache": cache_folder(cfg) / "ge"} if cfg.run.npu_cache else {}
     return options
 
 
@@ -51,7 +51,8 @@ def decoding_options(cfg: Config, processes: Processes | None) -> dict[str, Any]
     return {name: value for name, value in options.items() if name in ("processes", "device", "cache")}
 
 
-def _cache(cfg: Config) -> Path:
+def cache_folder(cfg: Config) -> Path:
+    """Where compiled code is kept."""
     return code_cache.usable(Path(cfg.run.compile_cache) if cfg.run.compile_cache else code_cache.default())
 
 

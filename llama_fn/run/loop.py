@@ -13,11 +13,13 @@ from llama_fn.checkpoint import LocalCopies, Store, run_folder
 from llama_fn.config import Config
 from llama_fn.config_checks import resolved
 from llama_fn.data import rampup, skips
-from llama_fn.distributed import GivingUp, Processes, by_chief
+from llama_fn.distributed import GivingUp, Processes, by_chief, preflight
 from llama_fn.distributed import start as start_processes
+from llama_fn.hardware import Hardware
 from llama_fn.launch import launched
-from llama_fn.model import train_step
+from llama_fn.model import arrays, train_step
 from llama_fn.planner import config_stages
+from llama_fn.planner.links import bandwidth
 from llama_fn.run import compiling, machine_checks, runtime
 from llama_fn.run.display import terminal
 from llama_fn.run.events import FILE, Events
@@ -28,6 +30,7 @@ from llama_fn.signals import Interrupted, StopRequest, named
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.loop")
+CACHE_BYTES = 200 * 2**20  # that compiled code takes at the most, about
 STUCK = "stuck"  # in the work folder: what processes that gave up left
 
 
@@ -63,6 +66,8 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         give_up = GivingUp(launch.rank, workdir / STUCK, memory, events.end)
         if members is not None:
             members.watchdog.give_up = give_up
+            if cfg.run.preflight != "off":
+                _compare_machines(cfg, members, hardware)
         keep = (cfg.run.keep_latest, cfg.run.keep_every)
         local = None
         if cfg.run.local_every:
@@ -70,6 +75,22 @@ def run(cfg: Config, flags_text: str = "", backend: compiling.Backend | None = N
         store = Store(train_step.abstract_state(cfg), workdir / "checkpoints", keep, members, cfg.run.device, local)
         parts = Parts(cfg, flags_text, backend, mesh, hardware, members, stop, store, events, give_up, console)
         return stretches(parts)
+
+
+def _compare_machines(cfg: Config, members: Processes, hardware: Hardware | None) -> None:
+    """Say what is slow or odd about the machines of the run; UserError for what is wrong."""
+    state = arrays.total_bytes(train_step.abstract_state(cfg))
+    needed = {cfg.run.workdir: state, str(compiling.cache_folder(cfg)): CACHE_BYTES}
+    if cfg.run.local_every:
+        needed[cfg.run.local_dir] = state // members.mesh.size * launched().local_world
+    axes = [name for name, n in members.mesh.axes if n > 1]
+    expected = {axis: bandwidth(axis, members.mesh, hardware) for axis in axes} if hardware else {}
+    odd, line = preflight.check(
+        members, cfg.run.device, expected, Path(cfg.run.workdir), needed, versions(), cfg.run.preflight == "strict"
+    )
+    log.info("%s", line)
+    for text in odd if members.chief else ():
+        log.warning("%s", text)
 
 
 @contextmanager
