@@ -1,6 +1,7 @@
 """preprocess beside a plain loop over the same tokenizer: MB/s of text, per process and on all cores.
 
     python benchmarks/preprocess.py [--mb=60] [--rounds=3]
+    python benchmarks/preprocess.py --memory_gb=2      the most that the command and its processes hold for so much text
 
 The loop reads JSON lines, encodes each text, appends to one array, and writes the file: what nobody could do faster
 with one core and this library. Both begin with files in the page cache; preprocess's time is that of the whole command,
@@ -50,11 +51,53 @@ def command(source: Path, model: Path, out: Path, workers: int) -> float:
     return time.perf_counter() - began
 
 
+def held_by(pid: int) -> int:
+    """Bytes of a process and those below it, pages that they share divided among them (PSS)."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total = int(line.split()[1]) * 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(held_by(int(child)) for child in (task / "children").read_text().split())
+    except OSError:  # it has ended
+        pass
+    return total
+
+
+def memory(gb: float, cores: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        once = texts(8_000_000)
+        source, model = folder / "texts.jsonl", folder / "tokenizer.model"
+        tokenizer.train(once[:2000], 4096, model)
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in once).encode()
+        with open(source, "wb") as f:
+            while f.tell() < gb * 1e9:
+                f.write(lines)
+        words = [str(source), f"--tokenizer={model}", f"--out={folder / 'out'}", f"--workers={cores}"]
+        began, most = time.perf_counter(), 0
+        run = subprocess.Popen(
+            [sys.executable, "-m", "llama_fn.tools.preprocess", *words], stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while run.poll() is None:
+            most = max(most, held_by(run.pid))
+            time.sleep(0.2)
+        assert run.returncode == 0, "the command failed"
+        took, size = time.perf_counter() - began, source.stat().st_size
+        print(f"{size / 1e9:.2f} GB of JSON lines, {cores} processes: {took:.0f} s, at most {most / 2**30:.2f} GiB")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory_gb", type=float, default=0)
     parser.add_argument("--mb", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     args, cores = parser.parse_args(), compat.physical_cores()
+    if args.memory_gb:
+        memory(args.memory_gb, cores)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         held = texts(int(args.mb * 1e6))

@@ -93,6 +93,9 @@ class RunConfig:
     spike_deviations: float = number(
         8.0, "a jump: so many deviations above the median of the last 128 losses; 0: none is one", 0.0, numbers=False
     )
+    ranks_every: int = number(
+        100, "iterations between two looks at how fast each process is, in ranks.jsonl; 0: none", 0, numbers=False
+    )
     eval_every: int = number(100, "iterations between validations; 0: never", 0, numbers=False)
     eval_batches: int = number(4, "global batches in one validation", 1, numbers=False)
     sample_every: int = number(

@@ -57,6 +57,16 @@ class Watchdog:
         """Take back what was reported about a matter, once all have read it: the store is in memory."""
         self.store.delete_key(f"{about}.{self.rank}")
 
+    def heard(self, about: str) -> list[str] | None:
+        """Everybody's word, None while one has not given theirs."""
+        keys = [f"{about}.{rank}" for rank in range(self.world)]
+        return [self.store.get(key).decode() for key in keys] if self.store.check(keys) else None
+
+    def forget_all(self, about: str) -> None:
+        """Take back what everybody reported about a matter; by the one process that reads it."""
+        for rank in range(self.world):
+            self.store.delete_key(f"{about}.{rank}")
+
     def wait_for_all(self, about: str) -> list[str]:
         """Everybody's word, once all have given theirs, however long that takes."""
         keys = [f"{about}.{rank}" for rank in range(self.world)]

@@ -77,6 +77,13 @@ class Facts:
         return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
     @cached_property
+    def ranks(self) -> list[dict[str, Any]]:
+        """The rounds in which processes were compared (run/ranks.py)."""
+        path = self.folder / records.RANKS
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    @cached_property
     def samples(self) -> list[tuple[int, str, str]]:
         """(iteration, prompt, text) of those written last."""
         log = self.folder / "train.log"

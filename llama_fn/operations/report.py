@@ -42,7 +42,16 @@ def write(runs: Sequence[Facts], path: Path) -> None:
 
 def as_html(runs: Sequence[Facts]) -> str:
     """The page."""
-    parts = [STYLE, _now(runs), _losses(runs), _charts(runs), _time(runs), _timelines(runs), _validation(runs)]
+    parts = [
+        STYLE,
+        _now(runs),
+        _losses(runs),
+        _charts(runs),
+        _time(runs),
+        _timelines(runs),
+        _processes(runs),
+        _validation(runs),
+    ]
     parts += [_samples(runs), _what_ran(runs)]
     return html.document(", ".join(run.name for run in runs), "".join(parts))
 
@@ -126,6 +135,30 @@ def _told(a: Attempt) -> tuple[str, ...]:
     devices = f"{a.start.get('devices', '')} {a.start.get('device', '')}, {a.start.get('mesh', '')}"
     first = "" if a.first is None else str(a.first)
     return _moment(a.start["time"]), where, devices, first, str(a.iteration), str(len(a.saved)), end
+
+
+PROCESSES = (
+    ("rank", "rank"), ("host", "host"), ("step, ms", "step_ms"), ("waits for data, ms", "data_wait_ms"),
+    ("a product, ms", "work_ms"), ("memory, GB", "memory_gb"), ("°C", "temperature_c"), ("W", "power_w"),
+    ("memory errors", "memory_errors"),
+)  # fmt: skip
+SLOW_SHOWN = 20
+
+
+def _processes(runs: Sequence[Facts]) -> str:
+    """The last round of each run, the slowest process first, and what was said of slow ones."""
+    parts = []
+    for run in runs:
+        if not run.ranks:
+            continue
+        last = sorted(run.ranks[-1]["ranks"], key=lambda row: -row["work_ms"])
+        known = [(title, key) for title, key in PROCESSES if any(key in row for row in last)]
+        rows = [[row.get(key, "") for _, key in known] for row in last]
+        slow = [(each["iteration"], text) for each in run.ranks for text in each["slow"]][-SLOW_SHOWN:]
+        told = html.table(("iteration", "slow or broken"), slow) if slow else ""
+        title = f"<h3>{escape(run.name)}, iteration {run.ranks[-1]['iteration']}</h3>"
+        parts.append(f"{title}{html.table([title for title, _ in known], rows)}{told}")
+    return _section("Processes", "".join(parts))
 
 
 def _validation(runs: Sequence[Facts]) -> str:

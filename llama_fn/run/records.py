@@ -11,6 +11,7 @@ from typing import Any
 from llama_fn.errors import UserError
 
 Record = dict[str, Any]
+RANKS = "ranks.jsonl"  # in the work folder: run/ranks.py, which needs torch, as readers do not
 
 
 def read(path: Path) -> list[Record]:

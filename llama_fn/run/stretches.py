@@ -26,6 +26,7 @@ from llama_fn.run import compiling, health, metrics, resume, stopping, training
 from llama_fn.run.batches import ToDevice, iterator, validation_batches
 from llama_fn.run.display import Display, at_work
 from llama_fn.run.events import Events
+from llama_fn.run.ranks import Ranks
 from llama_fn.run.spikes import Spikes
 from llama_fn.run.text_samples import TextSamples, pieces_of
 from llama_fn.signals import StopRequest
@@ -166,7 +167,8 @@ def _stretch(
         writer = metrics.Writer(cfg, workdir, start) if parts.chief else None
         profiler = Profiler(cfg, 0 if members is None else members.rank, step, parts.hardware)
         watch = StepWatch(cfg.run.step_limit_s, parts.give_up)
-        for part in (writer, display, profiler, watch):
+        ranks = Ranks(members, cfg.run.device, cfg.run.ranks_every, workdir if parts.chief else None, start)
+        for part in (writer, display, profiler, watch, ranks):
             if part is not None:
                 held.callback(part.close)
         held.callback(store.wait)
@@ -177,7 +179,7 @@ def _stretch(
         monitor = health.Health(cfg.run.stop_after_skipped, cfg.model.compute_dtype == "fp16", start)
         run = training.Run(
             compiled.steps, compiled.evaluate, hyper, to_device, batches, validation, data, store, writer, display,
-            parts.stop, parts.hardware, members, profiler, monitor, spikes, parts.mesh, samples, events, watch,
+            parts.stop, parts.hardware, members, profiler, monitor, spikes, parts.mesh, samples, events, watch, ranks,
         )  # fmt: skip
         if display:
             display.start()

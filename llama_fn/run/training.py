@@ -24,6 +24,7 @@ from llama_fn.run import health, metrics, resume, runtime
 from llama_fn.run.batches import ToDevice
 from llama_fn.run.display import Display
 from llama_fn.run.events import Events
+from llama_fn.run.ranks import Ranks
 from llama_fn.run.spikes import Spikes
 from llama_fn.run.text_samples import TextSamples
 from llama_fn.signals import SAVED, UNSAVED, StopRequest
@@ -57,6 +58,7 @@ class Run:
     samples: TextSamples | None
     events: Events
     watch: StepWatch
+    ranks: Ranks
 
     def stopping(self) -> int:
         """The signal that asks to stop; that of any process, so that all stop after the same step."""
@@ -146,6 +148,8 @@ def train(cfg: Config, start: int, saved: int, state: train_step.TrainState, run
         ended = time.perf_counter()
         run.events.done(iteration)
         pending, began = _Pending(iteration, values, ended - began, waited, consumed), ended
+        if run.ranks.done(iteration, pending.seconds, waited):
+            began = time.perf_counter()
         if run.profiler.after(iteration):  # which takes a while to write what it has
             began = time.perf_counter()
         if run.evaluate is not None and iteration % cfg.run.eval_every == 0:

@@ -181,17 +181,17 @@ def test_killed_at_random_and_started_again_the_bytes_are_the_same(kills, whole,
     # A journal after every document, so that there is something to go on from in so short a time.
     patched = f"import sys; from llama_fn.data import writer; writer.JOURNAL_S = 0.05; sys.argv = {command[2:]!r}; "
     patched += "import runpy; runpy.run_module('llama_fn.tools.preprocess', run_name='__main__')"
-    gone_on = 0
+    gone_on, further = 0, prefix.with_suffix(".bin").stat().st_size // (3 * kills)
     for _ in range(kills):
         run = subprocess.Popen([sys.executable, "-c", patched], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         partial = list(tmp_path.glob(".x.*.bin.partial"))
         size = partial[0].stat().st_size if partial else 0
         while run.poll() is None:
             partial = list(tmp_path.glob(".x.*.bin.partial"))
-            if partial and partial[0].stat().st_size > size + 200_000:
+            if partial and partial[0].stat().st_size > size + further:
                 break
-            time.sleep(0.01)
-        time.sleep(0.3 * chance.random())
+            time.sleep(0.002)
+        time.sleep(0.01 * chance.random())
         run.send_signal(signal.SIGKILL)
         gone_on += "documents were done before" in run.communicate()[1]
     done = tool(*words, f"--out={prefix_here}")
