@@ -13,6 +13,7 @@ import logging
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 log = logging.getLogger("llama_fn.spikes")
@@ -52,11 +53,12 @@ class Spikes:
     trained_again: dict[int, float] = field(default_factory=dict)  # losses of spikes from before a roll back
     back_at: list[int] = field(default_factory=list)  # the checkpoints that it went back to
 
-    def begin(self, iteration: int) -> None:
-        """Train on from this iteration: what came behind it is forgotten."""
+    def begin(self, iteration: int, logged: Sequence[tuple[int, float]] = ()) -> None:
+        """Train on from this iteration: what came behind it is forgotten. `logged`: losses that an earlier process
+        wrote, by which this one measures as that did."""
         self.found, self.told = None, -WINDOW
-        kept = [each for each in self.losses if each[0] <= iteration]
-        self.losses = deque(kept, maxlen=WINDOW)
+        kept = [(i, loss) for i, loss in (self.losses or logged) if i <= iteration and math.isfinite(loss)]
+        self.losses = deque(kept[-WINDOW:], maxlen=WINDOW)
 
     def observe(self, iteration: int, loss: float, consumed: int) -> Spike | None:
         """The spike that this loss is. Losses that are not finite are run/health.py's."""

@@ -22,12 +22,12 @@ from llama_fn.distributed import GivingUp, Processes, StepWatch, by_chief
 from llama_fn.hardware import Hardware
 from llama_fn.inspect.profiling import Profiler
 from llama_fn.model import train_step
-from llama_fn.run import compiling, health, metrics, resume, stopping, training
+from llama_fn.run import compiling, health, metrics, records, resume, stopping, training
 from llama_fn.run.batches import ToDevice, iterator, validation_batches
 from llama_fn.run.display import Display, at_work
 from llama_fn.run.events import Events
 from llama_fn.run.ranks import Ranks
-from llama_fn.run.spikes import Spikes
+from llama_fn.run.spikes import WINDOW, Spikes
 from llama_fn.run.text_samples import TextSamples, pieces_of
 from llama_fn.signals import StopRequest
 from sharding import Mesh
@@ -103,6 +103,13 @@ def _go_back(parts: Parts, spikes: Spikes, newest: SavedStep | None) -> None:
     )
     what = f"samples {consumed} to {spike.consumed} are passed over" if over else "the same samples are trained again"
     log.warning("%s. The run goes back to iteration %d, and %s", spike, start, what)
+
+
+def _logged(workdir: Path) -> list[tuple[int, float]]:
+    """The losses that earlier processes wrote, of which the last count."""
+    if not (workdir / "metrics.jsonl").exists():
+        return []
+    return [(row["iteration"], row["lm_loss"]) for row in records.read(workdir)][-WINDOW:]
 
 
 def _loaded(cfg: Config, workdir: Path, newest: SavedStep | None) -> tuple[Data, Samples | Blend]:
@@ -187,7 +194,7 @@ def _stretch(
         saved = store.newest if newest is not None and newest.local else start
         events.write("training", iteration=start, steps=cfg.run.steps, restored=newest is not None)
         events.iteration = start
-        spikes.begin(start)
+        spikes.begin(start, by_chief(members, lambda: _logged(workdir) if start and not spikes.losses else []))
         with events.phase("step"):
             status = training.train(cfg, start, saved, state, run)
         if members is not None:

@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+
+import pytest
 
 from llama_fn.distributed.hangs import STUCK, GivingUp
 from llama_fn.operations.state import Condition, look
@@ -63,3 +66,50 @@ def test_a_report_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     words = GivingUp(0, tmp_path / "file" / "stuck")._report("why")
     assert "could not be written" in words
+
+
+class GaveUp(Exception):
+    pass
+
+
+def watching(step, timeout=10.0):
+    """A watchdog of rank 0, which begins `step` now, without a store."""
+    from llama_fn.distributed.watchdog import Watchdog
+
+    def give_up(status, why):
+        raise GaveUp(why)
+
+    dog = Watchdog.__new__(Watchdog)
+    dog.rank, dog.world, dog.timeout, dog.give_up = 0, 2, timeout, give_up
+    dog.seen = {1: (b"", time.monotonic())}
+    dog.begin(step)
+    return dog
+
+
+def test_steps_that_pass_while_a_word_is_under_way_are_no_lag(monkeypatch):
+    """Words come every few seconds: those of quick steps are always behind this rank's, for hours."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    dog = watching(0)
+    for step in range(0, 4000, 40):
+        dog.begin(step)
+        clock[0] += 1.0
+        dog._judge(1, f"{clock[0]} {max(0, step - 30)} n1".encode())
+
+
+def test_a_rank_that_has_not_begun_the_step_in_which_this_one_waits_is_stuck(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    dog = watching(7)
+    for _ in range(10):
+        clock[0] += 1.0
+        dog._judge(1, f"{clock[0]} 6 n1".encode())
+    clock[0] += 1.0
+    with pytest.raises(GaveUp, match="rank 1 on n1 stands in step 6 while this rank waits in step 7"):
+        dog._judge(1, f"{clock[0]} 6 n1".encode())
+    dog.begin(5)  # gone back from a spike: the other's word is of before
+    dog._judge(1, f"{clock[0]} 8 n1".encode())
+    clock[0] += 11.0
+    with pytest.raises(GaveUp, match="no sign of life for 10 s"):
+        dog._judge(1, b"1011.0 8 n1")
+        dog._judge(1, b"1011.0 8 n1")

@@ -162,6 +162,23 @@ def test_a_rank_that_stands_still_is_named(corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_quick_steps_for_longer_than_the_timeout_are_no_hang(corpus, tmp_path):
+    """Words of the watchdog come every few seconds, in which many steps pass: each rank sees the other behind."""
+    flags = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path}", "--mesh.axes=data:2", "--run.backend=eager"]
+    flags += [
+        "--data.microbatches=1",
+        "--run.steps=600",
+        "--run.checkpoint_every=600",
+        "--run.eval_every=0",
+        "--run.timeout_s=2",
+    ]
+    done = subprocess.run(command(2, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 600 and sum(row["step_time_ms"] for row in rows) > 3 * 2000, "longer than the timeout"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [100, pytest.param(8000, marks=pytest.mark.slow)])
 def test_collectives_under_way_at_once_have_their_results_and_leave_memory_whole(rounds):
     worker = command(2, str(rounds), script="tests/multirank/worker_collectives.py")

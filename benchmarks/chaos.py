@@ -1,0 +1,236 @@
+"""A run under supervise to which something happens again and again, against one that is left alone: the same losses?
+
+    python benchmarks/chaos.py [--processes=2] [--faults=24] [--seed=0]      as root, on Linux: it mounts a small disk
+
+A small model trains in processes over gloo, in a work folder on a disk of 96 MB. Its text holds a line that is none. It
+makes the loss jump (--run.on_spike=skip). In turn and in a random order: a process is killed; one is stopped, so that
+the others wait for it; the launcher is asked to end; all are killed and a file of the newest checkpoint is damaged; the
+disk is filled, and freed when the run has ended; the clock jumps by an hour. Each time the script waits until the run
+trains again, and says how long that took and what the attempt's last word was. At the end it compares every iteration's
+loss with the undisturbed run's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S, SHUTDOWN_S, BETWEEN = 15, 10, 25
+CLOCK = """
+import os, threading, time
+if os.environ.get("CHAOS_CLOCK"):
+    real, shift = time.time, [0.0]
+    def follow():
+        while True:
+            try:
+                shift[0] = float(open(os.environ["CHAOS_CLOCK"]).read() or 0)
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.2)
+    time.time = lambda: real() + shift[0]
+    threading.Thread(target=follow, daemon=True).start()
+"""
+
+
+class Job:
+    """The supervised run."""
+
+    def __init__(self, folder: Path, workdir: Path, processes: int, steps: int) -> None:
+        self.workdir, self.clock, self.processes = workdir, folder / "clock", processes
+        self.environ = {
+            **os.environ, "CHAOS_CLOCK": str(self.clock), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
+            "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        (folder / "sitecustomize.py").write_text(CLOCK)
+        self.command = [*launcher(processes), *flags(folder, processes, steps), f"--run.workdir={workdir}"]
+        self.log = open(folder / "supervise.log", "ab")  # noqa: SIM115
+        self.start()
+
+    def start(self) -> None:
+        supervise = [sys.executable, "-m", "llama_fn.tools.supervise", f"--workdir={self.workdir}", "--wait_s=0.5"]
+        words = [*supervise, "--look_s=1", "--most=30", "--", *self.command]
+        self.process = subprocess.Popen(words, cwd=ROOT, env=self.environ, stdout=self.log, stderr=self.log)
+
+    def pids(self, launchers: bool) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                words = (entry / "cmdline").read_text().split("\0")
+                ours = f"--run.workdir={self.workdir}" in words and "llama_fn.tools.supervise" not in words
+                if ours and ("torch.distributed.run" in words) == launchers:
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def iteration(self) -> int:
+        path = self.workdir / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        whole = [line for line in lines[-2:] if line.endswith(b"}")]
+        return json.loads(whole[-1])["iteration"] if whole else 0
+
+    def starts(self) -> list[int]:
+        """The iterations from which it has trained so far."""
+        path = self.workdir / "events.jsonl"
+        found = events(self.workdir) if path.exists() else []
+        return [int(str(event["iteration"])) for event in found if event["event"] == "training"]
+
+    def trains_again(self, before: int, limit_s: float) -> float:
+        """Seconds until it has trained an iteration since more than `before` starts."""
+        began = time.monotonic()
+        while len(starts := self.starts()) <= before or self.iteration() <= starts[-1]:
+            if self.process.poll() is not None:
+                sys.exit(f"the run ended with status {self.process.returncode}: see {self.log.name}")
+            if time.monotonic() - began > limit_s:
+                sys.exit(f"it does not train again within {limit_s} s: see {self.log.name}")
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def trains_beyond(self, iteration: int, limit_s: float) -> float:
+        """Seconds until it does; -1 where it ended before that."""
+        began = time.monotonic()
+        while self.iteration() <= iteration:
+            if self.process.poll() is not None:
+                return -1.0
+            if time.monotonic() - began > limit_s:
+                sys.exit(f"no iteration behind {iteration} for {limit_s} s: see {self.log.name}")
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+
+def launcher(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"]
+
+
+def flags(folder: Path, processes: int, steps: int) -> list[str]:
+    return [
+        "--flagfile=configs/tiny_cpu.flags", "--model.num_layers=2", "--model.embed_dim=32", "--model.num_heads=2",
+        "--model.num_kv_heads=2", "--model.mlp_dim=48", "--model.vocab_size=340", "--data.seq_len=32",
+        "--data.split=1,0,0", f"--data.global_batch_size={2 * processes}", "--run.backend=eager", "--run.log_every=1",
+        f"--mesh.axes=data:{processes}", "--mesh.rules=fsdp", "--run.eval_every=0", "--run.tensorboard=false",
+        "--run.checkpoint_every=10", f"--run.steps={steps}", f"--data.path={folder / 'corpus'}", "--run.on_spike=skip",
+        "--optim.lr=0.01", "--optim.warmup_steps=5", f"--run.timeout_s={TIMEOUT_S}",
+    ]  # fmt: skip
+
+
+def kill(job: Job, chance: random.Random) -> None:
+    os.kill(chance.choice(job.pids(False)), signal.SIGKILL)
+
+
+def stop(job: Job, chance: random.Random) -> None:
+    os.kill(chance.choice(job.pids(False)), signal.SIGSTOP)
+
+
+def ask(job: Job, chance: random.Random) -> None:
+    for pid in job.pids(True):
+        os.kill(pid, signal.SIGTERM)
+
+
+def damage(job: Job, chance: random.Random) -> None:
+    for pid in [*job.pids(True), *job.pids(False)]:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    steps = [p for p in (job.workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    newest = max(steps, key=lambda p: int(p.name))
+    files = [p for p in sorted(newest.rglob("*")) if p.is_file() and p.stat().st_size]
+    with open(chance.choice(files), "r+b") as f:
+        data = f.read()
+        at = chance.randrange(len(data))
+        f.seek(at)
+        f.write(bytes([data[at] ^ 0xFF]))
+
+
+def fill(job: Job, chance: random.Random) -> None:
+    filler = job.workdir / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as f:
+        while f.write(bytes(4096)):
+            pass
+    job.process.wait(timeout=120)  # it is not started again: somebody must free the disk
+    filler.unlink()
+    job.start()
+
+
+def jump(job: Job, chance: random.Random) -> None:
+    job.clock.write_text(str(chance.choice([-3600, 3600])))
+
+
+FAULTS = (kill, stop, ask, damage, fill, jump)
+
+
+def corpus(folder: Path, chance: random.Random) -> None:
+    folder.mkdir()
+    for n in range(400):
+        (folder / f"{n:03}.txt").write_text("the quick brown fox jumps over the lazy dog and runs on\n" * 8)
+    (folder / "odd.txt").write_text("".join(chr(chance.randrange(0x4E00, 0x9FFF)) for _ in range(30)) + "\n")
+
+
+def events(workdir: Path) -> list[dict[str, object]]:
+    lines = (workdir / "events.jsonl").read_text(errors="replace").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [(row["iteration"], row["lm_loss"]) for row in map(json.loads, lines)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--faults", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    chance, steps = random.Random(args.seed), 2 * BETWEEN * (args.faults + 2)
+    with tempfile.TemporaryDirectory() as name:
+        folder, disk = Path(name), Path(name) / "disk"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", disk], check=True)
+        try:
+            corpus(folder / "corpus", chance)
+            chaos(Job(folder, disk, args.processes, steps), chance, args.faults)
+            alone = [*launcher(args.processes), *flags(folder, args.processes, steps)]
+            subprocess.run([*alone, f"--run.workdir={folder / 'alone'}"], cwd=ROOT, check=True, capture_output=True)
+            compare(disk, folder / "alone", steps)
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+
+def chaos(job: Job, chance: random.Random, count: int) -> None:
+    began, waits = time.monotonic(), {fault: 0.0 for fault in FAULTS}
+    order = [fault for _ in range(-(-count // len(FAULTS))) for fault in chance.sample(FAULTS, len(FAULTS))][:count]
+    for fault in order:
+        job.trains_beyond(job.iteration() + BETWEEN, 120)
+        at, starts = job.iteration(), len(job.starts())
+        fault(job, chance)
+        waited = job.trains_beyond(at, 60) if fault is jump else job.trains_again(starts, 4 * TIMEOUT_S + 60)
+        waits[fault] = max(waits[fault], waited)
+        ends = [event for event in events(job.workdir) if event["event"] == "end"]
+        word = f"status {ends[-1]['status']}: {str(ends[-1]['why'])[:90]}" if ends and fault is not jump else ""
+        print(f"{fault.__name__:7} at iteration {at:5}: trains again after {waited:5.1f} s  {word}", flush=True)
+    status = job.process.wait()
+    print(
+        f"ended with status {status} after {(time.monotonic() - began) / 60:.1f} min; the longest wait {longest:.1f} s"
+    )
+
+
+def compare(disturbed: Path, alone: Path, steps: int) -> None:
+    found, wanted = losses(disturbed), losses(alone)
+    assert [i for i, _ in found] == list(range(1, steps + 1)), "an iteration is lost or doubled"
+    differ = [i for (i, a), (_, b) in zip(found, wanted, strict=True) if a != b]
+    print(f"{steps} iterations, each once; losses that differ from the undisturbed run's: {len(differ)}")
+    happened = [event["event"] for event in events(disturbed)]
+    print(f"events.jsonl: {happened.count('start')} starts, {happened.count('end')} last words, "
+          f"{happened.count('spike')} spikes; of the undisturbed run {len(events(alone))} events")  # fmt: skip
+    sys.exit(bool(differ))
+
+
+if __name__ == "__main__":
+    main()
