@@ -215,10 +215,9 @@ def chaos(job: Job, chance: random.Random, count: int) -> None:
         ends = [event for event in events(job.workdir) if event["event"] == "end"]
         word = f"status {ends[-1]['status']}: {str(ends[-1]['why'])[:90]}" if ends and fault is not jump else ""
         print(f"{fault.__name__:7} at iteration {at:5}: trains again after {waited:5.1f} s  {word}", flush=True)
-    status = job.process.wait()
-    print(
-        f"ended with status {status} after {(time.monotonic() - began) / 60:.1f} min; the longest wait {longest:.1f} s"
-    )
+    status, took = job.process.wait(), (time.monotonic() - began) / 60
+    each = ", ".join(f"{fault.__name__} {wait:.0f} s" for fault, wait in waits.items())
+    print(f"ended with status {status} after {took:.1f} min; the longest waits: {each}")
 
 
 def compare(disturbed: Path, alone: Path, steps: int) -> None:
