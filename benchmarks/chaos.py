@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S, SHUTDOWN_S, BETWEEN = 15, 10, 25
@@ -83,14 +84,31 @@ class Job:
         found = events(self.workdir) if path.exists() else []
         return [int(str(event["iteration"])) for event in found if event["event"] == "training"]
 
+    def last_words(self) -> list[str]:
+        """How its attempts ended."""
+        found = [event for event in events(self.workdir) if event["event"] == "end"]
+        return [f"status {event['status']}: {str(event['why'])[:90]}" for event in found]
+
+    def fail(self, why: str) -> NoReturn:
+        """The end of the script, with what supervise and the run said."""
+        print("\n".join(Path(self.log.name).read_text(errors="replace").splitlines()[-40:]), file=sys.stderr)
+        sys.exit(why)
+
+    def kill(self) -> None:
+        """All that belongs to it."""
+        self.process.kill()
+        for pid in [*self.pids(True), *self.pids(False)]:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
     def trains_again(self, before: int, limit_s: float) -> float:
         """Seconds until it has trained an iteration since more than `before` starts."""
         began = time.monotonic()
         while len(starts := self.starts()) <= before or self.iteration() <= starts[-1]:
             if self.process.poll() is not None:
-                sys.exit(f"the run ended with status {self.process.returncode}: see {self.log.name}")
+                self.fail(f"the run ended with status {self.process.returncode}")
             if time.monotonic() - began > limit_s:
-                sys.exit(f"it does not train again within {limit_s} s: see {self.log.name}")
+                self.fail(f"it does not train again within {limit_s} s")
             time.sleep(0.05)
         return time.monotonic() - began
 
@@ -101,7 +119,7 @@ class Job:
             if self.process.poll() is not None:
                 return -1.0
             if time.monotonic() - began > limit_s:
-                sys.exit(f"no iteration behind {iteration} for {limit_s} s: see {self.log.name}")
+                self.fail(f"no iteration behind {iteration} for {limit_s} s")
             time.sleep(0.05)
         return time.monotonic() - began
 
@@ -135,7 +153,7 @@ def ask(job: Job, chance: random.Random) -> None:
 
 
 def damage(job: Job, chance: random.Random) -> None:
-    for pid in [*job.pids(True), *job.pids(False)]:
+    for pid in [*job.pids(True), *job.pids(False)]:  # the launchers first
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
     steps = [p for p in (job.workdir / "checkpoints").iterdir() if p.name.isdigit()]
@@ -153,9 +171,15 @@ def fill(job: Job, chance: random.Random) -> None:
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as f:
         while f.write(bytes(4096)):
             pass
-    job.process.wait(timeout=120)  # it is not started again: somebody must free the disk
+    ended = len(job.last_words())
+    for _ in range(200):  # until the run has ended; one whose last word found no room is started again and again
+        if job.process.poll() is not None or len(job.last_words()) > ended or not job.pids(False):
+            break
+        time.sleep(0.1)
+    time.sleep(1.0)
     filler.unlink()
-    job.start()
+    if job.process.poll() is not None:
+        job.start()
 
 
 def jump(job: Job, chance: random.Random) -> None:
@@ -173,8 +197,11 @@ def corpus(folder: Path, chance: random.Random) -> None:
 
 
 def events(workdir: Path) -> list[dict[str, object]]:
-    lines = (workdir / "events.jsonl").read_text(errors="replace").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    found = []
+    for line in (workdir / "events.jsonl").read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # a line that a kill or a full disk cut off
+            found.append(json.loads(line))
+    return found
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
@@ -195,12 +222,16 @@ def main() -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", disk], check=True)
         try:
             corpus(folder / "corpus", chance)
-            chaos(Job(folder, disk, args.processes, steps), chance, args.faults)
+            job = Job(folder, disk, args.processes, steps)
+            try:
+                chaos(job, chance, args.faults)
+            finally:
+                job.kill()
             alone = [*launcher(args.processes), *flags(folder, args.processes, steps)]
             subprocess.run([*alone, f"--run.workdir={folder / 'alone'}"], cwd=ROOT, check=True, capture_output=True)
             compare(disk, folder / "alone", steps)
         finally:
-            subprocess.run(["umount", disk], check=True)
+            subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def chaos(job: Job, chance: random.Random, count: int) -> None:
@@ -208,12 +239,11 @@ def chaos(job: Job, chance: random.Random, count: int) -> None:
     order = [fault for _ in range(-(-count // len(FAULTS))) for fault in chance.sample(FAULTS, len(FAULTS))][:count]
     for fault in order:
         job.trains_beyond(job.iteration() + BETWEEN, 120)
-        at, starts = job.iteration(), len(job.starts())
+        at, starts, words = job.iteration(), len(job.starts()), len(job.last_words())
         fault(job, chance)
         waited = job.trains_beyond(at, 60) if fault is jump else job.trains_again(starts, 4 * TIMEOUT_S + 60)
         waits[fault] = max(waits[fault], waited)
-        ends = [event for event in events(job.workdir) if event["event"] == "end"]
-        word = f"status {ends[-1]['status']}: {str(ends[-1]['why'])[:90]}" if ends and fault is not jump else ""
+        word = job.last_words()[-1] if len(job.last_words()) > words else "no last word"
         print(f"{fault.__name__:7} at iteration {at:5}: trains again after {waited:5.1f} s  {word}", flush=True)
     status, took = job.process.wait(), (time.monotonic() - began) / 60
     each = ", ".join(f"{fault.__name__} {wait:.0f} s" for fault, wait in waits.items())
@@ -224,7 +254,10 @@ def compare(disturbed: Path, alone: Path, steps: int) -> None:
     found, wanted = losses(disturbed), losses(alone)
     assert [i for i, _ in found] == list(range(1, steps + 1)), "an iteration is lost or doubled"
     differ = [i for (i, a), (_, b) in zip(found, wanted, strict=True) if a != b]
-    print(f"{steps} iterations, each once; losses that differ from the undisturbed run's: {len(differ)}")
+    print(f"{steps} iterations, each once; losses that differ from the undisturbed run's: {len(differ)}{differ[:1]}")
+    for name, workdir in (("disturbed", disturbed), ("undisturbed", alone)):
+        spikes = [(e["iteration"], e["back_to"], e["from"], e["to"]) for e in events(workdir) if e["event"] == "spike"]
+        print(f"{name}: jumps at, back to, samples passed over: {spikes}")
     happened = [event["event"] for event in events(disturbed)]
     print(f"events.jsonl: {happened.count('start')} starts, {happened.count('end')} last words, "
           f"{happened.count('spike')} spikes; of the undisturbed run {len(events(alone))} events")  # fmt: skip

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llama_fn.signals import Interrupted
 
@@ -27,6 +28,11 @@ log = logging.getLogger("llama_fn.events")
 FILE = "events.jsonl"
 PARTS = ("other", "prepare", "compile", "restore", "step", "data", "save", "evaluate")
 SPENT_EVERY_S = 60.0
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 class Events:
@@ -43,8 +49,10 @@ class Events:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts})
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with open(self.path, "ab+") as file:
+                if file.tell() and not _ends_a_line(file):  # of a process that was killed, or found no room
+                    line = "\n" + line
+                file.write((line + "\n").encode())
         except OSError as error:
             log.warning("%s: %s; an event is lost: %s", self.path, error.strerror, event)
 

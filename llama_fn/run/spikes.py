@@ -53,11 +53,11 @@ class Spikes:
     trained_again: dict[int, float] = field(default_factory=dict)  # losses of spikes from before a roll back
     back_at: list[int] = field(default_factory=list)  # the checkpoints that it went back to
 
-    def begin(self, iteration: int, logged: Sequence[tuple[int, float]] = ()) -> None:
-        """Train on from this iteration: what came behind it is forgotten. `logged`: losses that an earlier process
-        wrote, by which this one measures as that did."""
+    def begin(self, iteration: int, logged: Sequence[tuple[int, float]]) -> None:
+        """Train on from this iteration, up to which the log has the losses: a run that was killed, and one that went
+        back, measure by the same."""
         self.found, self.told = None, -WINDOW
-        kept = [(i, loss) for i, loss in (self.losses or logged) if i <= iteration and math.isfinite(loss)]
+        kept = [(i, loss) for i, loss in logged if i <= iteration and math.isfinite(loss)]
         self.losses = deque(kept[-WINDOW:], maxlen=WINDOW)
 
     def observe(self, iteration: int, loss: float, consumed: int) -> Spike | None:
@@ -115,4 +115,4 @@ class Spikes:
         self.back_at.append(iteration)
         if self.action == "roll_back":
             self.trained_again[self.found.iteration] = self.found.loss
-        self.begin(iteration)
+        self.found = None

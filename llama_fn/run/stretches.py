@@ -106,9 +106,7 @@ def _go_back(parts: Parts, spikes: Spikes, newest: SavedStep | None) -> None:
 
 
 def _logged(workdir: Path) -> list[tuple[int, float]]:
-    """The losses that earlier processes wrote, of which the last count."""
-    if not (workdir / "metrics.jsonl").exists():
-        return []
+    """The losses so far, of which the last count."""
     return [(row["iteration"], row["lm_loss"]) for row in records.read(workdir)][-WINDOW:]
 
 
@@ -194,7 +192,7 @@ def _stretch(
         saved = store.newest if newest is not None and newest.local else start
         events.write("training", iteration=start, steps=cfg.run.steps, restored=newest is not None)
         events.iteration = start
-        spikes.begin(start, by_chief(members, lambda: _logged(workdir) if start and not spikes.losses else []))
+        spikes.begin(start, by_chief(members, lambda: _logged(workdir) if start else []))
         with events.phase("step"):
             status = training.train(cfg, start, saved, state, run)
         if members is not None:
