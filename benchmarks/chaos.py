@@ -2,8 +2,8 @@
 
     python benchmarks/chaos.py [--processes=2] [--faults=24] [--seed=0]      as root, on Linux: it mounts a small disk
 
-A small model trains in processes over gloo, in a work folder on a disk of 96 MB. Its text holds a line that is none. It
-makes the loss jump (--run.on_spike=skip). In turn and in a random order: a process is killed; one is stopped, so that
+A small model trains in processes over gloo, in a work folder on a disk of 400 MB. Its text holds a line that is none,
+which makes the loss jump (--run.on_spike=skip). In turn and in a random order: a process is killed; one is stopped, so that
 the others wait for it; the launcher is asked to end; all are killed and a file of the newest checkpoint is damaged; the
 disk is filled, and freed when the run has ended; the clock jumps by an hour. Each time the script waits until the run
 trains again, and says how long that took and what the attempt's last word was. At the end it compares every iteration's
@@ -171,13 +171,12 @@ def fill(job: Job, chance: random.Random) -> None:
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as f:
         while f.write(bytes(4096)):
             pass
-    ended = len(job.last_words())
-    for _ in range(200):  # until the run has ended; one whose last word found no room is started again and again
-        if job.process.poll() is not None or len(job.last_words()) > ended or not job.pids(False):
-            break
+    starts = len(job.starts())
+    while job.pids(False) and job.process.poll() is None and len(job.starts()) == starts:  # until the run has ended
         time.sleep(0.1)
-    time.sleep(1.0)
     filler.unlink()
+    while job.process.poll() is None and len(job.starts()) == starts:  # it is started again, or left to a person
+        time.sleep(0.1)
     if job.process.poll() is not None:
         job.start()
 
@@ -219,7 +218,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, disk = Path(name), Path(name) / "disk"
         disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", disk], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", disk], check=True)
         try:
             corpus(folder / "corpus", chance)
             job = Job(folder, disk, args.processes, steps)

@@ -43,6 +43,7 @@ class Store:
         self.infos, self.folder, self.processes, self.device = infos, folder.absolute(), processes, device
         self.rank, self.mesh = (processes.rank, processes.mesh) if processes else (0, Mesh())
         self.local, self.newest = local, 0  # the iteration of the newest checkpoint that `find` left
+        self.looks = 0  # how often `find` was called: what processes say of a step they may say again
         opened: list[Checkpoints] = []
         by_chief(processes, lambda: opened.append(Checkpoints(self.folder, *keep)))
         self.checkpoints = opened[0] if opened else None  # the first process's
@@ -57,6 +58,7 @@ class Store:
         UserError where `accept` raises it, where the arrays are others than the state's, where none of several is good,
         and where one cannot be read: then nothing is touched.
         """
+        self.looks += 1
         steps: list[int] = by_chief(self.processes, lambda: self._first.steps())
         self.newest = steps[-1] if steps else 0
         for step in [*reversed(steps), 0]:
@@ -109,7 +111,7 @@ class Store:
             word = f"damaged {damage}"
         except (ValueError, OSError) as wrong:  # tensorstore's; a UserError is a ValueError
             word, error = "unreadable", wrong if isinstance(wrong, UserError) else self._unreadable(step, wrong)
-        words = self._agreed(f"checked.{step}", word, error)
+        words = self._agreed(f"checked.{self.looks}.{step}", word, error)
         return next((each.removeprefix("damaged ") for each in words if each), "")
 
     def _agreed(self, about: str, word: str, error: UserError | None) -> list[str]:
@@ -144,7 +146,7 @@ class Store:
                 values[path] = reader.part(path, part, self.device)
         except (ValueError, OSError) as wrong:  # every kind of tensorstore's
             error = self._unreadable(saved_step.step, wrong)
-        self._agreed(f"restored.{saved_step.step}", "unreadable" if error else "", error)
+        self._agreed(f"restored.{self.looks}.{saved_step.step}", "unreadable" if error else "", error)
         return tree.map_with_path(lambda path, _: values[path], self.infos)
 
     def save(self, iteration: int, state: Any, meta: dict[str, Any], layouts: Sequence[P] | None = None) -> None:

@@ -70,14 +70,15 @@ class Processes:
         A UserError of one ends all. They wait at a store, not in a collective, whose time limit tokenizing a large
         corpus would pass; the watchdog still sees who dies.
         """
+        about = self.watchdog.turn("in_turn")
         first, value, error = launched().local_rank == 0, None, None
         if first:
             try:
                 value = fn()
             except UserError as wrong:
                 error = wrong
-        self.watchdog.report("in_turn", "failed" if error else "done")
-        failed = "failed" in self.watchdog.wait_for_all("in_turn")
+        self.watchdog.report(about, "failed" if error else "done")
+        failed = "failed" in self.watchdog.wait_for_all(about)
         if error is not None:
             raise error
         if failed:
@@ -85,10 +86,11 @@ class Processes:
         return value if first else fn()
 
     def all_reached(self, what: str) -> None:
-        """Wait until every process has come to `what`, once for each; for what may take minutes longer on one than on
-        another, which a collective's time limit would count."""
-        self.watchdog.report(what, "done")
-        self.watchdog.wait_for_all(what)
+        """Wait until every process has come to `what`; for what may take minutes longer on one than on another, which a
+        collective's time limit would count."""
+        about = self.watchdog.turn(what)
+        self.watchdog.report(about, "done")
+        self.watchdog.wait_for_all(about)
 
     def words(self, about: str, word: str) -> list[str]:
         """What every process says about a matter, by rank; each matter has a name of its own. Not a collective: it may

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class Watchdog:
 
     def __init__(self, rank: int, world: int, timeout_s: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout_s
-        self.step, self.closed = -1, threading.Event()
+        self.step, self.closed, self.turns = -1, threading.Event(), Counter[str]()
         self.begun = time.monotonic()  # this step
         self.give_up = GivingUp(rank)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -48,6 +49,12 @@ class Watchdog:
         """Stop watching."""
         self.closed.set()
         self.thread.join(timeout=5)
+
+    def turn(self, about: str) -> str:
+        """Another name for a matter each time it comes up, which it does for all processes in one order: what was said
+        the time before is no answer."""
+        self.turns[about] += 1
+        return f"{about}.{self.turns[about]}"
 
     def report(self, about: str, word: str) -> None:
         """Let the others know; once for each matter."""

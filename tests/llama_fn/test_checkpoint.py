@@ -149,3 +149,14 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, m
     with pytest.raises(UserError, match=r"it takes 16\.8 MB, and 1\.0 MB are free; nothing was begun"):
         store.close()
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_what_processes_say_of_a_step_when_it_is_looked_at_again_has_another_name(tmp_path, tiny_config, fresh_state):
+    """A run that goes back finds and restores the same step twice: the first words are still in the store."""
+    cfg = tiny_config(num_layers=1)
+    store = saved(tmp_path, cfg, fresh_state(cfg))
+    said = []
+    store.saver.words = lambda about, word: said.append(about) or [word]
+    for _ in range(2):
+        store.restore(store.find())
+    assert len(said) == 4 == len(set(said))
