@@ -3,11 +3,11 @@
     python benchmarks/chaos.py [--processes=2] [--faults=24] [--seed=0]      as root, on Linux: it mounts a small disk
 
 A small model trains in processes over gloo, in a work folder on a disk of 400 MB. Its text holds a line that is none,
-which makes the loss jump (--run.on_spike=skip). In turn and in a random order: a process is killed; one is stopped, so that
-the others wait for it; the launcher is asked to end; all are killed and a file of the newest checkpoint is damaged; the
-disk is filled, and freed when the run has ended; the clock jumps by an hour. Each time the script waits until the run
-trains again, and says how long that took and what the attempt's last word was. At the end it compares every iteration's
-loss with the undisturbed run's, bit for bit.
+which makes the loss jump (--run.on_spike=skip). In turn and in a random order: a process is killed; one is stopped, so
+that the others wait for it; the launcher is asked to end; all are killed and a file of the newest checkpoint is
+damaged; the disk is filled, and freed when the run has ended; the clock jumps by an hour. Each time the script waits
+until the run trains again, and says how long that took and what the attempt's last word was. At the end it compares
+every iteration's loss with the undisturbed run's, bit for bit.
 """
 
 from __future__ import annotations
