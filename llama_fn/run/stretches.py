@@ -64,11 +64,8 @@ class Parts:
 
 def stretches(parts: Parts) -> int:
     """Train from the newest checkpoint to the end, or to a spike, from which it goes back to a checkpoint."""
-    cfg, spikes, compiled = (
-        parts.cfg,
-        Spikes(parts.cfg.run.on_spike, parts.cfg.run.spike_deviations),
-        _Compiled({}, None),
-    )
+    cfg, compiled = parts.cfg, _Compiled({}, None)
+    spikes = Spikes(cfg.run.on_spike, cfg.run.spike_deviations)
     while True:
         newest = parts.store.find(lambda saved: resume.refuse_changes(cfg, saved), config_fields.flat(cfg))
         if spikes.found is not None:
@@ -92,15 +89,8 @@ def _go_back(parts: Parts, spikes: Spikes, newest: SavedStep | None) -> None:
     if over:
         by_chief(parts.members, lambda: skips.keep(parts.workdir, consumed, spike.consumed))
     spikes.went_back(start)
-    parts.events.write(
-        "spike",
-        iteration=spike.iteration,
-        loss=spike.loss,
-        usual=spike.usual,
-        action=spikes.action,
-        back_to=start,
-        **over,
-    )
+    facts = {"iteration": spike.iteration, "loss": spike.loss, "usual": spike.usual, "action": spikes.action}
+    parts.events.write("spike", **facts, back_to=start, **over)
     what = f"samples {consumed} to {spike.consumed} are passed over" if over else "the same samples are trained again"
     log.warning("%s. The run goes back to iteration %d, and %s", spike, start, what)
 
