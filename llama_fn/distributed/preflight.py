@@ -29,7 +29,7 @@ from sharding.collectives import axes_of
 
 SLOW = 0.5  # of the other groups' rate, or of what the hardware table says
 CLOCK_S = 5.0  # times of files and logs are compared between machines
-BYTES = 8 << 20  # that a device gives to a gather
+BYTES, MOST = 8 << 20, 64 << 20  # that a device gives to a gather, and that all give: memory is for the step
 DRIVERS = ("/usr/local/Ascend/driver/version.info", "/proc/driver/nvidia/version")
 ALIKE = ("driver", "device")  # what may differ, and rarely should
 SAME = ("llama_fn", "commit", "torch", "torch_npu")  # versions of what the numbers come from
@@ -97,9 +97,11 @@ def seen(
     dist.barrier()
     if processes.chief:
         token.unlink()
-    rows = bandwidth.by_axis(processes, device, 1, BYTES)
+    rows = bandwidth.by_axis(processes, device, 1, BYTES, MOST)
     kind = torch.device(device).type
     module = torch.get_device_module(kind)
+    if kind != "cpu":
+        module.empty_cache()
     return Seen(
         host=socket.gethostname(), rank=processes.rank, devices=module.device_count() if kind != "cpu" else 0,
         wanted=launched().local_world if kind != "cpu" else 0,

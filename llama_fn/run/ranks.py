@@ -13,6 +13,7 @@ import socket
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ class Ranks:
         self.said: list[int] = []  # iterations whose rows nobody has read yet
         self.told: set[str] = set()
         self.work = Work(device) if every else None
+        # A vendor's tool takes a second: it is asked beside the steps, and its answer told in the next round.
+        self.pool = ThreadPoolExecutor(1, "device_state")
+        self.state = self.pool.submit(device_state.read, device if every else "cpu")
         self.file = None
         if every and folder is not None:
             keep_records(folder / RANKS, start)
@@ -92,8 +96,15 @@ class Ranks:
             "rank": 0 if self.processes is None else self.processes.rank, "host": socket.gethostname(),
             "step_ms": round(1e3 * statistics.median(self.steps), 3),
             "data_wait_ms": round(1e3 * statistics.median(self.waits), 3),
-            "work_ms": round(self.work(), 3), **memory, **device_state.read(self.device),
+            "work_ms": round(self.work(), 3), **memory, **self._device(),
         }  # fmt: skip
+
+    def _device(self) -> dict[str, float]:
+        """What the device said of itself since the last round, if it has."""
+        if not self.state.done():
+            return {}
+        said, self.state = self.state.result(), self.pool.submit(device_state.read, self.device)
+        return said
 
     def _read(self) -> None:
         """What all said in the round before, where all have; the first process writes it."""
@@ -117,6 +128,7 @@ class Ranks:
 
     def close(self) -> None:
         """Write what all have said."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
         self._read()
         if self.file:
             self.file.close()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,19 @@ def test_one_that_is_not_is_named_with_what_tells_it_apart(other, said):
     rows = [row(i) for i in range(8) if i != 5] + [other]
     (text,) = stragglers(rows).values()
     assert said in text
+
+
+def test_what_a_device_says_is_asked_beside_the_steps_and_told_in_the_next_round(tmp_path, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(device_state, "read", lambda device: answer.wait(10) and {"temperature_c": 50.0})
+    ranks = Ranks(None, "cpu", 1, tmp_path, 0)
+    ranks.done(1, 0.4, 0.0)
+    answer.set()
+    ranks.state.result()
+    ranks.done(2, 0.4, 0.0)
+    ranks.close()
+    first, second = [json.loads(line)["ranks"][0] for line in (tmp_path / "ranks.jsonl").read_text().splitlines()]
+    assert "temperature_c" not in first and second["temperature_c"] == 50.0
 
 
 class Store:
