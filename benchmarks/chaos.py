@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -103,23 +104,19 @@ class Job:
 
     def trains_again(self, before: int, limit_s: float) -> float:
         """Seconds until it has trained an iteration since more than `before` starts."""
+        return self._seconds(lambda: len(s := self.starts()) > before and self.iteration() > s[-1], limit_s)
+
+    def trains_beyond(self, iteration: int, limit_s: float) -> float:
+        """Seconds until it does."""
+        return self._seconds(lambda: self.iteration() > iteration, limit_s)
+
+    def _seconds(self, there: Callable[[], bool], limit_s: float) -> float:
         began = time.monotonic()
-        while len(starts := self.starts()) <= before or self.iteration() <= starts[-1]:
+        while not there():
             if self.process.poll() is not None:
                 self.fail(f"the run ended with status {self.process.returncode}")
             if time.monotonic() - began > limit_s:
-                self.fail(f"it does not train again within {limit_s} s")
-            time.sleep(0.05)
-        return time.monotonic() - began
-
-    def trains_beyond(self, iteration: int, limit_s: float) -> float:
-        """Seconds until it does; -1 where it ended before that."""
-        began = time.monotonic()
-        while self.iteration() <= iteration:
-            if self.process.poll() is not None:
-                return -1.0
-            if time.monotonic() - began > limit_s:
-                self.fail(f"no iteration behind {iteration} for {limit_s} s")
+                self.fail(f"it is not there after {limit_s} s, but at iteration {self.iteration()}")
             time.sleep(0.05)
         return time.monotonic() - began
 

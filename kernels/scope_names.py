@@ -19,6 +19,8 @@ from functools import lru_cache
 
 MICROBATCH, GATHER, REDUCE, ACCUMULATE, LAYERS = "microbatch", "gather", "reduce", "accumulate", "layers"
 _ROLES = (GATHER, REDUCE, ACCUMULATE)
+_PART = re.compile(r"[^/]+(?:/(?:\d+|\*)(?=/|$))?")  # "layers/3" is one
+_INSIDE = " < "
 _SCOPE = re.compile(
     rf"(?:{MICROBATCH}/(?P<microbatch>\d+)(?:/|$))?(?:(?P<role>{'|'.join(_ROLES)})(?:/|$))?"
     r"(?:(?P<group>[A-Za-z_]\w*)/(?P<layer>-?\d+)(?:/|$))?(?P<rest>.*)"
@@ -43,6 +45,16 @@ def of_path(path: str) -> str:
 def without_numbers(scope: str) -> str:
     """layers/*/mlp of layers/3/mlp: layers, and microbatches, taken together."""
     return re.sub(r"\b\d+\b", "*", scope)
+
+
+def inside_out(scope: str) -> str:
+    """ "mlp < layers/3 < microbatch/0" of microbatch/0/layers/3/mlp, for readers who see the beginning."""
+    return _INSIDE.join(reversed(_PART.findall(scope)))
+
+
+def outside_in(text: str) -> str:
+    """The scope that `inside_out` made this of."""
+    return "/".join(reversed(text.split(_INSIDE)))
 
 
 @dataclass(frozen=True)

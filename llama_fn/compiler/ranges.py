@@ -20,13 +20,11 @@ from typing import Any
 
 import torch
 
-from kernels.scope_names import without_numbers
+from kernels.scope_names import inside_out, outside_in, without_numbers
 from llama_fn.compiler import calls, cost, ir
 
 Key = tuple[str, str]  # scope and phase, layers and microbatches taken together
 _NAME = re.compile(rf"([^,]+) \(({'|'.join(ir.PHASES)})\)(?: (\d+)%)?")
-_PART = re.compile(r"[^/]+(?:/(?:\d+|\*)(?=/|$))?")  # "layers/3" is one
-_INSIDE = " < "
 
 
 class Ranges:
@@ -114,7 +112,7 @@ def name_of(node: torch.fx.Node, within: str = "") -> str:
 
 def title(scope: str, phase: str) -> str:
     """The range of a scope in a phase."""
-    return f"{_INSIDE.join(reversed(_PART.findall(scope)))} ({phase})"
+    return f"{inside_out(scope)} ({phase})"
 
 
 def of_call(node: torch.fx.Node) -> str:
@@ -141,7 +139,6 @@ def shares_of(name: str) -> dict[Key, float]:
     parts: dict[Key, float] = defaultdict(float)
     for term in terms:
         inside, phase, share = term.groups()  # type: ignore[union-attr]
-        scope = "/".join(reversed(inside.split(_INSIDE)))
-        parts[without_numbers(scope), phase] += float(share or 100)
+        parts[without_numbers(outside_in(inside)), phase] += float(share or 100)
     whole = sum(parts.values())
     return {key: part / whole for key, part in parts.items()}

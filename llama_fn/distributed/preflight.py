@@ -149,7 +149,7 @@ def _shared(hosts: Mapping[str, Seen]) -> list[Finding]:
     blind = [host for host, each in hosts.items() if not each.shares]
     if not blind:
         return []
-    text = f"{_named(blind)} does not see what rank 0 writes into --run.workdir: it must lie on a folder that all share"
+    text = f"{_named(blind)} does not see what rank 0 writes into --run.workdir: it must be a folder that all share"
     return [Finding(text, True)]
 
 
