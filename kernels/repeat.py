@@ -24,7 +24,7 @@ _TRACER: ContextVar[Tracer | None] = ContextVar("llama_fn_repeats", default=None
 class Tracer(Protocol):
     """Who traces: makes the calls of repeated functions."""
 
-    def call(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call(self, fn: Callable[..., Any], args: Any, kwargs: Any, inline: bool) -> Any:
         """What fn(*args, **kwargs) returns."""
         ...
 
@@ -38,11 +38,23 @@ def repeated(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Scopes that it opens are joined to that of each call.
     """
+    return _traced_once(fn, inline=False)
 
+
+def inlined(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, as for :func:`repeated`, but each call is written out when the trace ends, as jax.jit(inline=True) does.
+
+    For what passes are to see op by op, such as a layer: it saves the time of tracing each anew, in a gradient too.
+    Mark it for remat around this, not inside: the scope of a call is not known there.
+    """
+    return _traced_once(fn, inline=True)
+
+
+def _traced_once(fn: Callable[..., Any], inline: bool) -> Callable[..., Any]:
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         tracer = _TRACER.get()
-        return fn(*args, **kwargs) if tracer is None else tracer.call(fn, args, kwargs)
+        return fn(*args, **kwargs) if tracer is None else tracer.call(fn, args, kwargs, inline)
 
     return call
 

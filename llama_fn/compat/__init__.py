@@ -36,7 +36,7 @@ from llama_fn.compat.npu import (
     without_converter,
 )
 from llama_fn.compat.npu_schemas import define_npu_ops
-from llama_fn.compat.repeat import add_body
+from llama_fn.compat.repeat_body import add_body, is_inlined
 from llama_fn.compat.tracing import (
     DATA_DEPENDENT,
     INVOKE_SUBGRAPH,
@@ -73,6 +73,7 @@ __all__ = [
     "inductor_compile",
     "inductor_decompositions",
     "is_collective",
+    "is_inlined",
     "keep_compiled_code",
     "keep_memory",
     "labels",

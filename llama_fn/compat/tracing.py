@@ -18,7 +18,8 @@ from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernels.repeat import called_by
-from llama_fn.compat.repeat import Repeats, with_bodies
+from llama_fn.compat.repeat import Repeats
+from llama_fn.compat.repeat_body import with_bodies
 from llama_fn.compat.sources import sourced
 
 TORCH = "2.13.0"

@@ -16,6 +16,7 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,6 +103,24 @@ def _in_scope(body: torch.fx.GraphModule, scope: str) -> torch.fx.GraphModule:
     return _Writer(lambda _: False).module(body, scope)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a body's ops come to stand: in the scope of its call, and in the remat region that this is in."""
+
+    scope: str = ""
+    region: str = ""
+
+    def scope_of(self, node: torch.fx.Node) -> str:
+        return joined(self.scope, str(compat.labels(node).get("scope", "")))
+
+    def region_of(self, node: torch.fx.Node) -> str:
+        region = str(compat.labels(node).get("region", ""))
+        return joined(self.scope, region) if region else self.region
+
+    def of_call(self, node: torch.fx.Node) -> _Place:
+        return _Place(self.scope_of(node), self.region_of(node))
+
+
 class _Writer:
     """Copies graphs, some of their calls written out."""
 
@@ -116,13 +135,13 @@ class _Writer:
         self.attributes: dict[torch.fx.GraphModule, torch.fx.Node] = {}
 
     def module(self, gm: torch.fx.GraphModule, scope: str = "") -> torch.fx.GraphModule:
-        inputs = [self._copy(node, {}, "") for node in ir.placeholders(gm.graph)]
+        inputs = [self._copy(node, {}) for node in ir.placeholders(gm.graph)]
         out = ir.output_node(gm.graph)
-        new = self.graph.output(self._written(gm, inputs, scope))
+        new = self.graph.output(self._written(gm, inputs, _Place(scope)))
         new.meta = copy.copy(out.meta)
         return compat.graph_module(self.root, self.graph)
 
-    def _written(self, gm: torch.fx.GraphModule, operands: Sequence[Any], scope: str) -> list[Any]:
+    def _written(self, gm: torch.fx.GraphModule, operands: Sequence[Any], place: _Place) -> list[Any]:
         """The results of `gm`, its ops copied."""
         values: _Values = dict(zip(ir.placeholders(gm.graph), operands, strict=True))
         for node in gm.graph.nodes:
@@ -134,28 +153,28 @@ class _Writer:
             elif node.target is group:
                 values[node] = _Group(_mapped(node.args, values), node)
             elif is_call(node):
-                values[node] = self._call(gm, node, values, scope)
+                values[node] = self._call(gm, node, values, place)
             elif isinstance(source, torch.fx.Node) and isinstance(values[source], (list, tuple)):
                 values[node] = values[source][node.args[1]]
             else:
-                values[node] = self._copy(node, values, scope)
+                values[node] = self._copy(node, values, place)
         return [values[result] for result in ir.results(gm.graph)]
 
-    def _call(self, gm: torch.fx.GraphModule, node: torch.fx.Node, values: _Values, scope: str) -> Any:
+    def _call(self, gm: torch.fx.GraphModule, node: torch.fx.Node, values: _Values, place: _Place) -> Any:
         body, operands = body_of(gm, node), _mapped(node.args[1:], values)
         if self.which(body):
-            return self._written(body, flat(operands), joined(scope, ir.scope_of(node)))
+            return self._written(body, flat(operands), place.of_call(node))
         for several in operands:
             if isinstance(several, _Group) and several.new is None:
-                several.new = self._copy(several.node, values, scope)
+                several.new = self._copy(several.node, values, place)
         groups = {x.node: x.new for x in operands if isinstance(x, _Group)}
-        return self._copy(node, {x: values[x] for x in ir.operands(node)} | groups, scope)
+        return self._copy(node, {x: values[x] for x in ir.operands(node)} | groups, place)
 
     def _attribute(self, gm: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
         value = getattr(gm, str(node.target))
         if not isinstance(value, torch.fx.GraphModule):
             setattr(self.root, str(node.target), value)
-            return self._copy(node, {}, "")
+            return self._copy(node, {})
         if self.which(value):
             return None
         if value not in self.kept:
@@ -165,14 +184,12 @@ class _Writer:
             self.attributes[value] = self.graph.get_attr(name)
         return self.attributes[value]
 
-    def _copy(self, node: torch.fx.Node, values: _Values, scope: str) -> torch.fx.Node:
+    def _copy(self, node: torch.fx.Node, values: _Values, place: _Place | None = None) -> torch.fx.Node:
         args, kwargs = _mapped(node.args, values), _mapped(node.kwargs, values)
         new = self.graph.create_node(node.op, node.target, tuple(args), kwargs, node.name, node.type)
         new.meta = copy.copy(node.meta)
-        if scope:
-            where = compat.labels(node)
-            region = joined(scope, where["region"]) if where.get("region") else ""
-            new.meta["custom"] = where | {"scope": joined(scope, where.get("scope", "")), "region": region}
+        if place and place.scope:
+            new.meta["custom"] = compat.labels(node) | {"scope": place.scope_of(node), "region": place.region_of(node)}
         return new
 
 

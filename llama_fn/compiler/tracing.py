@@ -40,7 +40,8 @@ def trace(
     inputs = [world.make(info.shape, info.dtype) for info in infos]
     gm = world.trace(flat_fn, inputs)
     _refuse_random(gm, name_of(fn))
-    gm = calls.inlined(gm, calls.called_once(gm).__contains__)
+    once = calls.called_once(gm)
+    gm = calls.inlined(gm, lambda body: body in once or compat.is_inlined(body))
     paths = tuple(leaves.paths)
     signature = Signature(
         leaves.spec, paths, infos, out["spec"], out["paths"], _donated(bound.names, donate), bound.names

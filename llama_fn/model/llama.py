@@ -6,7 +6,6 @@ Letters: B batch, T query, S key, D embed, N query heads, K kv heads, H head dim
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +16,7 @@ from kernels.scope_names import layer
 from llama_fn import tree
 from llama_fn.config import ModelConfig
 from llama_fn.model.arrays import ArrayInfo, Init
-from llama_fn.model.transforms import remat
+from llama_fn.model.transforms import inlined, remat
 from llama_fn.tree import Leaf, Tree
 from sharding import P, constrain
 
@@ -113,15 +112,15 @@ def _biased(x_BTNH: torch.Tensor, bias_NH: Leaf) -> torch.Tensor:
     return x_BTNH if bias_NH is None else k.bias(x_BTNH, bias_NH)
 
 
-@dataclass(frozen=True)
+@tree.dataclass
 class Places:
     """Where the tokens of each row stand: the rotary table, and with several documents in a row the position of each
     token in its own, and where that begins, [B, T]."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    positions: torch.Tensor | None = None
-    starts: torch.Tensor | None = None
+    cos: Leaf
+    sin: Leaf
+    positions: Leaf = None
+    starts: Leaf = None
 
     def turned(self, x_BTNH: torch.Tensor) -> torch.Tensor:
         """k.rope at these places."""
@@ -151,10 +150,6 @@ def mlp_block(p: Layer, x_BTD: torch.Tensor, *, cfg: ModelConfig) -> torch.Tenso
         return x_BTD + constrain(k.einsum("btf,fd->btd", h_BTF, p.w_down), RESIDUAL)
 
 
-def _layer(p: Layer, x_BTD: torch.Tensor, places: Places, *, cfg: ModelConfig) -> torch.Tensor:
-    return mlp_block(p, attention_block(p, x_BTD, places, cfg=cfg), cfg=cfg)
-
-
 def rope_table(like: torch.Tensor, length: int, *, cfg: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """k.rope_table for positions 0..length-1, with the scaling that the model has."""
     scaling = [list(cfg.rope_scaling)] if cfg.rope_scaling else []
@@ -179,9 +174,14 @@ def hidden(
     with named_scope("embed"):
         places = _places(tokens_BT, starts_BT, cfg)
         x_BTD = constrain(k.embedding(params.embed, tokens_BT), RESIDUAL)
+
+    @inlined
+    def block(p: Layer, x_BTD: torch.Tensor, places: Places) -> torch.Tensor:
+        return mlp_block(p, attention_block(p, x_BTD, places, cfg=cfg), cfg=cfg)
+
     for i, weights in enumerate(params.layers):
         with named_scope(layer(i)):
-            x_BTD = remat(_layer)(weights, x_BTD, places, cfg=cfg)
+            x_BTD = remat(block)(weights, x_BTD, places)
     with named_scope("final_norm"):
         return constrain(k.rms_norm(x_BTD, params.final_norm, cfg.norm_eps)[0], BLOCK)
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from kernels.repeat import fold, repeated
+from kernels.repeat import fold, inlined, repeated
 from kernels.rms_norm import upcast
 from kernels.scope import named_scope, phase, remat_region, source_line
 from kernels.scope_names import ACCUMULATE, microbatch, of_path
 from llama_fn import tree
 from llama_fn.tree import Leaf, Tree
 
-__all__ = ["accumulate", "by_leaf", "fold", "named_scope", "phase", "remat", "repeated", "value_and_grad"]
+__all__ = ["accumulate", "by_leaf", "fold", "inlined", "named_scope", "phase", "remat", "repeated", "value_and_grad"]
 
 
 def value_and_grad(fn: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, Tree]]:

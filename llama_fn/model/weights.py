@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 
 import kernels as k
+from kernels.repeat import inlined
 from kernels.scope import named_scope, source_line
 from kernels.scope_names import GATHER, LAYERS, REDUCE, layer
 from llama_fn import tree
@@ -76,11 +77,16 @@ def stacked(grads: Params) -> Params:
 
 def _annotated_layers(weights: Params, infos: Params, role: str, dtype: torch.dtype | None = None) -> Params:
     """`layers` is a list here."""
+
+    @inlined
+    def annotated(leaves: Tree) -> Tree:
+        return _annotated(leaves, infos.layers, role, dtype, f"{LAYERS}.*.", stacked_dims=1)
+
     layers = []
     with named_scope(role):
         for i, leaves in enumerate(weights.layers):
             with named_scope(layer(i)):
-                layers.append(_annotated(leaves, infos.layers, role, dtype, f"{LAYERS}.*.", stacked_dims=1))
+                layers.append(annotated(leaves))
     return replace(weights, layers=layers)
 
 
