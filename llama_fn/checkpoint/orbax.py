@@ -25,6 +25,9 @@ from llama_fn.errors import UserError
 from llama_fn.model.arrays import describe
 
 log = logging.getLogger("llama_fn.checkpoint")
+# Orbax gives a save 20 minutes by the wall clock. A slow disk takes longer, and a clock that is set may use them up at
+# once. How long a save may take is for the watchdog to say, which counts signs of life.
+NEVER_S = 365 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Checkpoints:
             self.folder,
             item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+                async_options=ocp.options.AsyncOptions(timeout_secs=NEVER_S),
             ),
         )
 

@@ -64,6 +64,25 @@ def look(workdir: Path, limits: Limits = Limits(), now: float | None = None) -> 
     return judged(workdir, attempts.read(workdir), _rows(workdir), limits, now)
 
 
+class Watcher:
+    """Looks at one run again and again. What is news to it is as old as the time since then by a clock that nobody
+    sets: a run is not stuck because the time of day jumped."""
+
+    def __init__(self, workdir: Path, limits: Limits = Limits()) -> None:
+        self.workdir, self.limits = workdir, limits
+        self.stamps: tuple[float, ...] = ()
+        self.behind = 0.0  # what the run's stamps are ahead of the monotonic clock
+
+    def look(self) -> State:
+        """The state of the run."""
+        tried = attempts.read(self.workdir)
+        stamps = _changed(self.workdir / "metrics.jsonl"), tried[-1].last_time if tried else 0.0
+        if stamps != self.stamps:
+            self.behind = (max(stamps) if self.stamps else time.time()) - time.monotonic()
+            self.stamps = stamps
+        return judged(self.workdir, tried, _rows(self.workdir), self.limits, time.monotonic() + self.behind)
+
+
 def judged(
     workdir: Path, tried: list[attempts.Attempt], rows: list[records.Record], limits: Limits = Limits(),
     now: float | None = None,

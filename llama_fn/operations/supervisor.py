@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_fn.operations.attempts import read
-from llama_fn.operations.state import Condition, Limits, look
+from llama_fn.operations.state import Condition, Limits, Watcher
 from llama_fn.run import health
 from llama_fn.signals import SAVED, UNSAVED
 
@@ -60,9 +60,9 @@ class Supervisor:
         furthest, futile, attempt = self._iteration(), 0, 0
         while True:
             attempt += 1
-            began = time.time()
+            tried = len(read(self.workdir))
             status, why = self._one(attempt)
-            status = self._meant(status, began)
+            status = self._meant(status, tried)
             if self._asked or status in FINAL:
                 log.info("start %d ended with status %d: %s", attempt, status, FINAL.get(status, "asked to stop"))
                 return status
@@ -86,11 +86,11 @@ class Supervisor:
         log.info("start %d: process %d, output also in %s", attempt, process.pid, path)
         said = threading.Thread(target=self._copy, args=(process, path), daemon=True)
         said.start()
-        why = ""
+        why, watcher = "", Watcher(self.workdir, self.limits)
         while process.poll() is None:
             time.sleep(min(self.look_s, 1.0) if self._asked else self.look_s)
-            if not why and not self._asked and (stuck := self._stuck()):
-                why = stuck
+            if not why and not self._asked and (state := watcher.look()).condition is Condition.STUCK:
+                why = f"it is {state.condition.value}, {state.words}"
                 log.error("%s: stopping it", why)
                 self._end(process)
         self._kill(process)  # what its children left
@@ -115,14 +115,11 @@ class Supervisor:
                 named |= set(_HOST.findall(line.decode(errors="replace")))
         self.accused.update(named)
 
-    def _stuck(self) -> str:
-        state = look(self.workdir, self.limits)
-        return f"it is {state.condition.value}, {state.words}" if state.condition is Condition.STUCK else ""
-
-    def _meant(self, status: int, began: float) -> int:
-        """The status that its first process left with, where the launcher says 1 of every failure."""
+    def _meant(self, status: int, before: int) -> int:
+        """The status that its first process left with, where the launcher says 1 of every failure. `before`: attempts
+        that there were before this one."""
         tried = read(self.workdir)
-        last: dict[str, Any] = (tried[-1].end or {}) if tried and tried[-1].start["time"] >= began - 1 else {}
+        last: dict[str, Any] = (tried[-1].end or {}) if len(tried) > before else {}
         return int(last.get("status", status)) if status == 1 else status
 
     def _iteration(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from llama_fn import tree
-from llama_fn.checkpoint import Store
+from llama_fn.checkpoint import Store, tensors
 from llama_fn.errors import UserError
 from llama_fn.model import train_step
 
@@ -107,7 +108,7 @@ def test_no_good_checkpoint_at_all_is_an_error(tmp_path, tiny_config, fresh_stat
 FULL_DISK = """
 import logging, resource, signal, sys, torch
 from pathlib import Path
-from llama_fn.checkpoint import Store
+from llama_fn.checkpoint import Store, tensors
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 state = {"x": torch.randn(1 << 20)}
 store = Store(state, Path(sys.argv[1]), (2, 0))
@@ -160,3 +161,20 @@ def test_what_processes_say_of_a_step_when_it_is_looked_at_again_has_another_nam
     for _ in range(2):
         store.restore(store.find())
     assert len(said) == 4 == len(set(said))
+
+
+@pytest.mark.parametrize("jump_s", [-7200, 7200])
+def test_a_clock_that_is_set_during_a_save_does_not_end_it(jump_s, tmp_path, monkeypatch):
+    real, write, shift = time.time, tensors.write, [0.0]
+
+    def slow(*args):
+        shift[0] = jump_s
+        time.sleep(0.2)
+        write(*args)
+
+    monkeypatch.setattr(time, "time", lambda: real() + shift[0])
+    monkeypatch.setattr(tensors, "write", slow)
+    store = store_of(tmp_path, {"x": torch.ones(2)})
+    store.save(1, {"x": torch.ones(2)}, {})
+    store.wait()
+    assert not store.saver.failure and store.checkpoints.steps() == [1]

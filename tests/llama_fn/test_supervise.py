@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from operation_runs import staged, start, training
+
+from llama_fn.operations import state
 
 ROOT = Path(__file__).resolve().parents[2]
 # Does what the next line of WORKDIR/plan says, and notes with which words it was called.
@@ -117,10 +123,34 @@ def test_starts_that_get_no_further_are_limited_and_progress_counts(supervised):
 
 
 def test_a_run_that_stands_still_is_stopped_and_started_again(supervised):
-    plan = [{"ago": 4000.0, "iteration": 5, "sleep": 600}, {"iteration": 9}]
-    status, count, _, err = ended(supervised(plan, "--prepare_minutes=1"))
+    plan = [{"iteration": 5, "sleep": 600}, {"iteration": 9}]
+    status, count, _, err = ended(supervised(plan, "--prepare_minutes=0.1"))
     assert status == 0 and count == 2, err
-    assert "it is running but not progressing, no new iteration for 1:06:" in err and "stopping it" in err
+    assert re.search(r"it is running but not progressing, no new iteration for 0:0[67]", err) and "stopping it" in err
+
+
+@pytest.mark.parametrize("jump_s", [-7200.0, 7200.0])
+def test_a_clock_that_jumps_is_no_standing_still_and_hides_none(jump_s, tmp_path, monkeypatch):
+    clock = SimpleNamespace(time=1e9, monotonic=50.0)
+    monkeypatch.setattr(state, "time", SimpleNamespace(time=lambda: clock.time, monotonic=lambda: clock.monotonic))
+
+    def passes(seconds, jump=0.0):
+        clock.time, clock.monotonic = clock.time + seconds + jump, clock.monotonic + seconds
+        return watcher.look().condition
+
+    def records(*losses):
+        for event in events:
+            event["time"] = clock.time
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+        staged(tmp_path / "work", events, losses)
+        os.utime(tmp_path / "work" / "metrics.jsonl", (clock.time,) * 2)
+
+    watcher, events = state.Watcher(tmp_path / "work"), [start(), training()]
+    records(3.0, 3.0, 3.0)
+    assert passes(5) == passes(5, jump_s) == state.Condition.RUNNING
+    records(3.0, 3.0, 3.0, 3.0)
+    assert passes(5) == passes(50) == state.Condition.RUNNING
+    assert passes(20) == state.Condition.STUCK
 
 
 def test_a_signal_is_passed_on_and_ends_the_supervising(supervised):
