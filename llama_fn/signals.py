@@ -9,11 +9,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 log = logging.getLogger("llama_fn.signals")
-T = TypeVar("T")
 GRACE_S = 10.0  # what is under way has this long to leave its files in order
 SAVED, UNSAVED = 5, 6  # exit statuses of a run that was asked to stop: with all that it computed on disk, or not
 
@@ -100,24 +99,3 @@ class StopRequest:
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
         if not self.training:
             os._exit(UNSAVED)
-
-
-def interruptible(fn: Callable[[], T]) -> T:
-    """fn() in a thread of its own, for library calls of seconds that no signal interrupts: the main thread waits, and
-    can be told to leave."""
-    done: list[Any] = []
-
-    def call() -> None:
-        try:
-            done.append((fn(), None))
-        except BaseException as error:  # handed on to the thread that waits
-            done.append((None, error))
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
-    value, error = done[0]
-    if error is not None:
-        raise error
-    return value

@@ -93,21 +93,6 @@ def test_data_and_compiling_are_left_at_once_and_tokenizing_goes_on(corpus, tmp_
     assert run.process.wait(120) == 0, "".join(run.lines)
 
 
-def test_a_library_call_that_nothing_interrupts_is_left_and_its_error_is_handed_on():
-    assert signals.interruptible(lambda: 7) == 7
-    with pytest.raises(ZeroDivisionError):
-        signals.interruptible(lambda: 1 / 0)
-    began = time.monotonic()
-    previous = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            signals.interruptible(lambda: time.sleep(5))
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-    assert time.monotonic() - began < 2
-
-
 def test_signals_are_named():
     assert signals.named("SIGTERM, SIGUSR1") == [signal.SIGTERM, signal.SIGUSR1] and signals.named("") == []
     for wrong in ("SIGKILL", "TERM", "SIG_IGN", "SIGNONE"):

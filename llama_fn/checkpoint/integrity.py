@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llama_fn import progress
 from llama_fn.errors import UserError
 from llama_fn.files import atomic, checksum, files_below
 
@@ -65,7 +66,10 @@ def check(folder: Path, share: int = 0, of: int = 1) -> None:
     listed = _listed(folder / SUMS) or _listed(folder / SHARDS)
     largest_first = sorted(listed, key=lambda name: (-listed[name][0], name))
     with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(lambda name: _compare(folder / name, name, listed[name]), largest_first[share::of]))
+        own = largest_first[share::of]
+        compared = threads.map(lambda name: _compare(folder / name, name, listed[name]), own)
+        for _ in progress.tracked(own):
+            next(compared)
 
 
 def _compare(path: Path, name: str, wanted: list[int]) -> None:

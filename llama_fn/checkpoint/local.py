@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from llama_fn import tree
+from llama_fn import progress, tree
 from llama_fn.checkpoint import layout, tensors
 from llama_fn.checkpoint.host_copy import HostCopy
 from llama_fn.checkpoint.integrity import Damaged, check, is_sealed, seal
@@ -141,7 +141,10 @@ class LocalCopies:
         """This process's part of the state; UserError where that is not what `parts` says."""
         reader = tensors.Reader(tensors.process_folder(self._place(step), MINE), zarr3=True)
 
+        places = {path: i / len(parts) for i, path in enumerate(parts)}
+
         def leaf(path: str, info: Any) -> torch.Tensor:
+            progress.say(places[path], path)
             shape = parts[path].shape
             if tuple(reader.array(path).shape) != shape:
                 raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llama_fn import tree
+from llama_fn import progress, tree
 from llama_fn.checkpoint import layout, tensors
 from llama_fn.checkpoint.integrity import Damaged, check, is_sealed, read_meta, seal
 from llama_fn.checkpoint.local import LocalCopies
@@ -142,7 +142,7 @@ class Store:
         error = None
         try:
             reader = tensors.Reader(self.folder / str(saved_step.step) / "state")
-            for path, part in parts.items():
+            for path, part in progress.tracked(list(parts.items()), lambda item: item[0]):
                 values[path] = reader.part(path, part, self.device)
         except (ValueError, OSError) as wrong:  # every kind of tensorstore's
             error = self._unreadable(saved_step.step, wrong)

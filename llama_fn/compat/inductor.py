@@ -21,9 +21,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from llama_fn import progress
 from llama_fn.compat import cpp_units as cpp
 
 log = logging.getLogger("llama_fn.compat")
+CODE = 0.4  # of the time that inductor takes, the rest is the C++ compiler's
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
@@ -78,8 +80,8 @@ def inductor_compile(
     nodes = (node for source in sources for node in source.gm.graph.nodes)
     mode = next(v.fake_mode for node in nodes if isinstance(v := node.meta.get("val"), FakeTensor))
     settings = config.patch({"fx_graph_cache": cached, **patches})
-    with torch.no_grad(), settings, _no_detours(mode), _CppKernels.together(units):
-        return [_compiled(source, cached) for source in sources]
+    with torch.no_grad(), settings, _no_detours(mode), _CppKernels.together(units), progress.span(0.0, CODE):
+        return [_compiled(source, cached) for source in progress.tracked(sources)]
 
 
 def _compiled(source: GraphSource, cached: bool) -> CompiledGraph:
@@ -181,7 +183,8 @@ class _CppKernels:
         ):
             yield
             if kernels.asked:
-                kernels.put_into_modules(kernels.built(units))
+                with progress.span(CODE, 1.0, "compiling kernels"):
+                    kernels.put_into_modules(kernels.built(units))
 
     def ask(self, types: Sequence[str], source: str) -> _Asked:
         return self.asked.setdefault((tuple(types), source), _Asked(len(self.asked)))
@@ -200,7 +203,7 @@ class _CppKernels:
         texts = [cpp.translation_unit([asked[i] for i in group]) for group in groups]
         with ThreadPoolExecutor(len(texts)) as pool:
             loads = [CppPythonBindingsCodeCache.load_async(text, submit_fn=pool.submit) for text in texts]
-            modules = [load() for load in loads]
+            modules = [load() for load in progress.tracked(loads)]
         kernels = {i: getattr(m, f"f{k}") for g, m in zip(groups, modules, strict=True) for k, i in enumerate(g)}
         return [kernels[i] for i in range(len(asked))]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from llama_fn import compat
+from llama_fn import compat, progress
 from llama_fn.compiler import passes
 from llama_fn.compiler.alike import NotAlike
 from llama_fn.compiler.passes.partition import partition
@@ -22,6 +22,7 @@ from sharding.rules import Rules
 from sharding.stages import Pipeline
 
 log = logging.getLogger("llama_fn.lowering")
+PARTITIONED = 0.5  # of the time that lowering takes
 
 
 def lowered_graphs(
@@ -49,11 +50,13 @@ def _lowered_graph(
     """
 
     def lowered(gm: torch.fx.GraphModule, missing: Missing | None) -> tuple[torch.fx.GraphModule, Partitioned]:
-        flat = passes.written_out(gm)
+        with progress.span(0.0, PARTITIONED):
+            flat = passes.written_out(gm)
         parts = partition(flat, mesh, rules, signature.in_infos, signature.aliases, signature.in_paths)
         flat = compat.graph_module(flat, parts.graph)
         observe("partitioned", flat)
-        return passes.run(chosen, flat, passes.Context(mesh, signature.aliases, remat, missing), observe), parts
+        with progress.span(PARTITIONED, 1.0):
+            return passes.run(chosen, flat, passes.Context(mesh, signature.aliases, remat, missing), observe), parts
 
     # What the second microbatch alone does, such as waiting for a reduction that the first began and did not add to a
     # sum, the third does not.

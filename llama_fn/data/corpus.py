@@ -97,10 +97,19 @@ def _texts(file: Path, reading: Reading, alone: bool) -> Iterator[str]:
     return _pieces(_text(file, alone, reading)) if documents is None else documents
 
 
-def _standard_library() -> Iterator[str]:
+def size(path: str) -> int:
+    """Bytes of the files of a corpus."""
+    return sum(file.stat().st_size for file in (files(_existing(path)) if path else _library_files()))
+
+
+def _library_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-    for file in shuffled([f for f in sorted(root.rglob("*.py")) if skipped.isdisjoint(f.relative_to(root).parts)]):
+    return [f for f in sorted(root.rglob("*.py")) if skipped.isdisjoint(f.relative_to(root).parts)]
+
+
+def _standard_library() -> Iterator[str]:
+    for file in shuffled(_library_files()):
         try:
             text = file.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):

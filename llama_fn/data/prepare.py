@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_fn import progress
 from llama_fn.config import Config
 from llama_fn.data import corpus, identity, indexed, tokenizer, writer
 from llama_fn.data.mixture import Source, sources
 from llama_fn.data.vocabularies import Tokenizer
 from llama_fn.errors import UserError
-from llama_fn.signals import interruptible
 
 log = logging.getLogger("llama_fn.data")
 BATCH_DOCUMENTS, BATCH_CHARS = 256, 1 << 22  # encoded in one call, which nothing interrupts
+TRAINING = 0.5  # of the time that tokenizing takes, where a tokenizer is trained
 
 
 def check(cfg: Config) -> None:
@@ -45,7 +46,11 @@ def prefixes(cfg: Config, workdir: Path) -> list[Path]:
     """That of each source, tokenized if it is text. UserError where they are of several tokenizers."""
     listed, texts = sources(cfg.data.path), _texts(cfg)
     model_path = _made_tokenizer(cfg, workdir / "data", texts) if texts else None
-    made = [given_prefix(source.path) or _tokenized(cfg, source, workdir, model_path) for source in listed]
+    with progress.span(TRAINING, 1.0):
+        made = [
+            given_prefix(source.path) or _tokenized(cfg, source, workdir, model_path)
+            for source in progress.tracked(listed)
+        ]
     identity.refuse_others(made, model_path or (Path(cfg.data.tokenizer) if cfg.data.tokenizer else None))
     return made
 
@@ -92,7 +97,8 @@ def _made_tokenizer(cfg: Config, folder: Path, texts: list[str]) -> Path:
         log.info("tokenizer: training %d pieces on %s", cfg.model.vocab_size, ", ".join(map(_corpus_name, listed)))
         folder.mkdir(parents=True, exist_ok=True)
         each = [corpus.documents(source.path, cfg.data.jsonl_key) for source in listed]
-        interruptible(lambda: tokenizer.train(_in_turn(each), cfg.model.vocab_size, path))
+        with progress.span(0.0, TRAINING, "training a tokenizer"):
+            tokenizer.train(_in_turn(each), cfg.model.vocab_size, path)
     return path
 
 
@@ -113,7 +119,8 @@ def _tokenized(cfg: Config, source: Source, workdir: Path, model_path: Path | No
     prefix = workdir / "data" / f"{named}_text_document"
     if not indexed.exists(prefix):
         identity.note(prefix, model_path)
-        _tokenize(cfg, source, pieces, prefix)
+        with progress.span(0.0, 1.0, f"tokenizing {_corpus_name(source)}"):
+            _tokenize(cfg, source, pieces, prefix)
     return prefix
 
 
@@ -134,17 +141,26 @@ def _corpus_name(source: Source) -> str:
 
 
 def _tokenize(cfg: Config, source: Source, pieces: Tokenizer, prefix: Path) -> None:
-    start = time.monotonic()
+    start, total = time.monotonic(), corpus.size(source.path)
     log.info("tokenizing %s into %s", _corpus_name(source), prefix)
     count, tokens = writer.write_on(
         prefix,
-        lambda done: _sequences(corpus.documents(source.path, cfg.data.jsonl_key), pieces, done),
+        lambda done: _sequences(_said(corpus.documents(source.path, cfg.data.jsonl_key), total), pieces, done),
         indexed.best_dtype(cfg.model.vocab_size),
         lambda done: log.info("tokenizing: %d documents were done before; going on", done),
     )
     if count < 3:
         log.warning("the corpus has only %d documents; --data.split may leave parts of it empty", count)
     log.info("tokenized %d documents, %d tokens in %.1f s", count, tokens, time.monotonic() - start)
+
+
+def _said(texts: Iterator[str], total: int) -> Iterator[str]:
+    """The same, counted: characters, of about as many bytes in all."""
+    count = 0
+    for text in texts:
+        progress.say(count / max(total, 1))
+        yield text
+        count += len(text)
 
 
 def _sequences(texts: Iterator[str], pieces: Tokenizer, done: int) -> Iterator[np.ndarray]:

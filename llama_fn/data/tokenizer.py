@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import itertools
+import json
 import re
-from collections.abc import Iterable, Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import sentencepiece as spm
 
+from llama_fn import progress
 from llama_fn.data.integrity import BlockSums, check_file, read_sums, write_sums
 from llama_fn.data.vocabularies import HuggingFaceTokenizer, TiktokenTokenizer, Tokenizer, tiktoken_ranks
 from llama_fn.errors import UserError
@@ -17,6 +22,7 @@ from llama_fn.files import atomic
 
 TRAINING_CHARS = 8_000_000
 LINE_CHARS = 1 << 14  # at most four bytes each: the 65,536 bytes that sentencepiece takes for a line
+READING = 0.2  # of the time that training takes
 PADDING = 1024  # rows that a model may have beyond its tokenizer's pieces
 
 
@@ -67,24 +73,48 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
     Trained on the first TRAINING_CHARS characters of lines; the same texts give the same bytes.
     """
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-            allow_whitespace_only_pieces=True, max_sentence_length=4 * LINE_CHARS,
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise UserError(
-            f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: "
-            f"{_why(str(error))}. Give more text, another vocabulary, or a --data.tokenizer"
-        ) from None
+    with progress.span(0.0, READING, "reading"):
+        lines = list(_lines(texts))
+    # What the trainer asks for itself is one thread, whose order of work is always the same.
+    options = {
+        "vocab_size": vocab_size, "model_type": "bpe", "byte_fallback": True, "split_digits": True, "unk_id": 0,
+        "bos_id": 1, "eos_id": 2, "pad_id": -1, "num_threads": 1, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True,
+        "max_sentence_length": 4 * LINE_CHARS, "minloglevel": 0,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, progress.span(READING, 1.0, "merging"):
+        made = Path(folder) / "model"
+        status, said = _in_child(made, {"lines": lines, "options": options}, vocab_size)
+        if status:
+            raise UserError(
+                f"no tokenizer of --model.vocab_size={vocab_size} pieces can be trained on this corpus: {_why(said)}. "
+                "Give more text, another vocabulary, or a --data.tokenizer"
+            )
+        model = made.read_bytes()
     sums = BlockSums()
-    sums.add(model.getvalue())
+    sums.add(model)
     write_sums(path, {path.name: sums})
     with atomic(path, "wb") as f:
-        f.write(model.getvalue())
+        f.write(model)
+
+
+def _in_child(model: Path, asked: Mapping[str, Any], pieces: int) -> tuple[int, str]:
+    """The status of a child that trains, and the last line of its log."""
+    last = ""
+    command = [sys.executable, str(Path(__file__).with_name("tokenizer_child.py")), str(model)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None and child.stderr is not None
+        try:
+            with suppress(BrokenPipeError), child.stdin:  # one that died has said why, or nothing
+                json.dump(asked, child.stdin)
+            for line in child.stderr:
+                last = line.strip() or last
+                if merges := re.search(r"\bmerges=(\d+)", line):
+                    progress.say(int(merges[1]) / pieces)
+        except BaseException:
+            child.kill()
+            raise
+    return child.returncode, last if child.returncode > 0 else f"its process was ended by signal {-child.returncode}"
 
 
 def _why(said: str) -> str:
@@ -103,7 +133,7 @@ def _lines(texts: Iterable[str]) -> Iterable[str]:
     for text in texts:
         lines = text.splitlines(keepends=True)
         for start in range(0, len(lines), 8):
-            joined = "".join(itertools.islice(lines, start, start + 8))
+            joined = "".join(lines[start : start + 8])
             for at in range(0, len(joined), LINE_CHARS):
                 block = joined[at : at + LINE_CHARS]
                 budget -= len(block)
@@ -111,6 +141,7 @@ def _lines(texts: Iterable[str]) -> Iterable[str]:
                     return
                 if block.strip():
                     yield block
+        progress.say(1 - budget / TRAINING_CHARS)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:

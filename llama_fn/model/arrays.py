@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from kernels.scope import caller
-from llama_fn import tree
+from llama_fn import progress, tree
 from llama_fn.model import random
 from llama_fn.tree import Leaf, Tree
 from sharding.parts import Part, Region, whole
@@ -88,7 +88,7 @@ def materialize(infos: Tree, key: random.Key, device: str = "cpu", parts: Sequen
 
     `parts`, one per leaf: only that part of each, which is never whole in memory.
     """
-    each = iter(parts or [whole(info.shape) for info in tree.leaves(infos)])
+    each = progress.tracked(parts or [whole(info.shape) for info in tree.leaves(infos)])
 
     def make(path: str, info: ArrayInfo) -> torch.Tensor:
         def values(at: Region) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from llama_fn import progress
 from llama_fn.compiler import backends, passes, stages
 from llama_fn.compiler.backends import code_cache
 from llama_fn.compiler.backends.ge_choice import choose
@@ -27,6 +28,7 @@ from sharding import Mesh
 
 log = logging.getLogger("llama_fn.compiling")
 Backend = Callable[..., backends.Executable]
+TRACED, LOWERED = 0.1, 0.15  # of the time that a cold start of llama_60m compiles
 
 
 def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def compile(
     options = backend_options(cfg, processes) if backend is None else {}
 
     def compiled_from(traced: stages.Traced, folder: Path | None) -> stages.Compiled:
-        writer, lowered = _lowered(traced, cfg, mesh, peaks, folder)
+        with progress.span(TRACED, LOWERED, "lowering"):
+            writer, lowered = _lowered(traced, cfg, mesh, peaks, folder)
         lowered = lowered if processes is None else lowered.of_rank(processes.rank)
         refuse_too_large(cfg, lowered)
         _say_lints(cfg, lowered)
@@ -96,7 +99,8 @@ def compile(
         )  # fmt: skip
         if cfg.run.backend == "npu" and backend is None:
             options["write"] = functools.partial(dump.write_ge, folder) if folder else None
-        compiled = lowered.compile(backend or cfg.run.backend, **options)
+        with progress.span(LOWERED, 1.0, "generating code"):
+            compiled = lowered.compile(backend or cfg.run.backend, **options)
         if writer:
             on_npu = cfg.run.backend == "npu" and backend is None
             writer.finish(
@@ -105,16 +109,26 @@ def compile(
         log.info("%s", which_code(traced.name, compiled))
         return compiled
 
+    def traced_by(stage: Callable[[Config], stages.Traced], cfg: Config) -> stages.Traced:
+        with progress.span(0.0, TRACED, "tracing"):
+            return stage(cfg)
+
     folder = dump_folder(cfg, processes)
     peaks = hardware or (named("cpu", cfg.model.compute_dtype) if folder and cfg.run.device == "cpu" else None)
-    train = {cfg.data.microbatches: compiled_from(config_stages.train(cfg), folder)}
-    for less in smaller:
-        log.info("for batches of %d samples:", less.data.global_batch_size)
-        train[less.data.microbatches] = compiled_from(config_stages.train(less), None)
+    train, listed = {}, [cfg, *smaller]
+    total = len(listed) + with_eval
+    for i, each in enumerate(listed):
+        if each is not cfg:
+            log.info("for batches of %d samples:", each.data.global_batch_size)
+        with progress.span(i / total, (i + 1) / total, "the step"):
+            traced = traced_by(config_stages.train, each)
+            train[each.data.microbatches] = compiled_from(traced, folder if each is cfg else None)
     if not with_eval:
         return train, None
     options.pop("profiled", None)
-    return train, compiled_from(config_stages.evaluation(cfg), folder / dump.EVALUATION if folder else None)
+    with progress.span(1 - 1 / total, 1.0, "the evaluation"):
+        traced = traced_by(config_stages.evaluation, cfg)
+        return train, compiled_from(traced, folder / dump.EVALUATION if folder else None)
 
 
 def which_code(name: str, compiled: stages.Compiled) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from llama_fn import progress
+
 log = logging.getLogger("llama_fn.display")
 MEAN_OF = 50  # records whose mean loss the bar shows
 
@@ -26,16 +28,23 @@ def terminal() -> Any:
 
 @contextmanager
 def at_work(console: Any, what: str) -> Iterator[None]:
-    """On a terminal `what` is done, with the time that it takes so far, until the block ends."""
+    """On a terminal `what` is done until the block ends: the time that it takes so far, and, once the work says how far
+    it is (llama_fn/progress.py), a bar."""
     if console is None:
         yield
         return
     from rich import progress as bars
 
-    columns = bars.SpinnerColumn(), bars.TextColumn("{task.description}"), bars.TimeElapsedColumn()
-    with bars.Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task(what, total=None)
-        yield
+    columns = bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeElapsedColumn()
+    with bars.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: float, inner: str) -> None:
+            done = max(done, bar.tasks[0].completed)  # work that is done again, by another way, is no step back
+            bar.update(task, completed=done, total=1.0, description=": ".join(filter(None, (what, inner))))
+
+        with progress.shown_by(show):
+            yield
 
 
 class Display:

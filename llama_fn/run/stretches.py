@@ -67,7 +67,8 @@ def stretches(parts: Parts) -> int:
     cfg, compiled = parts.cfg, _Compiled({}, None)
     spikes = Spikes(cfg.run.on_spike, cfg.run.spike_deviations)
     while True:
-        newest = parts.store.find(lambda saved: resume.refuse_changes(cfg, saved), config_fields.flat(cfg))
+        with at_work(parts.console, "looking for a checkpoint"):
+            newest = parts.store.find(lambda saved: resume.refuse_changes(cfg, saved), config_fields.flat(cfg))
         if spikes.found is not None:
             _go_back(parts, spikes, newest)
         passing_over = skips.with_kept(cfg, parts.workdir)

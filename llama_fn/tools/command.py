@@ -84,7 +84,7 @@ def _own_flags() -> list[str]:
 
 def leave(status: int) -> typing.NoReturn:
     """End the process, with all that was written on its way, and without waiting for threads of libraries: on a full
-    disk they would go on reporting it, and a call that was left (signals.interruptible) may take minutes."""
+    disk they would go on reporting it, and a call that nothing interrupts may take minutes."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -15,7 +15,7 @@ FLOORS = (
     "ground", "compat", "model", "ascend", "distributed", "data", "compiler", "checkpoint", "planner", "inspect", "run",
     "operations", "tools",
 )  # fmt: skip
-GROUND_FILES = 12
+GROUND_FILES = 13
 LONGEST = 300  # lines that a file may have, tests too
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama_fn import progress
 from llama_fn.compiler import calls
 from llama_fn.compiler.passes.bucket import bucket
 from llama_fn.compiler.passes.dead_code import dead_code
@@ -69,7 +70,7 @@ def run(
     passes: Sequence[Pass], gm: torch.fx.GraphModule, ctx: Context, observe: Observer = unobserved
 ) -> torch.fx.GraphModule:
     """The graph after `passes`, which may change the given one; `observe` sees it after each."""
-    for each in passes:
+    for each in progress.tracked(passes, lambda each: each.__name__):
         before = len(gm.graph.nodes)
         gm = each(gm, ctx)
         log.debug("%s: %d -> %d nodes", each.__name__, before, len(gm.graph.nodes))
