@@ -33,25 +33,31 @@ def kill_all(workdir):
             continue
 
 
+def corpus(folder):
+    made = folder / "corpus"
+    made.mkdir()
+    for name in ("argparse.py", "ast.py", "bdb.py", "cmd.py"):
+        shutil.copy(Path(os.__file__).parent / name, made)
+    return made
+
+
+def rows(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [int(os.environ.get("LLAMA_FN_KILLS", "8"))])
 def test_two_processes_killed_at_random_lose_and_change_nothing(kills, tmp_path):
     """Every iteration is saved, so that a run spends most of its time saving."""
-    corpus, chance, steps = tmp_path / "corpus", random.Random(0), 40 * kills
-    corpus.mkdir()
-    for name in ("argparse.py", "ast.py", "bdb.py", "cmd.py"):
-        shutil.copy(Path(os.__file__).parent / name, corpus)
+    chance, steps = random.Random(0), 40 * kills
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    flags = [*FLAGS, f"--data.path={corpus}", f"--run.steps={steps}"]
+    flags = [*FLAGS, f"--data.path={corpus(tmp_path)}", f"--run.steps={steps}"]
 
     def start(workdir):
         command = [*launcher, *flags, f"--run.workdir={workdir}"]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def rows(workdir):
-        path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
 
     resumed = []
     for _ in range(kills):
@@ -70,3 +76,28 @@ def test_two_processes_killed_at_random_lose_and_change_nothing(kills, tmp_path)
     want, got = rows(tmp_path / "alone"), rows(tmp_path / "run")
     assert [row["iteration"] for row in got] == list(range(1, steps + 1))
     assert [row["lm_loss"] for row in got] == [row["lm_loss"] for row in want], "bitwise, whatever was killed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [int(os.environ.get("LLAMA_FN_LONE_KILLS", "40"))])
+def test_one_process_killed_at_random_in_any_phase_loses_doubles_and_changes_no_line(kills, tmp_path):
+    """Preparing data, compiling, restoring, training, validating and saving."""
+    flags = [
+        *(flag for flag in FLAGS if not flag.startswith(("--mesh", "--run.checkpoint", "--run.eval", "--data.split"))),
+        "--data.split=9,1,0", "--run.checkpoint_every=5", "--run.eval_every=7", "--run.eval_batches=2",
+        "--run.steps=1000000", f"--data.path={corpus(tmp_path)}",
+    ]  # fmt: skip
+    work = tmp_path / "run"
+    command = [sys.executable, str(Path(__file__).with_name("worker_kills.py")), str(kills), "0", str(work), "train.py"]
+    done = subprocess.run(
+        [*command, *flags, f"--run.workdir={work}"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    said = (tmp_path / "run.log").read_text()
+    assert done.returncode == 0 and "Traceback" not in said and "damaged" not in said, done.stderr + said[-3000:]
+    want, got = rows(tmp_path / "alone"), rows(work)
+    last = int(done.stdout)
+    assert [row["iteration"] for row in got] == [row["iteration"] for row in want] == list(range(1, last + 1))
+    numbers = ("iteration", "lm_loss", "grad_norm", "validation_loss")
+    assert [[row.get(name) for name in numbers] for row in got] == [[row.get(name) for name in numbers] for row in want]
+    print(f"{kills} kills, {said.count('resuming from iteration')} starts that resumed, {last} iterations")
