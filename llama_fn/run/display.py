@@ -35,7 +35,7 @@ def at_work(console: Any, what: str) -> Iterator[None]:
         return
     from rich import progress as bars
 
-    columns = bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeElapsedColumn()
+    columns = bars.BarColumn(20), bars.TimeElapsedColumn(), bars.TextColumn("{task.description}")
     with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
 

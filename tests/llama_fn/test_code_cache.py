@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,32 +77,54 @@ def test_what_is_kept_is_private_whatever_the_umask(tmp_path):
     assert made and not [path for path in made if path.stat().st_mode & 0o077]
 
 
+HARMS = {
+    "truncate": lambda good: good[: len(good) // 2],
+    "flip": lambda good: good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :],
+    "empty": lambda good: b"",
+    "extend": lambda good: good + b"\0",
+    "remove": None,
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "suffix, harm",
-    [
-        (".so", "truncate"),
-        (".py", "empty"),
-        ("graph", "flip"),
-    ],
-)
-def test_damaged_code_is_removed_and_compiled_again(suffix, harm, filled):
-    files = [path for folder in filled.iterdir() for path in next(folder.iterdir()).rglob("*") if path.is_file()]
-    (victim, *_) = [p for p in files if p.suffix == suffix or (suffix == "graph" and "fxgraph" in str(p))]
-    good = victim.read_bytes()
-    middle = len(good) // 2
-    victim.write_bytes(
-        {
-            "truncate": good[:middle],
-            "flip": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
-            "empty": b"",
-        }[harm]
-    )
-    healed = step(filled)
-    assert healed.stdout.endswith("[7.0, 7.0, 7.0]\n") and "compiled code was damaged" in healed.stderr, healed.stderr
-    assert str(victim) in healed.stderr and len(healed.stderr.splitlines()) == 1
+@pytest.mark.parametrize("harm", HARMS)
+def test_whatever_file_is_damaged_is_removed_and_compiled_again(harm, filled):
+    folders = [next(folder.iterdir()) for folder in filled.iterdir()]
+    listed = [path for folder in folders for path in sorted(code_cache._files(folder).values())]
+    change, damaged = HARMS[harm], 0
+    for victim in [*listed, *(folder / code_cache.FILES for folder in folders)]:
+        good = victim.read_bytes() if victim.exists() else b""  # removed, with the list or with another's
+        if not good or (change and change(good) == good):
+            continue
+        damaged += 1
+        if change:
+            victim.write_bytes(change(good))
+        else:
+            victim.unlink()
+        healed = step(filled)
+        assert healed.stdout.endswith("[7.0, 7.0, 7.0]\n"), (victim, healed.stderr)
+        said = victim in listed and change is not None
+        assert len(healed.stderr.splitlines()) == said, healed.stderr
+        assert not said or ("compiled code was damaged" in healed.stderr and str(victim) in healed.stderr)
     after = step(filled)
-    assert after.stdout == "True [7.0, 7.0, 7.0]\n" and not after.stderr
+    assert damaged > 3 and after.stdout == "True [7.0, 7.0, 7.0]\n" and not after.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_compilation_that_is_killed_stops_no_later_one(seed, tmp_path):
+    chance = random.Random(seed)
+    command = [sys.executable, "-c", STEP, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    while not list(tmp_path.iterdir()) and process.poll() is None:  # it begins to compile
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 4))
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    after = step(tmp_path)
+    assert after.stdout.endswith("[7.0, 7.0, 7.0]\n") and not after.stderr, after.stderr
+    assert step(tmp_path).stdout == "True [7.0, 7.0, 7.0]\n"
 
 
 @pytest.mark.slow
