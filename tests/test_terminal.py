@@ -40,7 +40,7 @@ def test_every_part_of_a_start_is_named_while_it_goes_on(tmp_path):
     flags = [*FLAGS, f"--run.workdir={tmp_path}"]
     status, said = on_a_terminal(*flags)
     assert status == 0, said
-    for words in ("finding, tokenizing and ordering the data", "compiling the step and the evaluation with eager",
+    for words in ("finding, tokenizing and ordering the data", "compiling with eager",
                   "drawing the first parameters", "step 3/3"):  # fmt: skip
         assert words in said, said
     status, said = on_a_terminal(*flags, "--run.steps=4", "--run.accept_changes")

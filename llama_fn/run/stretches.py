@@ -126,8 +126,7 @@ def _compiled(parts: Parts, before: _Compiled, validates: bool, consumed: int) -
         return before
     if parts.chief:
         resume.save_flags(parts.workdir, cfg, parts.flags_text)
-    what = "the step and the evaluation" if validates else "the step"
-    with parts.events.phase("compile"), at_work(parts.console, f"compiling {what} with {cfg.run.backend}"):
+    with parts.events.phase("compile"), at_work(parts.console, f"compiling with {cfg.run.backend}"):
         made = compiling.compile(cfg, parts.mesh, parts.hardware, parts.members, validates, parts.backend, smaller)
         if parts.members is not None:
             parts.members.all_reached("compiled")
