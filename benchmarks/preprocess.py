@@ -1,22 +1,25 @@
 """preprocess beside a plain loop over the same tokenizer: MB/s of text, per process and on all cores.
 
-    python benchmarks/preprocess.py [--mb=60] [--rounds=3]
+    python benchmarks/preprocess.py [--mb=60] [--rounds=3] [--megatron=FOLDER]
     python benchmarks/preprocess.py --memory_gb=2      the most that the command and its processes hold for so much text
 
 The loop reads JSON lines, encodes each text, appends to one array, and writes the file: what nobody could do faster
 with one core and this library. Both begin with files in the page cache; preprocess's time is that of the whole command,
-its start included. Its bound on n cores is n times the loop.
+its start included. Its bound on n cores is n times the loop. FOLDER is a checkout of Megatron-LM, whose
+tools/preprocess_data.py takes part; it needs triton and typing_extensions.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,26 @@ def command(source: Path, model: Path, out: Path, workers: int) -> float:
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "llama_fn.tools.preprocess", *words], check=True, capture_output=True)
     return time.perf_counter() - began
+
+
+# Of Python 3.12, which Megatron-LM asks for though the rest of it runs on 3.11.
+OVERRIDE = "import typing, typing_extensions as t, runpy, sys; typing.override = t.override; sys.argv = sys.argv[1:]; "
+
+
+def megatron(checkout: Path, source: Path, model: Path, out: Path, workers: int) -> float:
+    words = [
+        "tools/preprocess_data.py", f"--input={source}", f"--output-prefix={out}", f"--tokenizer-model={model}",
+        "--tokenizer-type=SentencePieceTokenizer", f"--workers={workers}", "--append-eod",
+    ]  # fmt: skip
+    run, began = f"{OVERRIDE}runpy.run_path(sys.argv[0], run_name='__main__')", time.perf_counter()
+    path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH", ""))))
+    subprocess.run(
+        [sys.executable, "-c", run, *words], check=True, capture_output=True, cwd=checkout,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    took = time.perf_counter() - began
+    os.rename(f"{out}_text_document.bin", f"{out}.bin")
+    return took
 
 
 def held_by(pid: int) -> int:
@@ -92,6 +115,7 @@ def memory(gb: float, cores: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory_gb", type=float, default=0)
+    parser.add_argument("--megatron", type=Path)
     parser.add_argument("--mb", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     args, cores = parser.parse_args(), compat.physical_cores()
@@ -104,25 +128,26 @@ def main() -> None:
         source, model = folder / "texts.jsonl", folder / "tokenizer.model"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in held), encoding="utf-8")
         tokenizer.train(held[:2000], 4096, model)
+        contestants: dict[str, Callable[[Path], float]] = {
+            "plain loop": lambda out: loop(source, model, Path(f"{out}.bin")),
+            "preprocess, 1 process": lambda out: command(source, model, out, 1),
+            f"preprocess, {cores} processes": lambda out: command(source, model, out, cores),
+        }
+        if args.megatron:
+            for workers in (1, cores):
+                contestants[f"Megatron's tool, {workers}"] = functools.partial(
+                    lambda workers, out: megatron(args.megatron.absolute(), source, model, out, workers), workers
+                )
         size, rows = source.stat().st_size / 1e6, []
         for i in range(args.rounds):
-            one, all_ = folder / f"one{i}", folder / f"all{i}"
-            times = [loop(source, model, folder / "loop.bin"), command(source, model, one, 1)]
-            times.append(command(source, model, all_, cores))
-            same = (
-                (folder / "loop.bin").read_bytes()
-                == Path(f"{all_}.bin").read_bytes()
-                == Path(f"{one}.bin").read_bytes()
-            )
-            assert same, "the tokens differ"
-            for path in folder.glob("*.bin"):
+            rows.append([run(folder / f"{n}_{i}") for n, run in enumerate(contestants.values())])
+            made = sorted(folder.glob("*.bin"))
+            assert len({path.read_bytes() for path in made}) == 1 and len(made) == len(contestants), "the tokens differ"
+            for path in made:
                 os.remove(path)
-            rows.append(times)
         best = [min(column) for column in zip(*rows, strict=True)]
         print(f"{size:.0f} MB of JSON lines, best of {args.rounds} rounds, {cores} cores")
-        for what, seconds in zip(
-            ("plain loop", "preprocess, 1 process", f"preprocess, {cores} processes"), best, strict=True
-        ):
+        for what, seconds in zip(contestants, best, strict=True):
             print(f"{what:26}{size / seconds:7.2f} MB/s   {best[0] / seconds:5.2f} times the loop")
 
 
