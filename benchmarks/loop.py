@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--step_ms", type=float, default=20.0, help="how long a step sleeps")
+    parser.add_argument("--all", action="store_true", help="with all monitors: norms and Prometheus too")
     args = parser.parse_args()
     backend = Sleeper(args.step_ms / 1e3)
     with tempfile.TemporaryDirectory() as name:
@@ -67,7 +68,13 @@ def main() -> None:
             data=DataConfig(seq_len=args.seq_len, global_batch_size=args.batch),
             optim=OptimConfig(schedule="constant"),
             run=RunConfig(
-                steps=args.iterations + WARM, workdir=name, eval_every=0, checkpoint_every=10**9, log_every=1
+                steps=args.iterations + WARM,
+                workdir=name,
+                eval_every=0,
+                checkpoint_every=10**9,
+                log_every=1,
+                norms_every=10 if args.all else 0,
+                prometheus=f"{name}/metrics.prom" if args.all else "",
             ),
         )
         loop.run(resolved(cfg), backend=backend.asleep)

@@ -83,6 +83,8 @@ class Spikes:
     def _spike(self, iteration: int, loss: float, consumed: int, before: list[float]) -> Spike | None:
         usual = statistics.median(before)
         spread = max(1.4826 * statistics.median(abs(x - usual) for x in before), SMOOTH * abs(usual))
+        if not spread:  # nothing but zeros, of batches whose tokens are all masked: no curve that could jump
+            return None
         above = (loss - usual) / spread
         return Spike(iteration, loss, usual, above, consumed) if above > self.deviations else None
 

@@ -43,12 +43,12 @@ def test_a_falling_noisy_loss_has_no_spikes():
 
 @pytest.mark.parametrize("size", [2.0, 3.0, 30.0])
 def test_a_jump_is_one_and_says_by_how_much(size):
-    losses = curve(300)
-    losses[200] += size
+    losses = curve(400)
+    losses[350] += size
     found, spikes = seen(losses)
-    assert found[0] == 200 and spikes.found is not None
-    assert spikes.found.consumed == 2000 and spikes.found.loss - spikes.found.usual == pytest.approx(size, abs=0.4)
-    assert "iteration 200: the loss jumped to" in str(spikes.found)
+    assert found[0] == 350 and spikes.found is not None
+    assert spikes.found.consumed == 3500 and spikes.found.loss - spikes.found.usual == pytest.approx(size, abs=0.4)
+    assert "iteration 350: the loss jumped to" in str(spikes.found)
 
 
 def test_neither_few_losses_nor_one_that_is_not_finite_nor_a_smooth_curve_make_one():
@@ -58,6 +58,7 @@ def test_neither_few_losses_nor_one_that_is_not_finite_nor_a_smooth_curve_make_o
     assert seen([2.0] * FEWEST + [2.1])[0] == [FEWEST]
     off = Spikes("skip", 0.0)
     assert all(off.observe(i, loss, 0) is None for i, loss in enumerate([2.0] * 100 + [90.0]))
+    assert seen([0.0] * 100 + [7.0] * 10)[0] == [], "batches whose tokens are all masked"
 
 
 def test_a_warning_is_said_once_for_a_jump_that_lasts(caplog):
