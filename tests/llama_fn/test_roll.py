@@ -222,3 +222,13 @@ def test_a_last_microbatch_that_reads_another_result_of_the_one_before_stays_as_
     parts = torch.rand(9, 4, dtype=torch.float64)
     got, sums = lowered.compile("eager")(parts), totals(parts[:8])
     assert torch.equal(got[1], sums[0] * parts[8] - sums[1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("per_microbatch", [False, True])
+def test_what_a_call_hands_on_are_tensors(mesh, per_microbatch):
+    """Of what was moved ahead of its microbatch too: compilers return nothing else."""
+    cfg = tiny(mesh=mesh, per_microbatch=per_microbatch)
+    lowered = config_stages.lower(config_stages.train(cfg), cfg, config_stages.mesh(cfg))
+    (body,) = calls.bodies(lowered.graph_module)
+    assert all(isinstance(result.meta["val"], torch.Tensor) for result in ir.results(body.graph))

@@ -35,7 +35,21 @@ def roll(gm: torch.fx.GraphModule, ctx: Any) -> torch.fx.GraphModule:
     """`gm` with a call for each microbatch between the first and the last, those that it lacks included."""
     if ctx.missing is None:
         return gm
+    _keep_together(gm.graph)
     return _Roll(gm, ctx.missing).rolled()
+
+
+def _keep_together(graph: torch.fx.Graph) -> None:
+    """Put what takes a tuple apart right behind it: what one microbatch hands to the next are tensors, where an op of
+    the next was moved ahead without its results."""
+    last: Nodes = {}
+    for node in list(graph.nodes):
+        if node.target is operator.getitem:
+            source: Any = node.args[0]
+            behind = last.get(source, source)
+            if node.prev is not behind:
+                behind.append(node)
+            last[source] = node
 
 
 class _Roll:
