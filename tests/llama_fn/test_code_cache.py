@@ -86,6 +86,16 @@ HARMS = {
 }
 
 
+def test_what_is_compiled_in_the_place_of_what_was_damaged_is_left_alone(tmp_path):
+    """By a process that comes later, while another still compiles."""
+    with code_cache.opened(tmp_path):
+        (tmp_path / "code.so").write_bytes(b"code")
+    (tmp_path / "code.so").write_bytes(b"harm")
+    assert code_cache.heal(tmp_path, unlisted=False) == [tmp_path / "code.so"]
+    (tmp_path / "code.so").write_bytes(b"other code")
+    assert code_cache.heal(tmp_path, unlisted=False) == [] and (tmp_path / "code.so").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", HARMS)
 def test_whatever_file_is_damaged_is_removed_and_compiled_again(harm, filled):

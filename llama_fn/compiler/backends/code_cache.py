@@ -99,14 +99,23 @@ def opened(folder: Path, as_one: bool = False) -> Iterator[None]:
         _refuse_foreign(folder)
         with open(folder / _LOCK, "w") as lock:
             alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if heal(folder, unlisted=alone) and as_one:
-                for path in _files(folder).values():
-                    path.unlink(missing_ok=True)
+            with _list_held(folder):
+                if heal(folder, unlisted=alone) and as_one:
+                    for path in _files(folder).values():
+                        path.unlink(missing_ok=True)
+                    _write_list(folder, {})
             _locked(lock, fcntl.LOCK_SH)
             yield
-            with open(folder / _SEALING, "w") as sealing:
-                _locked(sealing, fcntl.LOCK_EX)
+            with _list_held(folder):
                 seal(folder)
+
+
+@contextmanager
+def _list_held(folder: Path) -> Iterator[None]:
+    """No other process reads or writes the list meanwhile."""
+    with open(folder / _SEALING, "w") as sealing:
+        _locked(sealing, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
@@ -143,6 +152,8 @@ def heal(folder: Path, unlisted: bool) -> list[Path]:
             damaged.append(path)
             path.unlink(missing_ok=True)
     if damaged:
+        # Not listed any more: what another process compiles in their place has other sums.
+        _write_list(folder, {name: sums for name, sums in known.items() if folder / name not in damaged})
         log.warning(
             "compiled code was damaged: %s%s removed, to be compiled again",
             damaged[0], f" and {len(damaged) - 1} more" if damaged[1:] else "",
@@ -155,8 +166,12 @@ def seal(folder: Path) -> None:
     known, files = _listed(folder), _files(folder)
     sums = {name: known.get(name) or _sum(path) for name, path in files.items()}
     if sums != known:
-        with atomic(folder / FILES) as f:
-            json.dump(sums, f)
+        _write_list(folder, sums)
+
+
+def _write_list(folder: Path, sums: dict[str, list[int]]) -> None:
+    with atomic(folder / FILES) as f:
+        json.dump(sums, f)
 
 
 def _listed(folder: Path) -> dict[str, list[int]]:
