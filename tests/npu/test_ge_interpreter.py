@@ -155,7 +155,8 @@ def test_ge_graph_computes_the_step_in_float32(name, lowered, random_inputs):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     for path, a, b in zip(tree.paths(state, "state"), tree.leaves(state), tree.leaves(want_state), strict=True):
         # In the norm: Adam turns the round-off of a gradient near its epsilon into a step of any size.
-        assert apart(a, b) <= 1e-5, path
+        second_moment = ".chain[1][1]" in path  # of squares, whose error is twice that of what is squared
+        assert apart(a, b) <= (2e-5 if second_moment else 1e-5), path
 
 
 @pytest.mark.parametrize(
