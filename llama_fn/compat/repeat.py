@@ -28,10 +28,9 @@ class Repeats:
         inside a gradient or a remat region."""
         leaves, spec = tree.flatten((args, kwargs))
         if _is_traced(leaves) and (inline or not current().region):
-            body = self._once(_Function, fn, spec, leaves, inline)
-            return body.results([_proxy(x) for x in leaves])
+            return self._once(_Function, fn, spec, leaves, inline).results([_proxy(x) for x in leaves])
         if inline and is_differentiated(leaves):
-            return self._once(Pair, fn, spec, leaves, inline)(leaves)
+            return self._once(Pair, fn, spec, leaves)(leaves)
         return fn(*args, **kwargs)
 
     def fold(self, fn: Callable[..., Any], total: Any, parts: Sequence[Any], args: Any, scopes: Sequence[str]) -> Any:
@@ -57,13 +56,13 @@ class Repeats:
 
     def _once(
         self, make: Callable[..., _Made], fn: Callable[..., Any], spec: tree.TreeSpec, leaves: Sequence[torch.Tensor],
-        inline: bool,
+        *options: bool,
     ) -> _Made:  # fmt: skip
         here = current()
         kinds = tuple((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in leaves)
-        key = (make, fn, spec, inline, here.phase, here.source, kinds)
+        key = (make, fn, spec, options, here.phase, here.source, kinds)
         if key not in self.known:
-            self.known[key] = make(fn, spec, leaves, here, inline)
+            self.known[key] = make(fn, spec, leaves, here, *options)
         made: _Made = self.known[key]
         return made
 

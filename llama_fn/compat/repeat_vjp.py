@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 
 from kernels.scope import Location, at, backward_of, current
 from llama_fn import tree
-from llama_fn.compat.repeat_body import Body, body_name, graph_of, like, output, tracer
+from llama_fn.compat.repeat_body import Body, body_name, graph_of, like, name_of, output, tracer
 
 
 def is_differentiated(leaves: Sequence[Any]) -> bool:
@@ -39,7 +39,7 @@ class Pair:
     """The bodies of one function, called as a function that can be differentiated once."""
 
     def __init__(
-        self, fn: Callable[..., Any], spec: tree.TreeSpec, leaves: Sequence[torch.Tensor], here: Location, inline: bool
+        self, fn: Callable[..., Any], spec: tree.TreeSpec, leaves: Sequence[torch.Tensor], here: Location
     ) -> None:
         self.wanted = [i for i, x in enumerate(leaves) if x.requires_grad]
 
@@ -51,6 +51,11 @@ class Pair:
                 args, kwargs = tree.unflatten(spec, operands)
                 out, self.out_spec = tree.flatten(fn(*args, **kwargs))
                 self.floating = [i for i, x in enumerate(out) if x.is_floating_point()]
+                if not self.floating:
+                    raise ValueError(
+                        f"{name_of(fn)} is inlined in a gradient and returns nothing that has one: call it without "
+                        "transforms.inlined"
+                    )
                 return [out[i] for i in self.floating], out
 
             vjp: Any = torch.func.vjp
@@ -62,8 +67,8 @@ class Pair:
         with temporarily_clear_interpreter_stack():
             forward, backward, self.kept = _cut(graph_of(fn, joint, leaves, here), len(leaves), len(self.wanted))
         self.floats = [output(forward).meta["vals"][i] for i in self.floating]
-        self.forward = Body(body_name(fn), forward, inline)
-        self.backward = Body(f"{body_name(fn)}_backward", backward, inline)
+        self.forward = Body(body_name(fn), forward, inlined=True)
+        self.backward = Body(f"{body_name(fn)}_backward", backward, inlined=True)
 
     def __call__(self, leaves: Sequence[torch.Tensor]) -> Any:
         """What the function returns."""
@@ -97,7 +102,7 @@ class _Call:
         """Gradients, by the places of their operands."""
         pair = self.pair
         with backward_of(self.location):
-            given = [_of(x, cotangents[i]) for i, x in zip(pair.floating, pair.floats, strict=True)]
+            given = [_or_zeros(cotangents[i], x) for i, x in zip(pair.floating, pair.floats, strict=True)]
             operands = [*self.kept, *(tracer().unwrap_proxy(unwrap_if_dead(x)) for x in given)]
             return dict(zip(pair.wanted, pair.backward.results(pair.backward(operands)), strict=True))
 
@@ -120,10 +125,9 @@ class _Differentiable(torch.autograd.Function):
         return tuple(grads.get(i - 1) for i in range(len(ctx.needs_input_grad)))
 
 
-def _of(result: torch.Tensor, cotangent: torch.Tensor | None) -> torch.Tensor:
-    """The cotangent of a result, which nobody may have read."""
-    made = torch.zeros(result.shape, dtype=result.dtype, device=result.device) if cotangent is None else cotangent
-    return made
+def _or_zeros(cotangent: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The cotangent of a result like x, zeros where nobody read it."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if cotangent is None else cotangent
 
 
 def _cut(

@@ -180,6 +180,13 @@ def test_an_inlined_function_in_another_transform_is_run_as_it_is():
     assert torch.equal(stages.jit(fn, backend="eager")(x), fn(x))
 
 
+def test_an_inlined_function_that_has_no_gradient_is_refused_in_one():
+    positive = transforms.inlined(lambda x: x > 0)
+    fn = transforms.value_and_grad(lambda x: torch.where(positive(x), x, -x).sum())
+    with pytest.raises(ValueError, match="<lambda> is inlined in a gradient and returns nothing that has one"):
+        stages.jit(lambda x: fn(x)).trace(VECTOR)
+
+
 def test_a_tensor_that_is_no_argument_is_refused():
     def fn(x):
         inner = transforms.repeated(lambda y: y + x)
