@@ -75,7 +75,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """
     with progress.span(0.0, READING, "reading"):
         lines = list(_lines(texts))
-    # What the trainer asks for itself is one thread, whose order of work is always the same.
+    # One thread, so that the same texts give the same bytes. The log tells how far it is.
     options = {
         "vocab_size": vocab_size, "model_type": "bpe", "byte_fallback": True, "split_digits": True, "unk_id": 0,
         "bos_id": 1, "eos_id": 2, "pad_id": -1, "num_threads": 1, "normalization_rule_name": "identity",
@@ -102,7 +102,9 @@ def _in_child(model: Path, asked: Mapping[str, Any], pieces: int) -> tuple[int, 
     """The status of a child that trains, and the last line of its log."""
     last = ""
     command = [sys.executable, str(Path(__file__).with_name("tokenizer_child.py")), str(model)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    # The log quotes pieces in UTF-8, whatever the locale.
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, encoding="utf-8", errors="replace") as child:
         assert child.stdin is not None and child.stderr is not None
         try:
             with suppress(BrokenPipeError), child.stdin:  # one that died has said why, or nothing

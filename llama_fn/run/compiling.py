@@ -86,7 +86,9 @@ def compile(
     )  # fmt: skip
     options = backend_options(cfg, processes) if backend is None else {}
 
-    def compiled_from(traced: stages.Traced, folder: Path | None) -> stages.Compiled:
+    def compiled_from(stage: Callable[[Config], stages.Traced], each: Config, folder: Path | None) -> stages.Compiled:
+        with progress.span(0.0, TRACED, "tracing"):
+            traced = stage(each)
         with progress.span(TRACED, LOWERED, "lowering"):
             writer, lowered = _lowered(traced, cfg, mesh, peaks, folder)
         lowered = lowered if processes is None else lowered.of_rank(processes.rank)
@@ -109,10 +111,6 @@ def compile(
         log.info("%s", which_code(traced.name, compiled))
         return compiled
 
-    def traced_by(stage: Callable[[Config], stages.Traced], cfg: Config) -> stages.Traced:
-        with progress.span(0.0, TRACED, "tracing"):
-            return stage(cfg)
-
     folder = dump_folder(cfg, processes)
     peaks = hardware or (named("cpu", cfg.model.compute_dtype) if folder and cfg.run.device == "cpu" else None)
     train, listed = {}, [cfg, *smaller]
@@ -121,14 +119,13 @@ def compile(
         if each is not cfg:
             log.info("for batches of %d samples:", each.data.global_batch_size)
         with progress.span(i / total, (i + 1) / total, "the step"):
-            traced = traced_by(config_stages.train, each)
-            train[each.data.microbatches] = compiled_from(traced, folder if each is cfg else None)
+            made = compiled_from(config_stages.train, each, folder if each is cfg else None)
+            train[each.data.microbatches] = made
     if not with_eval:
         return train, None
     options.pop("profiled", None)
     with progress.span(1 - 1 / total, 1.0, "the evaluation"):
-        traced = traced_by(config_stages.evaluation, cfg)
-        return train, compiled_from(traced, folder / dump.EVALUATION if folder else None)
+        return train, compiled_from(config_stages.evaluation, cfg, folder / dump.EVALUATION if folder else None)
 
 
 def which_code(name: str, compiled: stages.Compiled) -> str:
