@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -105,3 +106,18 @@ def test_an_interruption_ends_a_tokenizers_training_at_once(tmp_path):
     process.wait(10)
     assert process.returncode != 0 and not (tmp_path / "t.model").exists()
     assert not children[0].exists()
+
+
+def test_a_tokenizer_is_trained_in_a_locale_of_ascii_too(tmp_path):
+    """Its log quotes pieces, which are no ASCII."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text(Path(prepare.__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
+    program = (
+        "import sys; from pathlib import Path; from llama_fn.data import tokenizer; folder = Path(sys.argv[1]); "
+        "tokenizer.train([(folder / 'texts.txt').read_text('utf-8')], 800, folder / 't.model')"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=ascii_only, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "t.model").exists(), done.stderr
