@@ -9,10 +9,12 @@ single values of it. A run resumes what its --run.workdir holds. Exit statuses: 
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 from absl import app, flags
 
+from llama_fn.compiler.garbage import uncollected
 from llama_fn.config_checks import resolved
 from llama_fn.errors import UserError
 from llama_fn.tools import command, config_flags
@@ -24,9 +26,10 @@ def train(argv: list[str]) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --section.name=value")
     cfg = resolved(build_config())
-    from llama_fn.operations.conclusion import concluded  # torch is imported only once the flags are known to be right
-    from llama_fn.run import loop
-
+    with uncollected():  # imports make half a million objects, none of which becomes garbage
+        from llama_fn.operations.conclusion import concluded  # torch, only once the flags are known to be right
+        from llama_fn.run import loop
+    gc.freeze()
     with concluded(Path(cfg.run.workdir)):
         return loop.run(cfg, flags_text())
 

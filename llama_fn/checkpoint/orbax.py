@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,21 @@ class SavedStep:
 
 
 class Checkpoints:
-    """Those of a run, in `folder`. Keeps the newest `keep_latest`, and every `keep_every`-th."""
+    """Those of a run, in `folder`. Keeps the newest `keep_latest`, and every `keep_every`-th.
+
+    Importing Orbax takes a second, as it imports jax. So it waits for the first save, unless an earlier process left
+    something behind that Orbax removes.
+    """
 
     def __init__(self, folder: Path, keep_latest: int, keep_every: int) -> None:
+        self.folder, self.keep = folder.absolute(), (keep_latest, keep_every)
+        self.writing: list[Callable[[Path], None]] = []  # what writes the arrays of the save under way
+        if _others(self.folder):
+            self.manager.reload()
+
+    @cached_property
+    def manager(self) -> Any:
+        """Orbax's own."""
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # orbax imports jax, which must not take an accelerator
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
@@ -50,15 +63,12 @@ class Checkpoints:
         from llama_fn.checkpoint.orbax_leaves import registry
 
         quieten_orbax()
-        keep: list[Any] = [policies.LatestN(keep_latest)]
-        keep += [policies.EveryNSteps(keep_every)] if keep_every else []
-        self.ocp, self.folder = ocp, folder.absolute()
-        self.writing: list[Callable[[Path], None]] = []  # what writes the arrays of the save under way
-        _usable(self.folder)
+        latest, every = self.keep
+        keep: list[Any] = [policies.LatestN(latest), *([policies.EveryNSteps(every)] if every else [])]
         state = ocp.PyTreeCheckpointHandler(
             use_zarr3=True, use_compression=False, type_handler_registry=registry(lambda at: self.writing[-1](at))
         )
-        self.manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.folder,
             item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
@@ -73,14 +83,17 @@ class Checkpoints:
     ) -> None:
         """Start writing iteration `step`: `write(folder)` is called in a thread, and returns when all processes have
         written their parts of `arrays` there."""
+        manager = self.manager
+        from orbax.checkpoint import args
+
         from llama_fn.checkpoint.orbax_leaves import Leaf
 
         meta = {**meta, "arrays": {path: describe(array) for path, array in arrays.items()}}
         meta["crc32"] = of_json(meta)
         self.writing[:] = [write]
-        args, leaves = self.ocp.args, {path: Leaf(array.shape, array.dtype) for path, array in arrays.items()}
+        leaves = {path: Leaf(array.shape, array.dtype) for path, array in arrays.items()}
         items = args.Composite(state=args.PyTreeSave(nested(leaves)), meta=args.JsonSave(meta))
-        self.manager.save(step, args=items, force=True)
+        manager.save(step, args=items, force=True)
 
     def commit(self, step: int) -> None:
         """Until iteration `step` is complete, and sealed."""
@@ -89,7 +102,7 @@ class Checkpoints:
 
     def failed(self, step: int, error: Exception) -> str:
         """What to say of a save that failed."""
-        self.manager.reload()
+        self._look_again()
         kept = self.steps()
         free = shutil.disk_usage(self.folder).free
         reason = "No space left on device" if "os_error_code='28'" in str(error) else str(error)[:300]
@@ -101,7 +114,16 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Iterations of the checkpoints there are, oldest first."""
-        return sorted(self.manager.all_steps())
+        return sorted(self.manager.all_steps() if self._has_manager else map(int, _listed(self.folder)))
+
+    @property
+    def _has_manager(self) -> bool:
+        return "manager" in self.__dict__
+
+    def _look_again(self) -> None:
+        """Let Orbax see what others did in the folder."""
+        if self._has_manager:
+            self.manager.reload()
 
     def set_aside(self, step: int) -> None:
         """Move a checkpoint that is damaged out of the way; UserError where that cannot be done."""
@@ -115,7 +137,7 @@ class Checkpoints:
                 f"{source} is damaged and cannot be moved to {damaged}: {error.strerror}. Move it away by hand to "
                 "go on from the one before"
             ) from None
-        self.manager.reload()
+        self._look_again()
 
     def refuse_other_arrays(self, saved_step: SavedStep, wanted: Mapping[str, str]) -> None:
         """UserError with the paths whose shape or dtype is not the `wanted` one."""
@@ -135,17 +157,26 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let go of Orbax."""
-        self.manager.close()
+        if self._has_manager:
+            self.manager.close()
 
 
-def _usable(folder: Path) -> None:
-    """UserError for a folder of checkpoints that cannot be listed, or that names one which is not there."""
+def _listed(folder: Path) -> dict[str, os.DirEntry[str]]:
+    """What is named as a checkpoint is."""
+    return {entry.name: entry for entry in os.scandir(folder) if entry.name.isascii() and entry.name.isdigit()}
+
+
+def _others(folder: Path) -> bool:
+    """Whether a folder of checkpoints holds anything else. UserError for one that cannot be listed, or that names a
+    checkpoint which is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        entries = [entry for entry in os.scandir(folder) if entry.name.isascii() and entry.name.isdigit()]
+        entries = _listed(folder)
+        others = len(os.listdir(folder)) > len(entries)
     except OSError as error:
         raise unreadable(folder, error) from None
-    for entry in entries:
+    for entry in entries.values():
         if not entry.is_dir():
             what = f"a link to {os.readlink(entry.path)}, which is not there" if entry.is_symlink() else "no folder"
             raise UserError(f"checkpoint {entry.path} is {what}. Bring it back, or remove it to go on from another one")
+    return others

@@ -36,6 +36,8 @@ from llama_fn.compat.npu import (
     without_converter,
 )
 from llama_fn.compat.npu_schemas import define_npu_ops
+from llama_fn.compat.plain_code import PlainCode
+from llama_fn.compat.plain_code import loaded as loaded_plain
 from llama_fn.compat.repeat_body import add_body, is_inlined
 from llama_fn.compat.tracing import (
     DATA_DEPENDENT,
@@ -58,6 +60,7 @@ __all__ = [
     "GeGraph",
     "GraphSource",
     "Group",
+    "PlainCode",
     "add_body",
     "cann_version",
     "check_torch_version",
@@ -78,6 +81,7 @@ __all__ = [
     "keep_memory",
     "labels",
     "load_torchair",
+    "loaded_plain",
     "missing_tool",
     "name_group",
     "names_groups",

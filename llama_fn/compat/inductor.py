@@ -8,21 +8,22 @@ import hashlib
 import logging
 import os
 import shutil
+import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from llama_fn import progress
 from llama_fn.compat import cpp_units as cpp
+from llama_fn.compat.plain_code import PlainCode, plain, same_products
 
 log = logging.getLogger("llama_fn.compat")
 CODE = 0.4  # of the time that inductor takes, the rest is the C++ compiler's
@@ -54,13 +55,15 @@ class GraphSource:
 @dataclass(frozen=True)
 class CompiledGraph:
     """`run` takes the flat inputs in a list, which it empties; `code` is what it runs, in `file`, and `key` what
-    inductor's cache knows it by, "" where it keeps nothing."""
+    inductor's cache knows it by, "" where it keeps nothing. `plain`: the code for a start without inductor, if that is
+    possible."""
 
     run: Callable[[list[torch.Tensor]], Any]
     from_cache: bool
     code: str
     key: str
     file: Path | None
+    plain: PlainCode | None = None
 
 
 def inductor_compile(
@@ -80,8 +83,24 @@ def inductor_compile(
     nodes = (node for source in sources for node in source.gm.graph.nodes)
     mode = next(v.fake_mode for node in nodes if isinstance(v := node.meta.get("val"), FakeTensor))
     settings = config.patch({"fx_graph_cache": cached, **patches})
-    with torch.no_grad(), settings, _no_detours(mode), _CppKernels.together(units), progress.span(0.0, CODE):
-        return [_compiled(source, cached) for source in progress.tracked(sources)]
+    building = _CppKernels.together(units)
+    with torch.no_grad(), settings, _no_detours(mode), building as kernels, progress.span(0.0, CODE):
+        made = [_compiled(source, cached) for source in progress.tracked(sources)]
+    return [
+        replace(each, plain=_plain(each, kernels)) if each.file and source.ranges is None else each
+        for each, source in zip(made, sources, strict=True)
+    ]
+
+
+def _plain(graph: CompiledGraph, kernels: _CppKernels) -> PlainCode | None:
+    """The code of a graph for a start without inductor, or None where inductor does more than to run it."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    compiled: Any = graph.run
+    alone = not compiled.constants and not compiled.inputs_to_check and compiled.device_types <= {"cpu"}
+    if not alone or not same_products(extern_kernels):
+        return None
+    return plain(graph.code, kernels.where.get(str(graph.file), {}))
 
 
 def _compiled(source: GraphSource, cached: bool) -> CompiledGraph:
@@ -118,6 +137,7 @@ def _no_detours(mode: Any) -> Iterator[None]:
     at each of thousands of uses.
     """
     from torch._inductor import compile_fx, config, cpu_vec_isa, dtype_propagation, sizevars
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
     simplify = sizevars.simplify_index_in_vec_range
@@ -163,10 +183,11 @@ class _CppKernels:
     def __init__(self) -> None:
         self.asked: dict[tuple[tuple[str, ...], str], _Asked] = {}
         self.modules: list[dict[str, Any]] = []
+        self.where: dict[str, dict[str, tuple[Path, str]]] = {}  # kernels by module and name: file and function
 
     @classmethod
     @contextlib.contextmanager
-    def together(cls, units: int) -> Iterator[None]:
+    def together(cls, units: int) -> Iterator[_CppKernels]:
         from torch._inductor import config
         from torch._inductor.async_compile import AsyncCompile
 
@@ -181,7 +202,7 @@ class _CppKernels:
             mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: kernels.ask(types, source)),
             mock.patch.object(AsyncCompile, "wait", wait_for_others),
         ):
-            yield
+            yield kernels
             if kernels.asked:
                 with progress.span(CODE, 1.0, "compiling kernels"):
                     kernels.put_into_modules(kernels.built(units))
@@ -189,13 +210,15 @@ class _CppKernels:
     def ask(self, types: Sequence[str], source: str) -> _Asked:
         return self.asked.setdefault((tuple(types), source), _Asked(len(self.asked)))
 
-    def put_into_modules(self, built: Sequence[Callable[..., Any]]) -> None:
+    def put_into_modules(self, built: Sequence[tuple[Path, str, Callable[..., Any]]]) -> None:
         """Replace what was asked for in the variables of the generated modules by the kernels."""
         for scope in self.modules:
-            scope |= {name: built[value.index] for name, value in scope.items() if isinstance(value, _Asked)}
+            mine = {name: built[value.index] for name, value in scope.items() if isinstance(value, _Asked)}
+            scope |= {name: kernel for name, (_, _, kernel) in mine.items()}
+            self.where[scope["__file__"]] = {name: (file, function) for name, (file, function, _) in mine.items()}
 
-    def built(self, units: int) -> list[Callable[..., Any]]:
-        """The kernels, in the order in which they were asked for."""
+    def built(self, units: int) -> list[tuple[Path, str, Callable[..., Any]]]:
+        """The kernels, in the order in which they were asked for: file, name in it, and function."""
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
         asked = list(self.asked)
@@ -204,19 +227,22 @@ class _CppKernels:
         with ThreadPoolExecutor(len(texts)) as pool:
             loads = [CppPythonBindingsCodeCache.load_async(text, submit_fn=pool.submit) for text in texts]
             modules = [load() for load in progress.tracked(loads)]
-        kernels = {i: getattr(m, f"f{k}") for g, m in zip(groups, modules, strict=True) for k, i in enumerate(g)}
+        kernels = {
+            i: (Path(m.__file__), f"f{k}", getattr(m, f"f{k}"))
+            for g, m in zip(groups, modules, strict=True)
+            for k, i in enumerate(g)
+        }
         return [kernels[i] for i in range(len(asked))]
 
 
 def missing_tool(kind: str) -> str:
     """What inductor needs on this machine to build kernels for a device of `kind` and does not find, "" for nothing."""
     if kind == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
+        compiler = os.environ.get("CXX") or "g++"  # as inductor does; asking it would import it, for a second
         try:
-            get_cpp_compiler()
-        except (RuntimeError, OSError):  # nothing that answers to --version
-            return f"a C++ compiler, and {os.environ.get('CXX') or 'g++'} (CXX) cannot be run"
+            subprocess.run([compiler, "--version"], check=True, capture_output=True)
+        except (subprocess.CalledProcessError, OSError):
+            return f"a C++ compiler, and {compiler} (CXX) cannot be run"
         header = Path(sysconfig.get_path("include")) / "Python.h"
         return "" if header.is_file() else f"Python's headers, and {header} is missing"
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]

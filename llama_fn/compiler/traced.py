@@ -140,6 +140,11 @@ class Lowered(Graph):
         return replace(self, stage=stage_of(self.mesh, rank))
 
     @property
+    def name(self) -> str:
+        """The name of the function."""
+        return self.traced.name
+
+    @property
     def signature(self) -> Signature:
         """Paths, shapes and dtypes of arguments and results, all global."""
         return self.traced.signature
@@ -148,7 +153,7 @@ class Lowered(Graph):
     def title(self) -> str:
         """The name of the function and of the stage."""
         of = f", stage {self.stage}" if len(self.graphs) > 1 else ""
-        return f"{self.traced.name} lowered for {self.mesh}, rules {self.rules.name}{of}"
+        return f"{self.name} lowered for {self.mesh}, rules {self.rules.name}{of}"
 
     def _output_shapes(self) -> tuple[tuple[int, ...], ...]:
         taken = {o for _, o in self.signature.aliases}
@@ -179,6 +184,11 @@ class Lowered(Graph):
         shapes = [tuple(compat.node_value(node).shape) for node in ir.placeholders(self.graph_module.graph)]
         infos = (replace(i, shape=s) for i, s in zip(self.signature.in_infos, shapes, strict=True))
         return replace(self.signature, in_infos=tuple(infos))
+
+    @property
+    def argument_bytes(self) -> int:
+        """What its arguments take of one device."""
+        return sum(info.bytes for info in self.local_signature.in_infos)
 
     def compile(self, backend: str | Callable[..., backends.Executable] = "inductor", **options: Any) -> Compiled:
         """An executable; `options` are the backend's keyword arguments (see compiler/backends/). A backend is a name or
@@ -212,7 +222,7 @@ class Compiled:
         """The function's results. Donated arguments are overwritten; where the call is interrupted, by an error or by
         Ctrl-C, they are refused from then on, as some may hold new values and others old ones."""
         signature = self.lowered.local_signature if self.executable.local else self.lowered.signature
-        leaves = signature.inputs(args, kwargs, f"compiled {self.lowered.traced.name}", self.executable.device)
+        leaves = signature.inputs(args, kwargs, f"compiled {self.lowered.name}", self.executable.device)
         try:
             flat = list(self.executable.run(leaves))
         except BaseException:

@@ -45,6 +45,17 @@ def documents(path: str, reading: Reading | str) -> Iterator[str]:
         raise UserError(f"--data.path={path} holds no text: expected at least one non-empty document")
 
 
+def refuse_empty(path: str, reading: Reading | str) -> None:
+    """UserError where there is no document, or the first cannot be read."""
+    if path:
+        next(documents(path, reading))
+    elif next(Path(sysconfig.get_path("stdlib")).rglob("*.py"), None) is None:  # not all of its files: they are many
+        raise UserError(
+            "without --data.path the sources of Python's standard library are trained on, and this Python has none in "
+            f"{sysconfig.get_path('stdlib')}: name a file or folder of text with --data.path"
+        )
+
+
 def shuffled(listed: Sequence[Path]) -> list[Path]:
     """Files in an order that SEED and their number alone decide."""
     order = list(listed)

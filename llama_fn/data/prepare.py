@@ -31,7 +31,7 @@ def check(cfg: Config) -> None:
         if prefix is not None:
             indexed.IndexedDataset(prefix)
             continue
-        next(corpus.documents(source.path, cfg.data.jsonl_key))
+        corpus.refuse_empty(source.path, cfg.data.jsonl_key)
         if cfg.data.tokenizer:
             _tokenizer(cfg, Path(cfg.data.tokenizer))
 

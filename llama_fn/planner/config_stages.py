@@ -83,8 +83,12 @@ def train(cfg: Config) -> stages.Traced:
 
 def evaluation(cfg: Config) -> stages.Traced:
     """The validation step of cfg, traced."""
-    state, batch = train_step.abstract_state(cfg), train_step.abstract_batch(cfg)
-    return stages.jit(train_step.make_eval_step(cfg)).trace(state.params, batch)
+    return stages.jit(train_step.make_eval_step(cfg)).trace(*evaluation_arguments(cfg))
+
+
+def evaluation_arguments(cfg: Config) -> tuple[Tree, ...]:
+    """The declarations of what a validation step takes: parameters and a batch."""
+    return train_step.abstract_state(cfg).params, train_step.abstract_batch(cfg)
 
 
 def lower(

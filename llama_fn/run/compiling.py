@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_fn import progress
-from llama_fn.compiler import backends, passes, stages
+from llama_fn.compiler import backends, kept, passes, stages
 from llama_fn.compiler.backends import code_cache
 from llama_fn.compiler.backends.ge_choice import choose
 from llama_fn.compiler.backends.ge_counts import counted
@@ -22,13 +23,18 @@ from llama_fn.hardware import Hardware, named
 from llama_fn.inspect import dump
 from llama_fn.model import arrays, train_step
 from llama_fn.planner import config_stages, ge_budget, plan, report
-from llama_fn.run import versions
+from llama_fn.run import kept_steps, versions
 from llama_fn.run.resume import refuse_too_large
 from sharding import Mesh
 
 log = logging.getLogger("llama_fn.compiling")
 Backend = Callable[..., backends.Executable]
 TRACED, LOWERED = 0.1, 0.15  # of the time that a cold start of llama_60m compiles
+TRAIN, EVALUATE = "train", "evaluate"
+STEPS: Mapping[str, tuple[Callable[[Config], stages.Traced], Callable[[Config], tuple[Any, ...]]]] = {
+    TRAIN: (config_stages.train, train_step.abstract_arguments),
+    EVALUATE: (config_stages.evaluation, config_stages.evaluation_arguments),
+}
 
 
 def backend_options(cfg: Config, processes: Processes | None) -> dict[str, Any]:
@@ -64,6 +70,65 @@ def dump_folder(cfg: Config, processes: Processes | None) -> Path | None:
     return dump.rank_folder(Path(cfg.run.dump_dir), rank) if dumps(cfg.run, rank) else None
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """Makes compiled steps, or takes up those of an earlier start. `peaks`: whose a dump's overlay of times takes;
+    `cache`: the folder of steps that are kept whole, None where they are not."""
+
+    cfg: Config
+    mesh: Mesh
+    processes: Processes | None
+    backend: Backend | None
+    peaks: Hardware | None
+    cache: Path | None
+
+    def made(self, which: str, each: Config, folder: Path | None) -> stages.Compiled:
+        """A step of `each`, one of STEPS; its graphs go into `folder`, if any."""
+        if self.cache is None:
+            return self._compiled(which, each, folder)[0]
+        key, (trace, arguments) = kept_steps.key(each, which, self.processes), STEPS[which]
+        rules, again = config_stages.rules(each, self.mesh), lambda: config_stages.lower(trace(each), each, self.mesh)
+        asked = kept.Asked(key, arguments(each), self.mesh, rules, self.processes, self.cfg.run.device, again)
+        found = kept.load(self.cache, asked)
+        if found is None:
+            compiled, said = self._compiled(which, each, folder)
+            kept.keep(self.cache, key, compiled, said)
+            return compiled
+        compiled, said = found
+        refuse_too_large(self.cfg, compiled.lowered)
+        kept_steps.say_again(said)
+        log.info("%s", which_code(compiled))
+        return compiled
+
+    def _compiled(self, which: str, each: Config, folder: Path | None) -> tuple[stages.Compiled, kept.Said]:
+        """Traced, lowered and compiled, and what was said of it."""
+        cfg, on_npu = self.cfg, self.cfg.run.backend == "npu" and self.backend is None
+        with progress.span(0.0, TRACED, "tracing"):
+            traced = STEPS[which][0](each)
+        with progress.span(TRACED, LOWERED, "lowering"):
+            writer, lowered = _lowered(traced, cfg, self.mesh, self.peaks, folder)
+        lowered = lowered if self.processes is None else lowered.of_rank(self.processes.rank)
+        refuse_too_large(cfg, lowered)
+        memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
+        log.info(
+            "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
+            traced.name, traced.seconds, cost.total_flops / 1e9, memory.peak_bytes / 1e6, cfg.run.backend,
+        )  # fmt: skip
+        options = backend_options(cfg, self.processes) if self.backend is None else {}
+        if which == EVALUATE:
+            options.pop("profiled", None)
+        if on_npu:
+            options["write"] = functools.partial(dump.write_ge, folder) if folder else None
+        with kept_steps.gathered() as said, progress.span(LOWERED, 1.0, "generating code"):
+            _say_lints(cfg, lowered)
+            compiled = lowered.compile(self.backend or cfg.run.backend, **options)
+        if writer:
+            form = choose(counted(lowered.graph_module), cfg.run.npu_form) if on_npu else None
+            writer.finish(lowered, compiled, form)
+        log.info("%s", which_code(compiled))
+        return compiled, said
+
+
 def compile(
     cfg: Config,
     mesh: Mesh,
@@ -73,8 +138,9 @@ def compile(
     backend: Backend | None = None,
     smaller: Iterable[Config] = (),
 ) -> tuple[dict[int, stages.Compiled], stages.Compiled | None]:
-    """Trace, lower and compile the step, and the validation step if there is one, before a single weight exists.
-    Returns the steps by how many microbatches they take: that of cfg, and those of the `smaller` batches.
+    """Trace, lower and compile the step, and the validation step if there is one, before a single weight exists; or
+    load what an earlier start compiled. Returns the steps by how many microbatches they take: that of cfg, and those of
+    the `smaller` batches.
 
     `hardware`: whose peaks a dump's overlay of times takes; None: this CPU, measured, unless cfg's device is another.
     `backend`: what compiles instead of the one that cfg names.
@@ -84,56 +150,30 @@ def compile(
         "model: %s, %d parameters, %.1f MB of state",
         cfg.model.preset, arrays.total_size(state.params), arrays.total_bytes(state) / 1e6,
     )  # fmt: skip
-    options = backend_options(cfg, processes) if backend is None else {}
-
-    def compiled_from(stage: Callable[[Config], stages.Traced], each: Config, folder: Path | None) -> stages.Compiled:
-        with progress.span(0.0, TRACED, "tracing"):
-            traced = stage(each)
-        with progress.span(TRACED, LOWERED, "lowering"):
-            writer, lowered = _lowered(traced, cfg, mesh, peaks, folder)
-        lowered = lowered if processes is None else lowered.of_rank(processes.rank)
-        refuse_too_large(cfg, lowered)
-        _say_lints(cfg, lowered)
-        memory, cost = lowered.memory_analysis(), lowered.cost_analysis()
-        log.info(
-            "%s: traced in %.1f s, %.1f GFLOP, peak memory without fusion %.0f MB; compiling with %s",
-            traced.name, traced.seconds, cost.total_flops / 1e9, memory.peak_bytes / 1e6, cfg.run.backend,
-        )  # fmt: skip
-        if cfg.run.backend == "npu" and backend is None:
-            options["write"] = functools.partial(dump.write_ge, folder) if folder else None
-        with progress.span(LOWERED, 1.0, "generating code"):
-            compiled = lowered.compile(backend or cfg.run.backend, **options)
-        if writer:
-            on_npu = cfg.run.backend == "npu" and backend is None
-            writer.finish(
-                lowered, compiled, choose(counted(lowered.graph_module), cfg.run.npu_form) if on_npu else None
-            )
-        log.info("%s", which_code(traced.name, compiled))
-        return compiled
-
     folder = dump_folder(cfg, processes)
     peaks = hardware or (named("cpu", cfg.model.compute_dtype) if folder and cfg.run.device == "cpu" else None)
+    keeps = backend is None and kept_steps.are_kept(cfg, folder is not None)
+    cache = code_cache.of_inductor(cache_folder(cfg)) if keeps else None
+    steps = _Steps(cfg, mesh, processes, backend, peaks, cache)
     train, listed = {}, [cfg, *smaller]
     total = len(listed) + with_eval
     for i, each in enumerate(listed):
         if each is not cfg:
             log.info("for batches of %d samples:", each.data.global_batch_size)
         with progress.span(i / total, (i + 1) / total, "the step"):
-            made = compiled_from(config_stages.train, each, folder if each is cfg else None)
-            train[each.data.microbatches] = made
+            train[each.data.microbatches] = steps.made(TRAIN, each, folder if each is cfg else None)
     if not with_eval:
         return train, None
-    options.pop("profiled", None)
     with progress.span(1 - 1 / total, 1.0, "the evaluation"):
-        return train, compiled_from(config_stages.evaluation, cfg, folder / dump.EVALUATION if folder else None)
+        return train, steps.made(EVALUATE, cfg, folder / dump.EVALUATION if folder else None)
 
 
-def which_code(name: str, compiled: stages.Compiled) -> str:
+def which_code(compiled: stages.Compiled) -> str:
     """Whether the code of a step was loaded or compiled, its key, its file and its age."""
     how = "loaded" if compiled.from_cache else "compiled"
     first, *more = compiled.executable.origins or ("",)
     origins = f"; {first}{f' and {len(more)} more pieces' if more else ''}" if first else ""
-    return f"{name}: {how} in {compiled.seconds:.1f} s{origins}"
+    return f"{compiled.lowered.name}: {how} in {compiled.seconds:.1f} s{origins}"
 
 
 def _say_lints(cfg: Config, lowered: stages.Lowered) -> None:

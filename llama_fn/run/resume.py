@@ -109,7 +109,7 @@ def restore_or_begin(cfg: Config, store: Store, checkpoint: SavedStep | None, lo
 
 def refuse_too_large(cfg: Config, lowered: Lowered) -> None:
     """UserError where the state alone is more than this machine's memory, before anything is compiled for it."""
-    needed, memory = lowered.memory_analysis().argument_bytes * launched().local_world, total_bytes()
+    needed, memory = lowered.argument_bytes * launched().local_world, total_bytes()
     if cfg.run.backend == "interpret":
         needed *= lowered.mesh.size
     if cfg.run.device.startswith("cpu") and needed > memory:

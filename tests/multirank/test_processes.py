@@ -89,6 +89,21 @@ def test_processes_give_the_numbers_of_one(mesh, rules, backend, corpus, alone, 
     torch.testing.assert_close(resumed, alone, rtol=1e-6, atol=0)
 
 
+def test_processes_take_up_steps_that_were_kept(corpus, tmp_path):
+    flags = ["--mesh.axes=data:2", "--run.backend=inductor", f"--run.compile_cache={tmp_path / 'code'}"]
+    found, said = [], []
+    for name in ("first", "second"):
+        every = [*SMALL, f"--data.path={corpus}", f"--run.workdir={tmp_path / name}", *flags]
+        done = subprocess.run(command(2, *every), cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(numbers(tmp_path / name))
+        said.append(done.stderr)
+    assert torch.equal(*found)
+    assert "step: traced in" in said[0] and "step: compiled in" in said[0]
+    assert "traced in" not in said[1] and "step: loaded in" in said[1] and "evaluation: loaded in" in said[1]
+    assert len(list((tmp_path / "code").rglob("steps/*.json"))) == 4, "two steps of each process, whose groups differ"
+
+
 @pytest.mark.parametrize(
     ("processes", "rules"),
     [(2, ["fsdp_tp_ulysses@context:2@2"]), (2, []), (4, [])],

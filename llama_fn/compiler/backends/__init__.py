@@ -14,6 +14,7 @@ import torch
 from kernels.registry import of_node
 from llama_fn import compat
 from llama_fn.compiler import calls, liveness
+from llama_fn.compiler.backends.in_turn import Order
 from llama_fn.distributed import Processes
 from llama_fn.errors import UserError, nearest
 from sharding import Mesh, P
@@ -107,12 +108,23 @@ def _ago(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """An executable as a later start can take it up without the backend: the code of its bodies, in which order they
+    are called, and the groups of processes that the code names."""
+
+    order: Order
+    codes: tuple[compat.PlainCode, ...]
+    groups: Mapping[str, compat.Group]
+
+
+@dataclass(frozen=True)
 class Executable:
     """`run(inputs) -> results` that take no donated buffer; donated inputs hold their new values afterwards.
 
     `text` is the graph that will run, readable, `code` what the backend made of it, where it says; `measured(stage)`
     gives the memory of the last call where the backend counts it; `scopes` names the range (compiler/ranges.py) of each
-    op by the name that a profiler of the device gives it, where no range surrounds it.
+    op by the name that a profiler of the device gives it, where no range surrounds it; `plain` is what a later start
+    needs of it, where that can be kept.
     """
 
     run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -123,6 +135,7 @@ class Executable:
     code: str = ""
     scopes: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
+    plain: Plain | None = None
 
 
 def get(name: str) -> Callable[..., Executable]:

@@ -9,9 +9,11 @@ listed are those of a process that was killed, or of one that is compiling now; 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import stat
 import tempfile
@@ -20,6 +22,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import torch
+
+from llama_fn import compat
 from llama_fn.errors import UserError
 from llama_fn.files import atomic, checksum, files_below, temporary_folder
 
@@ -88,6 +93,14 @@ def private() -> Path:
                 f"no folder for compiled code: {error}; set TMPDIR to a folder that can be written"
             ) from None
     return _MINE[0]
+
+
+def of_inductor(folder: Path | None) -> Path:
+    """Where inductor keeps code for this CPU, Python, number of threads and version of what writes it: below `folder`
+    or, of None, below one of this process."""
+    facts = [platform.python_version(), platform.machine(), compat.cpu_model(), str(torch.get_num_threads())]
+    machine = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    return compat.keep_compiled_code((usable(folder) if folder else private()) / machine)
 
 
 @contextmanager

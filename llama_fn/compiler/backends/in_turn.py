@@ -1,10 +1,11 @@
 """Runs a graph that does nothing but call bodies, each of them compiled once, and speak with other stages of a pipeline
-(compiler/pieces.py makes such graphs)."""
+(compiler/pieces.py makes such graphs). What is done in which order is plain data, so that it can be kept on disk."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +17,37 @@ from llama_fn.compiler import calls, ir
 from llama_fn.distributed import Messages
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # empties the list: what it has read, it can free
+CALL, ITEM, GROUP = "call", "item", "group"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is done, in order, as JSON can hold it. Values are "%0", "%1" and so on: the inputs, then what steps give.
+
+    A step is what is done, its arguments, and the values that nobody reads later. What: CALL of a body, by its number,
+    with values or lists of them; ITEM of a value; GROUP of values; or the name of an op between stages.
+    """
+
+    inputs: int
+    steps: Sequence[tuple[str, Sequence[Any], Sequence[str]]]
+    results: Sequence[str]
+
+    @classmethod
+    def of(cls, gm: torch.fx.GraphModule, bodies: Sequence[torch.fx.GraphModule], between: Sequence[str]) -> Order:
+        """That of a graph, whose calls are of `bodies`; `between`: the names of the ops between stages."""
+        inputs, nodes, dying = ir.placeholders(gm.graph), ir.calls(gm.graph), ir.dying(gm.graph)
+        names = {node: f"%{i}" for i, node in enumerate([*inputs, *nodes])}
+        steps = []
+        for node in nodes:
+            last = [names[value] for value in dying[node]]
+            if calls.is_call(node):
+                args = [bodies.index(calls.body_of(gm, node)), *_named(node.args[1:], names)]
+                steps.append((CALL, args, last))
+                continue
+            own = str(node.target)
+            what = own if own in between else ITEM if node.target is operator.getitem else GROUP
+            steps.append((what, _named(node.args, names), last if node.users else [*last, names[node]]))
+        return cls(len(inputs), steps, [names[node] for node in ir.results(gm.graph)])
 
 
 def in_turn(
@@ -23,29 +55,32 @@ def in_turn(
     between: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
 ) -> Run:  # fmt: skip
     """A function of the inputs of `gm` that calls `bodies` in its order, and `between` them by op what goes to other
-    stages. A value is let go by the call that reads it last."""
-    nodes, inputs, dying = ir.calls(gm.graph), ir.placeholders(gm.graph), ir.dying(gm.graph)
-    runs = {node: bodies[calls.body_of(gm, node)] for node in nodes if calls.is_call(node)}
+    stages."""
+    named = {str(op): form for op, form in between.items()}
+    return follow(Order.of(gm, list(bodies), list(named)), list(bodies.values()), named)
+
+
+def follow(
+    order: Order, bodies: Sequence[Run], between: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+) -> Run:
+    """A function that does what `order` says. A value is let go by the step that reads it last."""
 
     def run(given: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        values: dict[torch.fx.Node, Any] = dict(zip(inputs, given, strict=True))
+        values: dict[str, Any] = {f"%{i}": x for i, x in enumerate(given)}
         given.clear()
-        for node in nodes:
-            if node in runs:
-                operands = flat([_values(each, values) for each in node.args[1:]])
-                for value in dying[node]:
+        for number, (what, args, last) in enumerate(order.steps, order.inputs):
+            if what == CALL:
+                operands = flat([_values(each, values) for each in args[1:]])
+                for value in last:
                     del values[value]
-                values[node] = runs[node](operands)
+                values[f"%{number}"] = bodies[args[0]](operands)
                 continue
-            if node.target in between:
-                values[node] = between[node.target](*torch.fx.node.map_arg(node.args, values.__getitem__))
-            elif node.target is operator.getitem:
-                values[node] = values[node.args[0]][node.args[1]]  # type: ignore[index]
-            else:  # a group
-                values[node] = _values(node.args, values)
-            for value in (*dying[node], *([] if node.users else [node])):
+            read = _values(args, values)
+            values[f"%{number}"] = read[0][read[1]] if what == ITEM else read if what == GROUP else between[what](*read)
+            del read
+            for value in last:
                 del values[value]
-        return [values[node] for node in ir.results(gm.graph)]
+        return [values[name] for name in order.results]
 
     return run
 
@@ -60,5 +95,14 @@ def between_stages(
     return {KERNELS[name].op: form for name, form in collectives.items()} | dict(messages.forms)
 
 
-def _values(arg: Any, values: Mapping[torch.fx.Node, Any]) -> Any:
-    return [_values(each, values) for each in arg] if isinstance(arg, (list, tuple)) else values[arg]
+def _named(arg: Any, names: Mapping[torch.fx.Node, str]) -> Any:
+    """An argument with names for the values in it."""
+    if isinstance(arg, (list, tuple)):
+        return [_named(each, names) for each in arg]
+    return names[arg] if isinstance(arg, torch.fx.Node) else arg
+
+
+def _values(arg: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return [_values(each, values) for each in arg]
+    return values[arg] if isinstance(arg, str) and arg.startswith("%") else arg

@@ -7,9 +7,7 @@ is what stands before and after its calls; on CUDA the step is one piece of code
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import platform
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ import torch
 from kernels.registry import of_node
 from llama_fn import compat
 from llama_fn.compiler import calls, ir, passes, ranges
-from llama_fn.compiler.backends import CodeOrigin, Executable, Program, code_cache, communication, forms
-from llama_fn.compiler.backends.in_turn import Run, between_stages, in_turn
+from llama_fn.compiler.backends import CodeOrigin, Executable, Plain, Program, code_cache, communication, forms
+from llama_fn.compiler.backends.in_turn import Order, Run, between_stages, follow
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.in_place import add_in_place
 from llama_fn.compiler.passes.outline import outline
@@ -93,20 +91,24 @@ def compile(
         calls.put_in_scope(body, scope)
     staying = {*ir.written(mine.graph), *program.weights}
     sources = [_source(gm, body, staying, profiled) for body in bodies]
-    folder = compat.keep_compiled_code((code_cache.usable(cache) if cache else code_cache.private()) / _machine())
-    with code_cache.opened(folder):
+    with code_cache.opened(code_cache.of_inductor(cache)):
         compiled = compat.inductor_compile(sources, patches, compat.physical_cores(), cache is not None)
-    runs = {body: _run(each, "triton.cudagraphs" in patches) for body, each in zip(bodies, compiled, strict=True)}
+    runs = [_run(each, "triton.cudagraphs" in patches) for each in compiled]
     origins = tuple(CodeOrigin(each.key, each.file, each.from_cache) for each in compiled if each.key)
     text, code = ir.as_text(gm, "inductor"), "\n".join(each.code for each in compiled)
     messages = Messages(processes, device) if processes and piped else None
-    run_all = in_turn(gm, runs, between_stages(messages, collectives))
+    between = {str(op): form for op, form in between_stages(messages, collectives).items()}
+    order = Order.of(gm, list(bodies), list(between))
+    run_all = follow(order, runs, between)
 
     @torch.no_grad()
     def run(flat: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return run_all(list(flat))
 
-    return Executable(run, text, origins, local=processes is not None, code=code, device=device)
+    codes = tuple(each.plain for each in compiled if each.plain)
+    groups = dict(processes.groups(())) if processes else {}
+    kept = None if piped or len(codes) < len(compiled) else Plain(order, codes, groups)
+    return Executable(run, text, origins, local=processes is not None, code=code, device=device, plain=kept)
 
 
 def _source(
@@ -139,9 +141,3 @@ def _compute_dtype(gm: torch.fx.GraphModule) -> torch.dtype:
     """The dtype of the matrix products."""
     products = [n for n, _ in calls.counted(gm) if (kernel := of_node(n.target)) and kernel.name == "einsum"]
     return compat.node_value(products[0]).dtype if products else torch.float32
-
-
-def _machine() -> str:
-    """What compiled code depends on besides its graph, inductor's settings and torch, which inductor's key has."""
-    facts = [platform.python_version(), platform.machine(), compat.cpu_model(), str(torch.get_num_threads())]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
