@@ -8,6 +8,7 @@ a caller sees of a step: trees, shapes and shardings. The graphs are made again 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from sharding import P
 from sharding.mesh import Mesh
 from sharding.rules import Rules
 
+log = logging.getLogger("llama_fn.kept")
 FOLDER = "steps"
 LEAF = "leaf"
 Said = Sequence[tuple[str, int, str]]  # what was said on the way: logger, level, text
@@ -89,7 +91,7 @@ class Asked:
 
 
 def keep(cache: Path, key: str, compiled: Compiled, said: Said) -> bool:
-    """Write an entry, if all of the step can be written; whether it was."""
+    """Write an entry, if all of the step can be written; whether it was. A disk that does not take it is said."""
     plain, lowered = compiled.executable.plain, compiled.lowered
     signature, folder = lowered.signature, cache.absolute()
     result = _result(signature)
@@ -118,10 +120,14 @@ def keep(cache: Path, key: str, compiled: Compiled, said: Said) -> bool:
         "text": compiled.executable.text,
         "said": said,
     }
-    with code_cache.opened(folder):
-        (folder / FOLDER).mkdir(exist_ok=True)
-        with atomic(folder / FOLDER / f"{key}.json") as f:
-            json.dump(entry, f)
+    try:
+        with code_cache.opened(folder):
+            (folder / FOLDER).mkdir(exist_ok=True)
+            with atomic(folder / FOLDER / f"{key}.json") as f:
+                json.dump(entry, f)
+    except OSError as error:
+        log.warning("the compiled %s is not kept whole, and a later start traces it again: %s", lowered.name, error)
+        return False
     return True
 
 

@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -218,6 +219,21 @@ def test_steps_of_a_pipeline_and_with_foreign_ops_are_not_kept(cpu, monkeypatch)
     foreign = replace(KERNELS["einsum"], reference=os.path.join)
     monkeypatch.setitem(KERNELS, "foreign", foreign)
     assert not kept_steps.are_kept(cfg, dumped=False)
+
+
+def test_a_full_disk_costs_a_word(cpu, monkeypatch):
+    cfg, said = cpu(seq_len=8), []
+    compiled, _ = steps(cfg)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(kept, "atomic", full)
+    monkeypatch.setattr(kept.log, "warning", lambda text, *values: said.append(text % values))
+    cache = code_cache.of_inductor(Path(cfg.run.compile_cache))
+    assert not kept.keep(cache, "key", compiled, [])
+    assert len(said) == 1 and "step is not kept whole" in said[0] and "No space left" in said[0]
+    assert not (cache / kept.FOLDER / "key.json").exists()
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "removed"])
