@@ -27,7 +27,7 @@ from llama_fn.run import kept_steps, versions
 from llama_fn.run.resume import refuse_too_large
 from sharding import Mesh
 
-log = logging.getLogger("llama_fn.compiling")
+log, lints_log = logging.getLogger("llama_fn.compiling"), logging.getLogger("llama_fn.lints")
 Backend = Callable[..., backends.Executable]
 TRACED, LOWERED = 0.1, 0.15  # of the time that a cold start of llama_60m compiles
 TRAIN, EVALUATE = "train", "evaluate"
@@ -85,23 +85,21 @@ class _Steps:
     def made(self, which: str, each: Config, folder: Path | None) -> stages.Compiled:
         """A step of `each`, one of STEPS; its graphs go into `folder`, if any."""
         if self.cache is None:
-            return self._compiled(which, each, folder)[0]
-        key, (trace, arguments) = kept_steps.key(each, which, self.processes), STEPS[which]
-        rules, again = config_stages.rules(each, self.mesh), lambda: config_stages.lower(trace(each), each, self.mesh)
-        asked = kept.Asked(key, arguments(each), self.mesh, rules, self.processes, self.cfg.run.device, again)
-        found = kept.load(self.cache, asked)
-        if found is None:
-            compiled, said = self._compiled(which, each, folder)
-            kept.keep(self.cache, key, compiled, said)
-            return compiled
-        compiled, said = found
-        refuse_too_large(self.cfg, compiled.lowered)
-        kept_steps.say_again(said)
+            compiled = self._compiled(which, each, folder)
+        else:
+            key, (trace, arguments) = kept_steps.key(each, which, self.processes), STEPS[which]
+            rules = config_stages.rules(each, self.mesh)
+            again = lambda: config_stages.lower(trace(each), each, self.mesh)  # noqa: E731
+            asked = kept.Asked(key, arguments(each), self.mesh, rules, self.processes, self.cfg.run.device, again)
+            compiled = kept_steps.taken_up(self.cache, asked, lambda: self._compiled(which, each, folder))
+        refuse_too_large(
+            self.cfg, compiled.lowered
+        )  # once more for one that was made, which is asked before it compiles
         log.info("%s", which_code(compiled))
         return compiled
 
-    def _compiled(self, which: str, each: Config, folder: Path | None) -> tuple[stages.Compiled, kept.Said]:
-        """Traced, lowered and compiled, and what was said of it."""
+    def _compiled(self, which: str, each: Config, folder: Path | None) -> stages.Compiled:
+        """Traced, lowered and compiled."""
         cfg, on_npu = self.cfg, self.cfg.run.backend == "npu" and self.backend is None
         with progress.span(0.0, TRACED, "tracing"):
             traced = STEPS[which][0](each)
@@ -119,14 +117,13 @@ class _Steps:
             options.pop("profiled", None)
         if on_npu:
             options["write"] = functools.partial(dump.write_ge, folder) if folder else None
-        with kept_steps.gathered() as said, progress.span(LOWERED, 1.0, "generating code"):
+        with progress.span(LOWERED, 1.0, "generating code"):
             _say_lints(cfg, lowered)
             compiled = lowered.compile(self.backend or cfg.run.backend, **options)
         if writer:
             form = choose(counted(lowered.graph_module), cfg.run.npu_form) if on_npu else None
             writer.finish(lowered, compiled, form)
-        log.info("%s", which_code(compiled))
-        return compiled, said
+        return compiled
 
 
 def compile(
@@ -152,7 +149,7 @@ def compile(
     )  # fmt: skip
     folder = dump_folder(cfg, processes)
     peaks = hardware or (named("cpu", cfg.model.compute_dtype) if folder and cfg.run.device == "cpu" else None)
-    keeps = backend is None and kept_steps.are_kept(cfg, folder is not None)
+    keeps = backend is None and kept_steps.are_kept(cfg, mesh, folder is not None)
     cache = code_cache.of_inductor(cache_folder(cfg)) if keeps else None
     steps = _Steps(cfg, mesh, processes, backend, peaks, cache)
     train, listed = {}, [cfg, *smaller]
@@ -180,7 +177,7 @@ def _say_lints(cfg: Config, lowered: stages.Lowered) -> None:
     """What looks like a mistake in the training step; a UserError with --run.strict. Notes are said and no errors."""
     found = lints(lowered, cfg.mesh.remat) if lowered.signature.donated else []
     for lint in found:
-        log.warning("%s %s", "note:" if lint.note else "this looks like a mistake:", lint)
+        lints_log.warning("%s %s", "note:" if lint.note else "this looks like a mistake:", lint)
     if cfg.run.strict and (wrong := [lint for lint in found if not lint.note]):
         raise UserError(f"--run.strict: {'; '.join(map(str, wrong))}")
 

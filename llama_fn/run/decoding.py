@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from llama_fn import tree
-from llama_fn.compiler import stages
+from llama_fn.compiler import kept, stages
+from llama_fn.compiler.backends import code_cache
 from llama_fn.config import ModelConfig
 from llama_fn.errors import UserError
 from llama_fn.model import decode, llama, stored
-from llama_fn.model.arrays import DTYPES, ArrayInfo
+from llama_fn.model.arrays import DTYPES, ArrayInfo, describe
+from llama_fn.run import kept_steps
 from sharding import Mesh, P, constrain
 from sharding.rules import Rules, decoding
 
@@ -119,12 +121,30 @@ class Decoder:
 
         return self.compiled_once(key, step, infos, self.infos, tokens, ArrayInfo((batch,), torch.int64), donate=(0,))
 
-    def compiled_once(self, key: Hashable, fn: Callable[..., Any], *infos: Any, donate: tuple[int, ...] = ()) -> Any:
-        """`fn` of arguments like `infos`, compiled for this model's mesh when `key` is first asked for."""
+    def compiled_once(
+        self, key: tuple[Any, ...], fn: Callable[..., Any], *infos: Any, donate: tuple[int, ...] = ()
+    ) -> Any:
+        """`fn` of arguments like `infos`, compiled for this model's mesh when `key` is first asked for: a function of a
+        module, and what else `fn` depends on beside the model."""
         if key not in self.compiled:
-            lowered = stages.jit(fn, donate=donate).trace(*infos).lower(self.mesh, decoding(self.mesh))
-            self.compiled[key] = lowered.compile(self.backend, **self.options)
+            which = " ".join(getattr(part, "__name__", str(part)) for part in key)
+            self.compiled[key] = self._compiled(which, fn, infos, donate)
         return self.compiled[key]
+
+    def _compiled(
+        self, which: str, fn: Callable[..., Any], infos: Sequence[Any], donate: tuple[int, ...]
+    ) -> stages.Compiled:
+        rules, device, cache = decoding(self.mesh), self.options.get("device", "cpu"), self.options.get("cache")
+        lowered = lambda: stages.jit(fn, donate=donate).trace(*infos).lower(self.mesh, rules)  # noqa: E731
+        make = lambda: lowered().compile(self.backend, **self.options)  # noqa: E731
+        if cache is None or not kept_steps.can_be_kept(self.backend, device, self.mesh):
+            return make()
+        shapes = [describe(info) for info in tree.leaves(tuple(infos))]
+        values = {"model": asdict(self.cfg), "shapes": shapes, "mesh": str(self.mesh)}
+        processes = self.options.get("processes")
+        name = kept_steps.key_of(which, values, processes)
+        asked = kept.Asked(name, infos, self.mesh, rules, processes, device, lowered)
+        return kept_steps.taken_up(code_cache.of_inductor(cache), asked, make)
 
 
 def drawn(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:

@@ -24,7 +24,7 @@ from llama_fn.compiler.backends import code_cache
 from llama_fn.compiler.kept import KeptLowered
 from llama_fn.config_fields import flat, with_values
 from llama_fn.planner import config_stages
-from llama_fn.run import compiling, kept_steps
+from llama_fn.run import compiling, decoding, kept_steps
 from sharding import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,11 +129,24 @@ print(train.train([]), *sorted({"torch._inductor", "sympy", "jax"} & set(sys.mod
     assert "torch._inductor" in said[0] and said[1][1:] == [], said
 
 
+def test_a_decoder_takes_up_its_steps(tiny_config, compile_cache, fresh_state, monkeypatch):
+    cfg = tiny_config()
+    params, said = fresh_state(cfg).params, []
+    for _ in range(2):
+        decoder = decoding.Decoder(cfg.model, 20, cache=compile_cache, device="cpu").load(params)
+        said.append([tokens for tokens in decoder.generate([[1, 2, 3], [4, 5]], decoding.Sampling())])
+        monkeypatch.setattr(decoding.stages, "jit", None)
+    assert said[0] == said[1] and all(step.from_cache for step in decoder.compiled.values())
+    other = decoding.Decoder(replace(cfg.model, norm_eps=0.1), 20, cache=compile_cache, device="cpu").load(params)
+    with pytest.raises(TypeError, match="not callable"):  # it traces
+        next(other.generate([[1, 2, 3], [4, 5]], decoding.Sampling()))
+
+
 def test_what_was_said_of_a_step_is_said_again(cpu, caplog):
     texts = []
     for _ in range(2):
         with caplog.at_level("INFO", logger="llama_fn"), kept_steps.gathered() as said:
-            steps(cpu())
+            steps(cpu(seq_len=12))  # which no other test has: said at a higher level, nothing would have been kept
         texts.append([text for _, _, text in said if text.startswith("kernels: ")])
     assert texts[0] == texts[1] and len(texts[0]) == 2
 
@@ -208,17 +221,17 @@ def test_other_sources_and_settings_of_torch_are_other_keys(cpu, monkeypatch, tm
 )  # fmt: skip
 def test_steps_whose_graphs_or_code_are_wanted_are_not_kept(cpu, change):
     cfg = cpu()
-    assert kept_steps.are_kept(cfg, dumped=False)
+    assert kept_steps.are_kept(cfg, Mesh(), dumped=False)
     other = replace(cfg, run=replace(cfg.run, **change))
-    assert not kept_steps.are_kept(other, dumped="dump_dir" in change)
+    assert not kept_steps.are_kept(other, Mesh(), dumped="dump_dir" in change)
 
 
 def test_steps_of_a_pipeline_and_with_foreign_ops_are_not_kept(cpu, monkeypatch):
     cfg = cpu()
-    assert not kept_steps.are_kept(replace(cfg, mesh=replace(cfg.mesh, axes="pipe:2")), dumped=False)
+    assert not kept_steps.are_kept(cfg, Mesh.parse("pipe:2"), dumped=False)
     foreign = replace(KERNELS["einsum"], reference=os.path.join)
     monkeypatch.setitem(KERNELS, "foreign", foreign)
-    assert not kept_steps.are_kept(cfg, dumped=False)
+    assert not kept_steps.are_kept(cfg, Mesh(), dumped=False)
 
 
 def test_a_full_disk_costs_a_word(cpu, monkeypatch):

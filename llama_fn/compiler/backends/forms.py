@@ -18,7 +18,7 @@ from kernels.registry import KERNELS
 from llama_fn import compat
 from llama_fn.errors import UserError, nearest
 
-log = logging.getLogger("llama_fn.compiling")
+log = logging.getLogger("llama_fn.inductor")
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
