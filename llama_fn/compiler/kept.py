@@ -61,6 +61,15 @@ class KeptLowered(Lowered):
         signature: Signature = self.__dict__["_signature"]
         return signature
 
+    @property
+    def by_stage(self) -> tuple[Lowered, ...]:
+        """Itself: steps of pipelines are not kept."""
+        return (self,)
+
+    def of_rank(self, rank: int) -> Lowered:
+        """Itself, of every device."""
+        return self
+
     @cached_property
     def _again(self) -> Lowered:
         lowered: Lowered = self.__dict__["_make"]()

@@ -91,6 +91,7 @@ def test_what_a_kept_step_says_of_itself_is_what_tracing_again_says(cpu):
         assert (a.name, a.signature, a.local_signature) == (b.name, b.signature, b.local_signature)
         assert (a.inputs, a.outputs, a.layouts_of("batch")) == (b.inputs, b.outputs, b.layouts_of("batch"))
         assert a.argument_bytes == b.argument_bytes == a.memory_analysis().argument_bytes
+        assert b.by_stage == (b,) and b.of_rank(0) is b
         assert "traced" not in vars(b), "so far nothing asked for a graph"
         assert (a.as_text(), a.cost_analysis(), str(made)) == (b.as_text(), b.cost_analysis(), str(taken))
         (first, *_), (second, *_) = made.executable.origins, taken.executable.origins
