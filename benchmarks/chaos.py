@@ -224,8 +224,8 @@ def main() -> None:
             finally:
                 job.kill()
             alone = [*launcher(args.processes), *flags(folder, args.processes, steps)]
-            subprocess.run([*alone, f"--run.workdir={folder / 'alone'}"], cwd=ROOT, check=True, capture_output=True)
-            compare(disk, folder / "alone", steps)
+            subprocess.run([*alone, f"--run.workdir={folder / 'alone'}"], cwd=ROOT, check=False, capture_output=True)
+            compare(disk, folder / "alone")
         finally:
             subprocess.run(["umount", "--lazy", disk], check=True)
 
@@ -246,10 +246,17 @@ def chaos(job: Job, chance: random.Random, count: int) -> None:
     print(f"ended with status {status} after {took:.1f} min; the longest waits: {each}")
 
 
-def compare(disturbed: Path, alone: Path, steps: int) -> None:
+def compare(disturbed: Path, alone: Path) -> None:
+    """As far as both go: a run ends with status 4 where the loss jumps too often since one checkpoint, and other
+    starts leave other checkpoints."""
     found, wanted = losses(disturbed), losses(alone)
-    assert [i for i, _ in found] == list(range(1, steps + 1)), "an iteration is lost or doubled"
-    differ = [i for (i, a), (_, b) in zip(found, wanted, strict=True) if a != b]
+    for run in (found, wanted):
+        assert [i for i, _ in run] == list(range(1, len(run) + 1)), "an iteration is lost or doubled"
+    for name, workdir in (("disturbed", disturbed), ("undisturbed", alone)):
+        end = [each for each in events(workdir) if each["event"] == "end"][-1]
+        print(f"{name}: {len(losses(workdir))} iterations, status {end['status']}: {end['why']}")
+    steps = min(len(found), len(wanted))
+    differ = [i for (i, a), (_, b) in zip(found, wanted, strict=False) if a != b]
     print(f"{steps} iterations, each once; losses that differ from the undisturbed run's: {len(differ)}{differ[:1]}")
     for name, workdir in (("disturbed", disturbed), ("undisturbed", alone)):
         spikes = [(e["iteration"], e["back_to"], e["from"], e["to"]) for e in events(workdir) if e["event"] == "spike"]
