@@ -92,9 +92,7 @@ class _Steps:
             again = lambda: config_stages.lower(trace(each), each, self.mesh)  # noqa: E731
             asked = kept.Asked(key, arguments(each), self.mesh, rules, self.processes, self.cfg.run.device, again)
             compiled = kept_steps.taken_up(self.cache, asked, lambda: self._compiled(which, each, folder))
-        refuse_too_large(
-            self.cfg, compiled.lowered
-        )  # once more for one that was made, which is asked before it compiles
+        refuse_too_large(self.cfg, compiled.lowered)  # one that was taken up; others are asked before they compile
         log.info("%s", which_code(compiled))
         return compiled
 
