@@ -55,27 +55,24 @@ def chain(*parts: Optimizer) -> Optimizer:
     return Optimizer(lambda params: tuple(part.init(params) for part in parts), update)
 
 
-def squares(values: Tree, infos: Tree) -> Tree:
-    """The sum of squares of each leaf, in float32 or wider: [L] of a leaf that stacks L layers, else []. Over the mesh
-    axes that shard a leaf the sums are still to be finished."""
-
-    def summed(x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
-        stacked = info.axes[:1] == ("layers",)
-        square = torch.square(upcast(x))
-        return square.sum(list(range(1, x.dim()))) if stacked else square.sum()
-
-    return tree.map(summed, values, infos)
-
-
-def global_norm(squares: Tree) -> torch.Tensor:
-    """Euclidean norm over every leaf, from the sums of their squares: a float32 scalar (float64 if a leaf is)."""
+def global_norm(grads: Tree) -> torch.Tensor:
+    """Euclidean norm over every leaf, float32 scalar (float64 if a leaf is)."""
     # Each leaf's sum is finished over the mesh axes that shard that leaf, so nothing is counted twice.
-    return torch.sqrt(torch.stack([constrain(s.sum() if s.dim() else s, P()) for s in tree.leaves(squares)]).sum())
+    squares = [constrain(torch.sum(torch.square(upcast(g))), P()) for g in tree.leaves(grads)]
+    return torch.sqrt(torch.stack(squares).sum())
 
 
-def norms(squares: Tree) -> dict[str, torch.Tensor]:
-    """By path the Euclidean norm of each leaf, from its sums of squares, of their shape."""
-    return tree.by_path(tree.map(lambda s: torch.sqrt(constrain(s, P(*[None] * s.dim()))), squares))
+def norms(values: Tree, infos: Tree) -> dict[str, torch.Tensor]:
+    """By path the Euclidean norm of each leaf, in float32 or wider: [L] of a leaf that stacks L layers, else []."""
+
+    def norm(x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
+        squares = torch.square(upcast(x))
+        stacked = info.axes[:1] == ("layers",)
+        return torch.sqrt(
+            constrain(squares.sum(list(range(1, x.dim()))), P(None)) if stacked else constrain(squares.sum(), P())
+        )
+
+    return tree.by_path(tree.map(norm, values, infos))
 
 
 def clip_by_global_norm() -> Optimizer:

@@ -195,8 +195,7 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch, Hyper], tuple[T
         with phase("optimizer"), named_scope("optimizer"):
             loss = constrain(loss_sum, P()) / tokens
             grads = tree.map(lambda g: upcast(g) / guard.loss_scale, grads)
-            squares = optim.squares(grads, infos)
-            norm = optim.global_norm(squares)
+            norm = optim.global_norm(grads)
             loss_ok = _finite(loss)
             ok = loss_ok & _finite(norm)
             old = (state.params, state.opt_state.chain)
@@ -210,8 +209,8 @@ def make_train_step(cfg: Config) -> Callable[[TrainState, Batch, Hyper], tuple[T
                 "loss_scale": guard.loss_scale,
             }
             if cfg.run.norms_every:
-                of = {"param": optim.squares(params, infos), "grad": squares, "update": optim.squares(updates, infos)}
-                metrics["norms"] = {name: optim.norms(sums) for name, sums in of.items()}
+                of = {"param": params, "grad": grads, "update": updates}
+                metrics["norms"] = {name: optim.norms(values, infos) for name, values in of.items()}
             params_ok = _all_finite(params)
             guard = next_guard(guard, ok, loss_ok & params_ok, hyper, cfg.model.compute_dtype)
             metrics |= {
