@@ -114,7 +114,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Iterations of the checkpoints there are, oldest first."""
-        return sorted(self.manager.all_steps() if self._has_manager else map(int, _listed(self.folder)))
+        if self._has_manager:
+            return sorted(self.manager.all_steps())
+        return sorted(int(entry.name) for entry in os.scandir(self.folder) if _is_named(entry))
 
     @property
     def _has_manager(self) -> bool:
@@ -161,9 +163,9 @@ class Checkpoints:
             self.manager.close()
 
 
-def _listed(folder: Path) -> dict[str, os.DirEntry[str]]:
-    """What is named as a checkpoint is."""
-    return {entry.name: entry for entry in os.scandir(folder) if entry.name.isascii() and entry.name.isdigit()}
+def _is_named(entry: os.DirEntry[str]) -> bool:
+    """Whether something is named as a checkpoint is."""
+    return entry.name.isascii() and entry.name.isdigit()
 
 
 def _others(folder: Path) -> bool:
@@ -171,12 +173,11 @@ def _others(folder: Path) -> bool:
     checkpoint which is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        entries = _listed(folder)
-        others = len(os.listdir(folder)) > len(entries)
+        entries = list(os.scandir(folder))
     except OSError as error:
         raise unreadable(folder, error) from None
-    for entry in entries.values():
+    for entry in filter(_is_named, entries):
         if not entry.is_dir():
             what = f"a link to {os.readlink(entry.path)}, which is not there" if entry.is_symlink() else "no folder"
             raise UserError(f"checkpoint {entry.path} is {what}. Bring it back, or remove it to go on from another one")
-    return others
+    return not all(map(_is_named, entries))
