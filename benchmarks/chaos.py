@@ -185,11 +185,12 @@ def jump(job: Job, chance: random.Random) -> None:
 FAULTS = (kill, stop, ask, damage, fill, jump)
 
 
-def corpus(folder: Path, chance: random.Random) -> None:
+def corpus(folder: Path, chance: random.Random, processes: int) -> None:
+    """An epoch is as many iterations whatever the number of processes, so that the odd line comes as rarely."""
     folder.mkdir()
-    for n in range(400):
-        (folder / f"{n:03}.txt").write_text("the quick brown fox jumps over the lazy dog and runs on\n" * 8)
-    (folder / "odd.txt").write_text("".join(chr(chance.randrange(0x4E00, 0x9FFF)) for _ in range(30)) + "\n")
+    for n in range(400 * processes):
+        (folder / f"{n:04}.txt").write_text("the quick brown fox jumps over the lazy dog and runs on\n" * 8)
+    (folder / "odd.txt").write_text("".join(chr(chance.randrange(0x4E00, 0x9FFF)) for _ in range(8)) + "\n")
 
 
 def events(workdir: Path) -> list[dict[str, object]]:
@@ -217,7 +218,7 @@ def main() -> None:
         disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", disk], check=True)
         try:
-            corpus(folder / "corpus", chance)
+            corpus(folder / "corpus", chance, args.processes)
             job = Job(folder, disk, args.processes, steps)
             try:
                 chaos(job, chance, args.faults)
