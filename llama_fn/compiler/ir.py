@@ -97,6 +97,12 @@ def operands(node: torch.fx.Node) -> list[torch.fx.Node]:
     return list(nodes)
 
 
+def may_be_view(node: torch.fx.Node) -> bool:
+    """Whether a node's result may live in the memory of an operand, as the schema says that ops of torch have."""
+    schema = getattr(node.target, "_schema", None)
+    return node.target is operator.getitem or (schema is not None and any(x.alias_info for x in schema.returns))
+
+
 def dying(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
     """By op the values that it reads for the last time; results, and graphs that are called, die nowhere."""
     last = {used: node for node in graph.nodes for used in node.all_input_nodes if used.op != "get_attr"}

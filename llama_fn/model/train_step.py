@@ -13,38 +13,18 @@ from typing import Any
 import torch
 
 import kernels as k
-from kernels.rms_norm import upcast
 from kernels.scope_names import microbatch
 from llama_fn import tree
 from llama_fn.config import Config
 from llama_fn.config_checks import check
-from llama_fn.model import llama, optim, weights
-from llama_fn.model.arrays import DTYPES, ArrayInfo, Init
+from llama_fn.model import llama, weights
+from llama_fn.model.arrays import DTYPES, ArrayInfo
 from llama_fn.model.hyper import Hyper, abstract_hyper
 from llama_fn.model.hyper import hyperparameters as hyperparameters  # for callers of the step
 from llama_fn.model.transforms import accumulate, fold, named_scope, phase, repeated, value_and_grad
-from llama_fn.tree import Leaf, Tree
+from llama_fn.model.update import OptState, abstract_opt_state, make_update
+from llama_fn.tree import Leaf
 from sharding import P, constrain
-
-MAX_LOSS_SCALE = 2.0**32
-
-
-@tree.dataclass
-class Guard:
-    """What protects a run from non-finite numbers: the fp16 loss scale and the counts of what was refused."""
-
-    loss_scale: Leaf  # [] float32; 1 and constant unless compute_dtype is fp16
-    good_steps: Leaf  # [] float32, updates since the scale last changed
-    skipped: Leaf  # [] float32, iterations without an update so far
-    nan: Leaf  # [] float32, iterations so far whose loss was not finite, or whose update left parameters that are not
-
-
-@tree.dataclass
-class OptState:
-    """The state of the optimizer's chain (optim.py), and the guard's."""
-
-    chain: Tree
-    guard: Guard
 
 
 @tree.dataclass
@@ -70,15 +50,7 @@ class Batch:
 def abstract_state(cfg: Config) -> TrainState:
     """The declaration of the state; its init gives iteration 0. UserError for a cfg that is no configuration."""
     check(cfg)
-    params = llama.abstract_params(cfg.model)
-    scale = cfg.optim.initial_loss_scale if cfg.model.compute_dtype == "fp16" else 1.0
-    zero = ArrayInfo((), torch.float32)
-    guard = Guard(ArrayInfo((), torch.float32, init=Init(value=scale)), zero, zero, zero)
-    return TrainState(
-        step=ArrayInfo((), torch.int64),
-        params=params,
-        opt_state=OptState(optim.adamw(cfg, params).init(params), guard),
-    )
+    return TrainState(ArrayInfo((), torch.int64), llama.abstract_params(cfg.model), abstract_opt_state(cfg))
 
 
 def abstract_batch(cfg: Config) -> Batch:
@@ -145,80 +117,20 @@ def _cast(params: llama.Params, cfg: Config) -> llama.Params:
         return tree.map(lambda p: p.to(DTYPES[cfg.model.compute_dtype]), params)
 
 
-def next_guard(guard: Guard, ok: torch.Tensor, numbers: torch.Tensor, hyper: Hyper, dtype: str) -> Guard:
-    """Counts of this iteration added; in fp16 the scale halves on overflow, doubles after a window of good ones."""
-    one = torch.ones_like(guard.skipped)
-    skipped = guard.skipped + torch.where(ok, 0.0 * one, one)
-    nan = guard.nan + torch.where(numbers, 0.0 * one, one)
-    if dtype != "fp16":
-        return Guard(guard.loss_scale, guard.good_steps, skipped, nan)
-    good = torch.where(ok, guard.good_steps + 1, 0.0 * one)
-    grow = good >= hyper.loss_scale_window
-    factor = torch.where(ok, torch.where(grow, 2.0 * one, one), 0.5 * one)
-    scale = torch.clamp(guard.loss_scale * factor, 1.0, MAX_LOSS_SCALE)
-    return Guard(scale, torch.where(grow, 0.0 * one, good), skipped, nan)
-
-
-def _finite(x: torch.Tensor) -> torch.Tensor:
-    # isfinite has no NPU lowering; x - x is 0 for finite x and nan otherwise.
-    return (x - x) == 0
-
-
-def _all_finite(params: llama.Params) -> torch.Tensor:
-    """Whether every element is: a sum over inf or nan is one of them, whatever is added. (Elements of 1e30, whose sum
-    may overflow, are as good as lost.)"""
-    return _finite(torch.stack([constrain(torch.sum(upcast(p)), P()) for p in tree.leaves(params)]).sum())
-
-
 def make_train_step(cfg: Config) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, Any]]]:
-    """The step for cfg. An iteration whose loss or gradients are not finite leaves params and moments as they were.
-
-    metrics, all float32 scalars: lm_loss (mean nats per unmasked token), grad_norm (before clipping),
-    learning_rate, loss_scale (used in this step), skipped_iterations and nan_iterations (since iteration 0), and
-    nonfinite_params: 1 where the update itself overflowed, which no later step mends. That is seen and not undone:
-    holding the update back until every leaf is known would take a second copy of the state. With run.norms_every also
-    norms: of the new parameters, the gradients before clipping and the updates, what optim.norms gives.
-    UserError for a cfg that is no configuration.
-    """
+    """The step for cfg, whose metrics are those of update.make_update. UserError for a cfg that is no configuration."""
     check(cfg)
-    infos = llama.abstract_params(cfg.model)
-    optimizer = optim.adamw(cfg, infos)
-    gradients = _gradients(cfg)
+    gradients, update = _gradients(cfg), make_update(cfg)
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, dict[str, Any]]:
-        guard = state.opt_state.guard
         compute_params = _cast(state.params, cfg)
         with named_scope("loss"):
             tokens = _tokens(batch)
-            weight = guard.loss_scale / tokens
+            weight = state.opt_state.guard.loss_scale / tokens
         loss_sum, grads = gradients(compute_params, batch, weight)
         with phase("optimizer"), named_scope("optimizer"):
-            loss = constrain(loss_sum, P()) / tokens
-            grads = tree.map(lambda g: upcast(g) / guard.loss_scale, grads)
-            norm = optim.global_norm(grads)
-            loss_ok = _finite(loss)
-            ok = loss_ok & _finite(norm)
-            old = (state.params, state.opt_state.chain)
-            updates, chain = optimizer.update(grads, old[1], state.params, hyper=hyper, grad_norm=norm)
-            params = optim.apply_updates(state.params, updates)
-            params, chain = tree.map(lambda new, was: torch.where(ok, new, was), (params, chain), old)
-            metrics: dict[str, Any] = {
-                "lm_loss": loss,
-                "grad_norm": norm,
-                "learning_rate": optimizer.learning_rate(state.opt_state.chain, hyper),
-                "loss_scale": guard.loss_scale,
-            }
-            if cfg.run.norms_every:
-                of = {"param": params, "grad": grads, "update": updates}
-                metrics["norms"] = {name: optim.norms(values, infos) for name, values in of.items()}
-            params_ok = _all_finite(params)
-            guard = next_guard(guard, ok, loss_ok & params_ok, hyper, cfg.model.compute_dtype)
-            metrics |= {
-                "skipped_iterations": guard.skipped,
-                "nan_iterations": guard.nan,
-                "nonfinite_params": torch.where(params_ok, torch.zeros_like(guard.nan), torch.ones_like(guard.nan)),
-            }
-            return TrainState(state.step + 1, params, OptState(chain, guard)), metrics
+            params, opt_state, metrics = update(state.params, state.opt_state, loss_sum, tokens, grads, hyper)
+            return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
 

@@ -70,23 +70,20 @@ def _flat(args: object) -> list[Value]:
 def _owned(gm: torch.fx.GraphModule, node: torch.fx.Node, view: torch.fx.Node | None = None) -> bool:
     """Whether an op of `gm` made the memory of a value, and nothing else is a view of it, as schemas say; `view` is one
     that does not count."""
-    others = [user for user in node.users if user is not view and (_is_view(user) or (view and user.op == "output"))]
+    others = [
+        user for user in node.users if user is not view and (ir.may_be_view(user) or (view and user.op == "output"))
+    ]
     if node.op != "call_function" or others:
         return False
-    source = node.args[0] if _is_view(node) else None
+    source = node.args[0] if ir.may_be_view(node) else None
     if not isinstance(source, torch.fx.Node):
         return source is None
     if source.target is compat.INVOKE_SUBGRAPH:
         body = getattr(gm, source.args[0].target)  # type: ignore[union-attr, arg-type]
         return _owned(body, ir.results(body.graph)[node.args[1]])  # type: ignore[index]
-    if node.target is operator.getitem and not _is_view(source):
+    if node.target is operator.getitem and not ir.may_be_view(source):
         return source.op == "call_function"  # one of an op's results, each of which is new
     return _owned(gm, source, node)
-
-
-def _is_view(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.target is operator.getitem or (schema is not None and any(x.alias_info for x in schema.returns))
 
 
 def _copy_back(graph: torch.fx.Graph, old: torch.fx.Node, new: torch.fx.Node) -> None:
