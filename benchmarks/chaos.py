@@ -6,8 +6,10 @@ A small model trains in processes over gloo, in a work folder on a disk of 400 M
 which makes the loss jump (--run.on_spike=skip). In turn and in a random order: a process is killed; one is stopped, so
 that the others wait for it; the launcher is asked to end; all are killed and a file of the newest checkpoint is
 damaged; the disk is filled, and freed when the run has ended; the clock jumps by an hour. Each time the script waits
-until the run trains again, and says how long that took and what the attempt's last word was. At the end it compares
-every iteration's loss with the undisturbed run's, bit for bit.
+until the run trains again, and says how long that took and what the attempt's last word was. Nothing may wait longer
+than twice its limit: other processes for one that is stopped (--run.timeout_s), and then torchrun for that one to end
+(30 s, whatever it is told to wait after a signal). At the end it compares every iteration's loss with the undisturbed
+run's, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_S, SHUTDOWN_S, BETWEEN = 15, 10, 25
+TIMEOUT_S, SHUTDOWN_S, LAUNCHER_S, BETWEEN = 15, 10, 30, 25
 CLOCK = """
 import os, threading, time
 if os.environ.get("CHAOS_CLOCK"):
@@ -101,6 +103,10 @@ class Job:
         for pid in [*self.pids(True), *self.pids(False)]:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+
+    def ended(self, pids: list[int], limit_s: float) -> float:
+        """Seconds until these processes of it are gone."""
+        return self._seconds(lambda: not set(pids) & set(self.pids(False)), limit_s)
 
     def trains_again(self, before: int, limit_s: float) -> float:
         """Seconds until it has trained an iteration since more than `before` starts."""
@@ -232,19 +238,21 @@ def main() -> None:
 
 
 def chaos(job: Job, chance: random.Random, count: int) -> None:
-    began, waits = time.monotonic(), {fault: 0.0 for fault in FAULTS}
+    began, waits, ends = time.monotonic(), dict.fromkeys(FAULTS, 0.0), dict.fromkeys(FAULTS, 0.0)
     order = [fault for _ in range(-(-count // len(FAULTS))) for fault in chance.sample(FAULTS, len(FAULTS))][:count]
     for fault in order:
         job.trains_beyond(job.iteration() + BETWEEN, 120)
-        at, starts, words = job.iteration(), len(job.starts()), len(job.last_words())
+        at, starts, words, pids = job.iteration(), len(job.starts()), len(job.last_words()), job.pids(False)
         fault(job, chance)
-        waited = job.trains_beyond(at, 60) if fault is jump else job.trains_again(starts, 4 * TIMEOUT_S + 60)
-        waits[fault] = max(waits[fault], waited)
+        ended = 0.0 if fault is jump else job.ended(pids, 2 * (TIMEOUT_S + LAUNCHER_S))
+        waited = ended + (job.trains_beyond(at, 60) if fault is jump else job.trains_again(starts, 120))
+        waits[fault], ends[fault] = max(waits[fault], waited), max(ends[fault], ended)
         word = job.last_words()[-1] if len(job.last_words()) > words else "no last word"
-        print(f"{fault.__name__:7} at iteration {at:5}: trains again after {waited:5.1f} s  {word}", flush=True)
+        times = f"ended after {ended:4.1f} s, trains again after {waited:4.1f} s"
+        print(f"{fault.__name__:7} at iteration {at:5}: {times}  {word}", flush=True)
     status, took = job.process.wait(), (time.monotonic() - began) / 60
-    each = ", ".join(f"{fault.__name__} {wait:.0f} s" for fault, wait in waits.items())
-    print(f"ended with status {status} after {took:.1f} min; the longest waits: {each}")
+    each = ", ".join(f"{fault.__name__} {ends[fault]:.0f} and {wait:.0f} s" for fault, wait in waits.items())
+    print(f"ended with status {status} after {took:.1f} min; the longest until it ended and trained again: {each}")
 
 
 def compare(disturbed: Path, alone: Path, steps: int) -> None:
