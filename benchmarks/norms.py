@@ -69,7 +69,8 @@ def alone(cfg: Config) -> Run:
     each = [tree.map(lambda x: replace(x, shape=x.shape[1:], axes=x.axes[1:]), compute.layers)] * cfg.model.num_layers
     declared = ((infos, update.abstract_opt_state(cfg)), scalar, scalar, replace(compute, layers=each))
     hyper = train_step.hyperparameters(cfg, "cpu")
-    compiled = stages.jit(fn, donate=0).trace(*declared, hyper).lower().compile("inductor", cache=CACHE)
+    lowered = stages.jit(fn, donate=0).trace(*declared, hyper).lower()
+    compiled = lowered.compile("inductor", cache=CACHE, outlined=False)
     held = [arrays.materialize(declared[0], random.key(0), "cpu")]
     grads = tree.map(lambda x: torch.full(x.shape, 1e-3, dtype=x.dtype), declared[3])
     tokens = torch.tensor(float(cfg.data.global_batch_size * cfg.data.seq_len))
