@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from step_cells import BATCHES
 
-from llama_fn import tree
+from llama_fn import compat, tree
 from llama_fn.compiler import stages
 from llama_fn.config import Config, DataConfig, RunConfig
 from llama_fn.model import arrays, llama, random, train_step, update, weights
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
+    compat.keep_memory()  # as a run does
     batch, seq_len = BATCHES[args.preset]
     model = replace(preset(args.preset), compute_dtype=args.dtype)
     plain, asked = (
