@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from llama_fn.errors import UserError
 from llama_fn.model.train_step import Batch
 
 log = logging.getLogger("llama_fn.data")
+HEAD_START_S = 2e-3  # what the loop takes from a batch to the start of its step, and some
 
 
 class BatchIterator:
@@ -47,6 +49,7 @@ class BatchIterator:
         self.consumed, self.tokens, self.rows, self.skipped = consumed, tokens, rows, skipped
         self.segments, self.mask_ends = segments, mask_ends
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._asked = threading.Event()  # somebody waits for the batch
         self._next: Future[Batch] | None = None
         self._prefetch()
 
@@ -54,7 +57,7 @@ class BatchIterator:
         self._size = self.rampup.size(self.consumed)
         self._first = after(self.consumed, self._size, self.skipped)
         more = self._first + self._size <= self.samples.count
-        self._next = self._worker.submit(self.batch_at, self._first, self._size) if more else None
+        self._next = self._worker.submit(self._prepared, self._first, self._size) if more else None
 
     def batch_at(self, first: int, size: int) -> Batch:
         """The batch of samples first..first+size."""
@@ -82,10 +85,17 @@ class BatchIterator:
                 "made with another tokenizer"
             )
 
+    def _prepared(self, first: int, size: int) -> Batch:
+        """A batch, for the worker, which lets the loop start its step first: two threads of Python take turns."""
+        self._asked.wait(HEAD_START_S)
+        return self.batch_at(first, size)
+
     def __next__(self) -> Batch:
         if self._next is None:
             raise StopIteration
+        self._asked.set()
         batch = self._next.result()
+        self._asked.clear()
         if self._first > self.consumed:
             log.info("data: samples %d to %d are skipped", self.consumed, self._first)
         self.consumed, size = self._first + self._size, self._size
@@ -105,6 +115,7 @@ class BatchIterator:
 
     def close(self) -> None:
         """End the thread that prepares batches."""
+        self._asked.set()
         self._worker.shutdown(wait=True, cancel_futures=True)
 
 

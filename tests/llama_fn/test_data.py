@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llama_fn.config import Config, DataConfig, ModelConfig, RunConfig
-from llama_fn.data import corpus, indexed, orders, prepare, skips, tokenizer, writer
+from llama_fn.data import corpus, indexed, iterator, orders, prepare, skips, tokenizer, writer
 from llama_fn.data import samples as samples_module
 from llama_fn.data.iterator import BatchIterator
 from llama_fn.data.parts import open_parts
@@ -86,6 +86,15 @@ def test_batches_do_not_depend_on_microbatches_and_resume_exactly(tmp_path):
     resumed = BatchIterator(samples, 4, 1, 1000, **{"consumed": whole.state()["consumed_samples"]})
     assert np.array_equal(next(resumed).tokens, next(whole).tokens)
     assert sum(1 for _ in iter(lambda: next(resumed, None), None)) == 6
+
+
+def test_a_batch_that_somebody_waits_for_is_not_put_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(iterator, "HEAD_START_S", 600)
+    batches = BatchIterator(Samples(write(tmp_path / "x", [50] * 20), (0, 20), 8, 40, 1, "train"), 4, 1, 1000)
+    with ThreadPoolExecutor(1) as pool:
+        made = [pool.submit(next, batches).result(timeout=60) for _ in range(3)]
+    assert len({tuple(batch.tokens.flatten().tolist()) for batch in made}) == 3
+    batches.close()
 
 
 def config(tmp_path, path, **data):
