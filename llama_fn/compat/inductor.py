@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from llama_fn import progress
 from llama_fn.compat import cpp_units as cpp
+from llama_fn.compat.inductor_fusion import sums_in_loops
 from llama_fn.compat.plain_code import PlainCode, plain, same_products
 
 log = logging.getLogger("llama_fn.compat")
@@ -84,7 +85,7 @@ def inductor_compile(
     mode = next(v.fake_mode for node in nodes if isinstance(v := node.meta.get("val"), FakeTensor))
     settings = config.patch({"fx_graph_cache": cached, **patches})
     building = _CppKernels.together(units)
-    with torch.no_grad(), settings, _no_detours(mode), building as kernels, progress.span(0.0, CODE):
+    with torch.no_grad(), settings, _no_detours(mode), sums_in_loops(), building as kernels, progress.span(0.0, CODE):
         made = [_compiled(source, cached) for source in progress.tracked(sources)]
     return [
         replace(each, plain=_plain(each, kernels)) if each.file and source.ranges is None else each

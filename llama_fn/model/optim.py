@@ -55,24 +55,23 @@ def chain(*parts: Optimizer) -> Optimizer:
     return Optimizer(lambda params: tuple(part.init(params) for part in parts), update)
 
 
-def global_norm(grads: Tree) -> torch.Tensor:
+def global_norm(grads: Tree, infos: Tree) -> torch.Tensor:
     """Euclidean norm over every leaf, float32 scalar (float64 if a leaf is)."""
     # Each leaf's sum is finished over the mesh axes that shard that leaf, so nothing is counted twice.
-    squares = [constrain(torch.sum(torch.square(upcast(g))), P()) for g in tree.leaves(grads)]
+    squares = [constrain(each.sum(), P()) for each in tree.leaves(tree.map(_squares, grads, infos))]
     return torch.sqrt(torch.stack(squares).sum())
 
 
 def norms(values: Tree, infos: Tree) -> dict[str, torch.Tensor]:
     """By path the Euclidean norm of each leaf, in float32 or wider: [L] of a leaf that stacks L layers, else []."""
+    squares = tree.map(_squares, values, infos)
+    return tree.by_path(tree.map(lambda x: torch.sqrt(constrain(x, P(*[None] * x.dim()))), squares))
 
-    def norm(x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
-        squares = torch.square(upcast(x))
-        stacked = info.axes[:1] == ("layers",)
-        return torch.sqrt(
-            constrain(squares.sum(list(range(1, x.dim()))), P(None)) if stacked else constrain(squares.sum(), P())
-        )
 
-    return tree.by_path(tree.map(norm, values, infos))
+def _squares(x: torch.Tensor, info: ArrayInfo) -> torch.Tensor:
+    """The sum of squares: [L] of a leaf that stacks L layers, so that global_norm and norms read it once, else []."""
+    squares = torch.square(upcast(x))
+    return squares.sum(list(range(1, x.dim()))) if info.axes[:1] == ("layers",) else squares.sum()
 
 
 def clip_by_global_norm() -> Optimizer:

@@ -71,7 +71,7 @@ def make_update(cfg: Config) -> Update:
         guard = opt_state.guard
         loss = constrain(loss_sum, P()) / tokens
         grads = tree.map(lambda g: upcast(g) / guard.loss_scale, grads)
-        norm = optim.global_norm(grads)
+        norm = optim.global_norm(grads, infos)
         # Gradients are read for the last time by the update then, which can be written where they are.
         grad_norms = optim.norms(grads, infos) if cfg.run.norms_every else {}
         loss_ok = _finite(loss)
