@@ -106,6 +106,8 @@ class Checkpoints:
         kept = self.steps()
         free = shutil.disk_usage(self.folder).free
         reason = "No space left on device" if "os_error_code='28'" in str(error) else str(error)[:300]
+        if not of_disk(error):
+            reason = f"{type(error).__name__}: {reason}"
         return (
             f"the checkpoint of iteration {step} could not be written to {self.folder} "
             f"({free / 1e6:.1f} MB free): {reason}. Complete checkpoints there: {len(kept)}, the newest "
@@ -181,3 +183,8 @@ def _others(folder: Path) -> bool:
             what = f"a link to {os.readlink(entry.path)}, which is not there" if entry.is_symlink() else "no folder"
             raise UserError(f"checkpoint {entry.path} is {what}. Bring it back, or remove it to go on from another one")
     return not all(map(_is_named, entries))
+
+
+def of_disk(error: Exception) -> bool:
+    """Whether an error of a save is the disk's, which says so in words, and not a fault, which needs its traceback."""
+    return isinstance(error, OSError) or "os_error_code" in str(error)

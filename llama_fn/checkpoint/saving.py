@@ -16,7 +16,7 @@ from llama_fn.checkpoint import tensors
 from llama_fn.checkpoint.host_copy import HostCopy
 from llama_fn.checkpoint.integrity import SHARDS, sums_of_process, write_list
 from llama_fn.checkpoint.layout import Stored
-from llama_fn.checkpoint.orbax import Checkpoints
+from llama_fn.checkpoint.orbax import Checkpoints, of_disk
 from llama_fn.distributed import Processes
 
 log = logging.getLogger("llama_fn.checkpoint")
@@ -75,7 +75,7 @@ class Saver:
             if not told:
                 self._tell(name, "")
             self.failure = checkpoints.failed(iteration, error)
-            log.error("%s. The run goes on", self.failure)
+            log.error("%s. The run goes on", self.failure, exc_info=None if of_disk(error) else error)
 
     def _follow(self, name: str, write: Callable[[Path], None]) -> None:
         """Another process's: where to, the first one says; "" where it could not begin."""

@@ -189,5 +189,5 @@ class Store:
         if self.checkpoints is not None and not failure:  # Orbax would raise the failure again
             self.checkpoints.close()
         if failure:
-            error = f"{failure}. Free some space and start the same command again"
+            error = f"{failure}. Mend that, or free some space, and start the same command again"
             raise UserError(error) if self.rank == 0 else SaidElsewhere(error)

@@ -147,9 +147,21 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, m
     store = store_of(tmp_path, {"x": torch.ones(1000)})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
     store.save(1, {"x": torch.ones(1000)}, {})
-    with pytest.raises(UserError, match=r"it takes 16\.8 MB, and 1\.0 MB are free; nothing was begun"):
+    with pytest.raises(UserError, match=r"\): it takes 16\.8 MB, and 1\.0 MB are free; nothing was begun"):
         store.close()
+    assert all(record.exc_info is None for record in caplog.records)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_fault_in_a_save_is_said_with_its_kind_and_where_it_came_from(tmp_path, monkeypatch, caplog):
+    """It is no full disk, whose words alone say enough."""
+    store = store_of(tmp_path, {"x": torch.ones(4)})
+    monkeypatch.setattr(store.checkpoints, "begin", lambda *_: [][0])
+    store.save(1, {"x": torch.ones(4)}, {})
+    with pytest.raises(UserError, match=r"IndexError: list index out of range"):
+        store.close()
+    (said,) = [record for record in caplog.records if "could not be written" in record.message]
+    assert said.exc_info[0] is IndexError
 
 
 def test_what_processes_say_of_a_step_when_it_is_looked_at_again_has_another_name(tmp_path, tiny_config, fresh_state):
