@@ -113,13 +113,15 @@ class Watchdog:
         if word != self.seen[rank][0]:
             self.seen[rank] = word, now
         _, step, host = word.decode().split()
+        last = f"in step {step}" if int(step) >= 0 else "before its first step"
         # A word is some seconds old, in which quick steps pass: to be behind means nothing while this rank goes on.
         if int(step) < self.step and now - self.begun > self.timeout:
             self.give_up(
-                EXIT_STATUS, f"rank {rank} on {host} stands in step {step} while this rank waits in step {self.step}"
+                EXIT_STATUS,
+                f"rank {rank} on {host} was last heard of {last}, and this rank waits in step {self.step}",
             )
         if now - self.seen[rank][1] > self.timeout:
             self.give_up(
                 EXIT_STATUS,
-                f"rank {rank} on {host} has given no sign of life for {self.timeout:.0f} s (in step {step})",
+                f"rank {rank} on {host} has given no sign of life for {self.timeout:.0f} s ({last})",
             )

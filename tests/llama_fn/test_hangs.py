@@ -105,7 +105,7 @@ def test_a_rank_that_has_not_begun_the_step_in_which_this_one_waits_is_stuck(mon
         clock[0] += 1.0
         dog._judge(1, f"{clock[0]} 6 n1".encode())
     clock[0] += 1.0
-    with pytest.raises(GaveUp, match="rank 1 on n1 stands in step 6 while this rank waits in step 7"):
+    with pytest.raises(GaveUp, match="rank 1 on n1 was last heard of in step 6, and this rank waits in step 7"):
         dog._judge(1, f"{clock[0]} 6 n1".encode())
     dog.begin(5)  # gone back from a spike: the other's word is of before
     dog._judge(1, f"{clock[0]} 8 n1".encode())
@@ -113,3 +113,6 @@ def test_a_rank_that_has_not_begun_the_step_in_which_this_one_waits_is_stuck(mon
     with pytest.raises(GaveUp, match="no sign of life for 10 s"):
         dog._judge(1, b"1011.0 8 n1")
         dog._judge(1, b"1011.0 8 n1")
+    clock[0] += 11.0
+    with pytest.raises(GaveUp, match="rank 1 on n1 was last heard of before its first step"):
+        dog._judge(1, b"1022.0 -1 n1")
