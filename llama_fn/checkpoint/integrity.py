@@ -17,7 +17,7 @@ from typing import Any
 
 from llama_fn import progress
 from llama_fn.errors import UserError
-from llama_fn.files import atomic, checksum, files_below
+from llama_fn.files import atomic, checksum, files_below, sync
 
 SUMS, SHARDS = "sums.json", "shards.json"
 THREADS = 4  # a CRC-32 takes 1 to 2 GB/s of a core, disks give more
@@ -36,10 +36,17 @@ def sums_of(folder: Path, known: Sums = {}) -> dict[str, list[int]]:  # noqa: B0
 
 
 def sums_of_process(folder: Path, mine: Path) -> dict[str, list[int]]:
-    """Of what a process wrote into `mine`, below the folder of an item, named from the checkpoint's folder."""
+    """Of what a process wrote into `mine`, below the folder of an item, named from the checkpoint's folder. The disk
+    has it once this returns; OSError where it does not take it."""
+    folders = {folder, mine, *(path.parent for path in files_below(mine).values())}
+    with ThreadPoolExecutor(THREADS) as threads:
+        on_disk = [threads.submit(sync, path) for path in [*files_below(mine).values(), *folders]]
+        sums = sums_of(mine)  # meanwhile
+        for each in on_disk:
+            each.result()
     # Orbax's folder of an item has another name until the checkpoint is complete: state.orbax-checkpoint-tmp.
     item = folder.name.partition(".")[0]
-    return {f"{item}/{mine.name}/{file}": sums for file, sums in sums_of(mine).items()}
+    return {f"{item}/{mine.name}/{file}": each for file, each in sums.items()}
 
 
 def write_list(path: Path, sums: Sums) -> None:

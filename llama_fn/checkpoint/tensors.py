@@ -36,7 +36,8 @@ def process_folder(folder: Path, process: int) -> Path:
 
 def write(folder: Path, process: int, arrays: Mapping[str, Stored], values: Mapping[str, list[torch.Tensor]]) -> None:
     """Write this process's regions, of `values` one tensor in CPU memory for each, which must stay as they are until
-    this returns. OSError or ValueError of tensorstore where that fails."""
+    this returns. OSError or ValueError of tensorstore where that fails. They need not be on disk yet: see
+    integrity.sums_of_process."""
     writer = Writer(folder, process)
     pending = [
         writer.begin(path, array, at, value)
@@ -52,7 +53,8 @@ class Writer:
     into chunks until its end."""
 
     def __init__(self, folder: Path, process: int) -> None:
-        self.ts, self.context = _tensorstore()
+        # Tensorstore would wait for the disk at every file, one after the other.
+        self.ts, self.context = _tensorstore(file_io_sync=False)
         self.store = process_folder(folder, process)
         self.opened: dict[str, Any] = {}
 
@@ -99,11 +101,11 @@ class Reader:
         return part.filled(lambda at: self.tensor(path, at)).to(device)
 
 
-def _tensorstore() -> tuple[Any, Any]:
+def _tensorstore(**settings: Any) -> tuple[Any, Any]:
     import tensorstore
 
     # Chunks are read and written once: a cache would only keep a copy of them.
-    return tensorstore, tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
+    return tensorstore, tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, **settings})
 
 
 def _spec(folder: Path, name: str, driver: str = "zarr3", ocdbt: bool = True) -> dict[str, Any]:

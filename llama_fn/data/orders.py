@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_fn.files import alive, atomic, checksum, sync_folder
+from llama_fn.files import alive, atomic, checksum, sync
 
 log = logging.getLogger("llama_fn.data")
 LEAST = 1 << 20  # entries, below which an order is made anew in memory in no time
@@ -91,7 +91,7 @@ def _write(place: Path, arrays: tuple[np.ndarray, ...]) -> None:
     _list(aside, {name: checksum(_file(aside, name)) for name in NAMES})
     try:
         os.rename(aside, place)
-        sync_folder(place.parent)
+        sync(place.parent)
     except OSError:
         shutil.rmtree(aside)
         if not place.exists():

@@ -20,7 +20,7 @@ import numpy as np
 
 from llama_fn.data.indexed import DTYPES, HEADER, MAGIC, files
 from llama_fn.data.integrity import BlockSums, write_sums
-from llama_fn.files import atomic, sync_folder
+from llama_fn.files import atomic, sync
 
 JOURNAL_S = 5.0
 
@@ -86,7 +86,7 @@ def _finish(prefix: Path, aside: _Aside, dtype: type) -> tuple[int, int]:
         idx_sums.add(part)
     idx_path.unlink(missing_ok=True)  # an index stands beside the tokens that it was made for, or not at all
     os.replace(aside.tokens, bin_path)
-    sync_folder(prefix.parent)
+    sync(prefix.parent)
     write_sums(prefix, {bin_path.name: aside.sums, idx_path.name: idx_sums})
     with atomic(idx_path, "wb") as f:
         f.writelines(index)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_fn.files import files_below, sync_folder
+from llama_fn.files import files_below, sync
 
 BLOCK = 16 << 20
 
@@ -56,7 +56,7 @@ class Folders:
                 error = _flushed(sink) or error
         if error is not None:
             raise error
-        sync_folder(folder)
+        sync(folder)
 
     def exchange(self, sent: Path, to: int, received: Path, sender: int) -> None:
         """Both at once."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -50,6 +52,37 @@ def test_saving_does_not_see_later_changes_of_the_state(tmp_path, tiny_config, f
     state.params.embed.fill_(7.0)
     store.wait()
     assert torch.equal(store.restore(store.find()).params.embed, before)
+
+
+def test_a_checkpoint_is_on_disk_before_it_can_be_seen(tmp_path, monkeypatch):
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr("os.fsync", lambda file: (synced.add(os.fstat(file).st_ino), sync(file))[1])
+    store = store_of(tmp_path, {"x": torch.ones(3 << 20), "y": torch.ones(4)})
+    commit = store.checkpoints.begin
+
+    def begin(*args):
+        commit(*args)
+        store.checkpoints.manager.wait_until_finished()
+        written = [tmp_path / "checkpoints" / "1" / "state" / "ocdbt.process_0"]
+        written += written[0].rglob("*")
+        assert len(written) > 4 and synced >= {path.stat().st_ino for path in written}
+
+    monkeypatch.setattr(store.checkpoints, "begin", begin)
+    store.save(1, {"x": torch.ones(3 << 20), "y": torch.ones(4)}, {})
+    store.close()
+
+
+def test_a_file_that_the_disk_does_not_take_fails_the_save(tmp_path, monkeypatch):
+    store = store_of(tmp_path, {"x": torch.ones(4)})
+
+    def refused(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("llama_fn.checkpoint.integrity.sync", refused)
+    store.save(1, {"x": torch.ones(4)}, {})
+    with pytest.raises(UserError, match="Input/output error"):
+        store.close()
+    assert store.checkpoints.steps() == []
 
 
 def test_newest_and_every_nth_are_kept(tmp_path):
