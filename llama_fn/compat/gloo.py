@@ -37,13 +37,13 @@ def _started(result: torch.Tensor, work: Any) -> torch.Tensor:
 def all_gather_into_tensor(x: torch.Tensor, n: int, group: str) -> torch.Tensor:
     """x of all n members along dim 0, once wait_tensor has seen it."""
     result = x.new_empty((n * x.shape[0], *x.shape[1:]))
-    return _started(result, dist.all_gather_into_tensor(result, x, group_of(group), async_op=True))
+    return _started(result, dist.all_gather_single(result, x, group_of(group), async_op=True))
 
 
 def reduce_scatter_tensor(x: torch.Tensor, kind: str, n: int, group: str) -> torch.Tensor:
     """This member's n-th of the sum of x over the group, along dim 0, once wait_tensor has seen it."""
     result = x.new_empty((x.shape[0] // n, *x.shape[1:]))
-    return _started(result, dist.reduce_scatter_tensor(result, x, _reduction(kind), group_of(group), async_op=True))
+    return _started(result, dist.reduce_scatter_single(result, x, _reduction(kind), group_of(group), async_op=True))
 
 
 def all_reduce(x: torch.Tensor, kind: str, group: str) -> torch.Tensor:

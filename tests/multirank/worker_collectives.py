@@ -7,6 +7,7 @@ torchrun --nproc_per_node=2 tests/multirank/worker_collectives.py ROUNDS
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ c10d = torch.ops._c10d_functional
 
 
 def main(rounds: int) -> None:
+    warnings.simplefilter("error", FutureWarning)  # what torch has another name for is said to every user
     torch.set_num_threads(1)
     members = processes.start(Mesh.parse("data:2"), "cpu", timeout_s=60)
     name, rank = compat.group_name(dist.group.WORLD), members.rank
