@@ -74,9 +74,13 @@ def report_full_disk_once() -> None:
     threading.excepthook = hook
 
 
+# Who warns of the step and the run, which are the same for all processes, and not of this one or its machine.
+_ALIKE = {f"llama_fn.{name}" for name in ("lints", "ir", "lowering", "inductor", "npu", "resume", "loop", "health")}
+
+
 def log_to_terminal(console: Any | None, quiet: bool = False) -> None:
     """Plain lines on standard error; through rich's console where a progress display shares the terminal. `quiet`:
-    warnings only, for the processes that are not the first."""
+    errors, and warnings that the first process does not say as well, for the processes that are not the first."""
     root = logging.getLogger("llama_fn")
     root.setLevel(logging.WARNING if quiet else logging.INFO)
     root.propagate = False
@@ -85,5 +89,7 @@ def log_to_terminal(console: Any | None, quiet: bool = False) -> None:
         from rich.logging import RichHandler
 
         handler = RichHandler(console=console, show_path=False, show_level=False)
+    if quiet:
+        handler.addFilter(lambda record: record.levelno > logging.WARNING or record.name not in _ALIKE)
     handler.setFormatter(logging.Formatter("%(message)s"))
     root.handlers[:] = [handler]
