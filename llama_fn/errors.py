@@ -8,7 +8,12 @@ import sys
 import traceback
 from collections.abc import Iterable
 
+OUR_FAULT, WRONG_INPUT, CTRL_C = 1, 2, 130  # exit statuses
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_USERS = (
+    *FULL_DISK, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOTEMPTY,
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -17,6 +22,29 @@ class UserError(ValueError):
 
 class SaidElsewhere(UserError):
     """A UserError that another process of this run prints; this one leaves with the same status."""
+
+
+def what_to_mend(error: BaseException) -> str:
+    """What to say of an error that the user can mend; "" of a fault of our own, which needs its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error or 'this machine has no more'}. A smaller batch or model takes less"
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return f"{error}: free some space and start the same command again"
+    if isinstance(error, OSError) and error.errno in _USERS and error.filename is not None:
+        return f"{error.filename}: {error.strerror}. Mend that, or name another path, and start again"
+    # torch's, of any device
+    if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+        return f"{str(error).splitlines()[0]}. A smaller batch or model, or --mesh.remat, takes less"
+    return ""
+
+
+def status_of_error(error: BaseException) -> int:
+    """The exit status of a process that an error ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return int(getattr(error, "status", CTRL_C))
+    return WRONG_INPUT if what_to_mend(error) else OUR_FAULT
 
 
 WHOLE = "llama_fn_whole_traceback"  # attribute of an error whose frames were folded away

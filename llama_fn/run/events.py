@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llama_fn.errors import status_of_error
 from llama_fn.signals import Interrupted
 
 log = logging.getLogger("llama_fn.events")
@@ -89,9 +90,8 @@ class Events:
         try:
             yield
         except BaseException as error:
-            status = getattr(error, "status", 2 if isinstance(error, (ValueError, OSError, MemoryError)) else 1)
             said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            self.end(status, str(error) if isinstance(error, Interrupted) else said)
+            self.end(status_of_error(error), str(error) if isinstance(error, Interrupted) else said)
             raise
 
     def end(self, status: int, why: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -11,14 +10,8 @@ from collections.abc import Callable
 
 from absl import flags
 
-from llama_fn.errors import FULL_DISK, WHOLE, SaidElsewhere, UserError, nearest
+from llama_fn.errors import WHOLE, WRONG_INPUT, SaidElsewhere, UserError, nearest, status_of_error, what_to_mend
 from llama_fn.files import remove_temporary
-
-OUR_FAULT, WRONG_INPUT = 1, 2
-_USERS = (
-    *FULL_DISK, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOTEMPTY,
-)  # fmt: skip
 
 
 def status_of(fn: Callable[[], int]) -> int:
@@ -26,35 +19,18 @@ def status_of(fn: Callable[[], int]) -> int:
     paragraph. A fault of our own keeps its traceback."""
     try:
         return fn()
-    except SaidElsewhere:
-        return WRONG_INPUT
-    except UserError as error:
-        return _say(str(error))
-    except MemoryError as error:
-        return _say(f"out of memory: {error or 'this machine has no more'}. A smaller batch or model takes less")
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            return _say(f"{error}: free some space and start the same command again")
-        if error.errno in _USERS and error.filename is not None:
-            return _say(f"{error.filename}: {error.strerror}. Mend that, or name another path, and start again")
-        raise
-    except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):  # torch's, of any device
-            return _say(f"{str(error).splitlines()[0]}. A smaller batch or model, or --mesh.remat, takes less")
-        return _fault(error)
+    except SaidElsewhere as error:
+        return status_of_error(error)
     except Exception as error:
-        return _fault(error)
+        if words := what_to_mend(error):
+            return _say(words)
+        if (whole := getattr(error, WHOLE, "")) == "":
+            raise
+        print(whole, file=sys.stderr)  # with the frames that tracing folded away
+        return status_of_error(error)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted before the first step; nothing to save", file=sys.stderr)
-        return int(getattr(interrupt, "status", 130))
-
-
-def _fault(error: Exception) -> int:
-    """Of our own: raised again, or printed with the frames that tracing folded away, if it is such an error."""
-    if (whole := getattr(error, WHOLE, "")) == "":
-        raise error
-    print(whole, file=sys.stderr)
-    return OUR_FAULT
+        return status_of_error(interrupt)
 
 
 def parse(argv: list[str], expand: Callable[[list[str]], list[str]] = list) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import html.parser
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,9 +16,12 @@ from pathlib import Path
 import pytest
 from operation_runs import end, spent, staged, start, training
 
+from llama_fn.errors import SaidElsewhere, UserError
 from llama_fn.operations import facts, report, summary, svg
 from llama_fn.operations.attempts import goodput, read
 from llama_fn.run import events, metrics
+from llama_fn.signals import Interrupted
+from llama_fn.tools import command
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two starts: the second begins again at 80 of the 100 iterations that the first, which was killed, did.
@@ -38,6 +43,39 @@ def test_every_second_goes_to_one_thing(tmp_path):
     assert goodput([]).wall == 0
 
 
+ERRORS = [
+    (UserError("a flag is wrong"), 2),
+    (SaidElsewhere("another process says it"), 2),
+    (MemoryError(), 2),
+    (OSError(errno.ENOSPC, "No space left on device"), 2),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "corpus.txt"), 2),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1),
+    (RuntimeError("a peer closed its connection"), 1),
+    (ValueError("a fault of our own"), 1),
+    (KeyboardInterrupt(), 130),
+    (Interrupted(signal.SIGTERM), 6),
+]
+
+
+@pytest.mark.parametrize("error, status", ERRORS, ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else x)
+def test_an_attempt_leaves_the_status_of_its_process(error, status, tmp_path):
+    """By which supervise knows whether another start can mend it."""
+
+    def fn():
+        told = events.Events(tmp_path / events.FILE)
+        told.write("start", pid=1, host="here", steps=3)
+        with told.attempt():
+            raise error
+
+    try:
+        left = command.status_of(fn)
+    except Exception:  # a traceback, with which Python ends
+        left = 1
+    (attempt,) = read(tmp_path)
+    assert left == attempt.end["status"] == status
+
+
 def test_an_attempt_accounts_for_all_of_its_time(tmp_path):
     told = events.Events(tmp_path / events.FILE)
     began = time.monotonic()
@@ -56,7 +94,7 @@ def test_an_attempt_accounts_for_all_of_its_time(tmp_path):
     for part, seconds in (("compile", 0.05), ("step", 0.02), ("data", 0.04)):
         assert seconds - 1e-3 <= told.spent[part] < seconds + 0.5, part
     (attempt,) = read(tmp_path)
-    assert attempt.end["status"] == 2 and attempt.end["why"] == "ValueError: what went wrong"
+    assert attempt.end["status"] == 1 and attempt.end["why"] == "ValueError: what went wrong"
     assert attempt.iteration == 3 and attempt.spent["data"] == pytest.approx(told.spent["data"], abs=1e-3)
     with open(tmp_path / events.FILE, "a") as file:
         file.write('{"time": 1, "eve')  # killed while it wrote
