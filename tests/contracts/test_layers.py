@@ -102,6 +102,12 @@ def test_no_file_is_too_long_to_be_read_in_one_go():
     assert not {str(path): count for path, count in lines.items() if count > LONGEST}
 
 
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their names alone; `make test` would refuse to run the second."""
+    names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_private_torch_symbols_stand_in_compat_only():
     private = re.compile(r"torch[a-z_.]*\._[a-z]")
     for path in SOURCES:
