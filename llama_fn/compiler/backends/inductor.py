@@ -19,6 +19,7 @@ from llama_fn import compat
 from llama_fn.compiler import calls, ir, passes, ranges
 from llama_fn.compiler.backends import CodeOrigin, Executable, Plain, Program, code_cache, communication, forms
 from llama_fn.compiler.backends.in_turn import Order, Run, between_stages, follow
+from llama_fn.compiler.garbage import uncollected
 from llama_fn.compiler.passes.copy_early import copy_early
 from llama_fn.compiler.passes.expand import expand
 from llama_fn.compiler.passes.in_place import add_in_place
@@ -92,7 +93,7 @@ def compile(
         calls.put_in_scope(copy_early(body), scope)
     staying = {*ir.written(mine.graph), *program.weights}
     sources = [_source(gm, body, staying, profiled) for body in bodies]
-    with code_cache.opened(code_cache.of_inductor(cache)):
+    with code_cache.opened(code_cache.of_inductor(cache)), uncollected():
         compiled = compat.inductor_compile(sources, patches, compat.physical_cores(), cache is not None)
     runs = [_run(each, "triton.cudagraphs" in patches) for each in compiled]
     origins = tuple(CodeOrigin(each.key, each.file, each.from_cache) for each in compiled if each.key)
