@@ -96,6 +96,20 @@ def test_what_is_compiled_in_the_place_of_what_was_damaged_is_left_alone(tmp_pat
     assert code_cache.heal(tmp_path, unlisted=False) == [] and (tmp_path / "code.so").exists()
 
 
+def test_what_another_process_is_writing_is_listed_only_once_it_is_whole(tmp_path):
+    """A sum of half a file would make good of what its writer, killed, leaves behind."""
+    writing, other = code_cache.opened(tmp_path), code_cache.opened(tmp_path)
+    writing.__enter__()
+    (tmp_path / "code.so").write_bytes(b"half")
+    with other:
+        (tmp_path / "other.so").write_bytes(b"other")
+    assert not code_cache._listed(tmp_path)
+    (tmp_path / "code.so").write_bytes(b"half and half")
+    writing.__exit__(None, None, None)
+    sums = {name: code_cache.checksum(tmp_path / name) for name in ("code.so", "other.so")}
+    assert code_cache._listed(tmp_path) == {name: list(each) for name, each in sums.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", HARMS)
 def test_whatever_file_is_damaged_is_removed_and_compiled_again(harm, filled):

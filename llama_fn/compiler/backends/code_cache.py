@@ -2,8 +2,9 @@
 
 Loading code runs it, and unpickles: a folder that another user may write, or a file of another user, is refused.
 Inductor loads what it finds, and a truncated file ends the process at every start. So the sums of all files are kept
-in FILES: before anything is loaded, what does not have its sum is removed, and is compiled again. Files that nobody
-listed are those of a process that was killed, or of one that is compiling now; they are removed when no process is.
+in FILES: before anything is loaded, what does not have its sum is removed, and is compiled again. Of several processes
+that compile at a time the last to leave lists the files of all. Files that nobody listed are those of a process that
+was killed, or of one that is compiling now; they are removed when no process is.
 """
 
 from __future__ import annotations
@@ -111,16 +112,17 @@ def opened(folder: Path, as_one: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(folder)
         with open(folder / _LOCK, "w") as lock:
-            alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with _list_held(folder):
-                if heal(folder, unlisted=alone) and as_one:
+                if heal(folder, unlisted=_alone(lock) is True) and as_one:
                     for path in _files(folder).values():
                         path.unlink(missing_ok=True)
                     _write_list(folder, {})
             _locked(lock, fcntl.LOCK_SH)
             yield
             with _list_held(folder):
-                seal(folder)
+                # What another process is writing has no sum yet: the last to leave lists the files of all.
+                if _alone(lock) is not False:
+                    seal(folder)
 
 
 @contextmanager
@@ -141,13 +143,23 @@ def _private_files() -> Iterator[None]:
         os.umask(before)
 
 
-def _locked(file: IO[str], how: int) -> bool:
-    """Whether the lock was had; file systems without locks have none to give."""
+def _alone(lock: IO[str]) -> bool | None:
+    """Whether no other process holds the lock. This one has it then, and has none any more otherwise. None where the
+    file system has no locks."""
     try:
-        fcntl.flock(file, how)
-    except OSError:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # the next that asks must not find this one
         return False
+    except OSError:
+        return None
     return True
+
+
+def _locked(file: IO[str], how: int) -> None:
+    """Wait for the lock; file systems without locks have none to give."""
+    with suppress(OSError):
+        fcntl.flock(file, how)
 
 
 def heal(folder: Path, unlisted: bool) -> list[Path]:
