@@ -10,7 +10,8 @@ from contextlib import contextmanager
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No search for unreachable cycles inside, for work that makes a great many objects and keeps most of them: a
-    trace, or a lowering, of which it takes a quarter of the time, or inductor's code, of which it takes a tenth. What has become unreachable is freed afterwards."""
+    trace, or a lowering, of which it takes a quarter of the time, or inductor's code, of which it takes a tenth. What
+    has become unreachable is freed afterwards."""
     enabled = gc.isenabled()
     gc.disable()
     try:
