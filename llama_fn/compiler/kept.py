@@ -132,7 +132,7 @@ def keep(cache: Path, key: str, compiled: Compiled, said: Said) -> bool:
     try:
         with code_cache.opened(folder):
             (folder / FOLDER).mkdir(exist_ok=True)
-            with atomic(folder / FOLDER / f"{key}.json") as f:
+            with atomic(_entry(folder, key)) as f:
                 json.dump(entry, f)
     except OSError as error:
         log.warning("the compiled %s is not kept whole, and a later start traces it again: %s", lowered.name, error)
@@ -140,11 +140,20 @@ def keep(cache: Path, key: str, compiled: Compiled, said: Said) -> bool:
     return True
 
 
+def is_there(cache: Path, key: str) -> bool:
+    """Whether there is an entry; damage shows when it is loaded."""
+    return _entry(cache.absolute(), key).exists()
+
+
+def _entry(folder: Path, key: str) -> Path:
+    return folder / FOLDER / f"{key}.json"
+
+
 def load(cache: Path, asked: Asked) -> tuple[Compiled, Said] | None:
     """The step under this key and what was said when it was compiled, or None where it, or code that it needs, is not
     there."""
     start, folder = time.perf_counter(), cache.absolute()
-    file = folder / FOLDER / f"{asked.key}.json"
+    file = _entry(folder, asked.key)
     if not file.exists():
         return None
     with code_cache.opened(folder):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_fn import progress
+from llama_fn import compat, progress
 from llama_fn.compiler import backends, kept, passes, stages
 from llama_fn.compiler.backends import code_cache
 from llama_fn.compiler.backends.ge_choice import choose
@@ -24,6 +24,7 @@ from llama_fn.inspect import dump
 from llama_fn.model import arrays, train_step
 from llama_fn.planner import config_stages, ge_budget, plan, report
 from llama_fn.run import kept_steps, versions
+from llama_fn.run.ahead import Step, compiled_ahead
 from llama_fn.run.resume import refuse_too_large
 from sharding import Mesh
 
@@ -81,6 +82,13 @@ class _Steps:
     backend: Backend | None
     peaks: Hardware | None
     cache: Path | None
+    compilers: int = 0  # that run at a time, 0: one for each core
+
+    def left_to_others(self, wanted: Sequence[Step]) -> list[Step]:
+        """What other processes may compile meanwhile, of what is not there: all but the first, which is begun here."""
+        if self.cache is None or self.processes is not None:
+            return []
+        return [s for s in wanted if not kept.is_there(self.cache, kept_steps.key(s.cfg, s.which, None))][1:]
 
     def made(self, which: str, each: Config, folder: Path | None) -> stages.Compiled:
         """A step of `each`, one of STEPS; its graphs go into `folder`, if any."""
@@ -113,6 +121,8 @@ class _Steps:
         options = backend_options(cfg, self.processes) if self.backend is None else {}
         if which == EVALUATE:
             options.pop("profiled", None)
+        if self.compilers:
+            options["compilers"] = self.compilers
         if on_npu:
             options["write"] = functools.partial(dump.write_ge, folder) if folder else None
         with progress.span(LOWERED, 1.0, "generating code"):
@@ -152,15 +162,25 @@ def compile(
     steps = _Steps(cfg, mesh, processes, backend, peaks, cache)
     train, listed = {}, [cfg, *smaller]
     total = len(listed) + with_eval
-    for i, each in enumerate(listed):
-        if each is not cfg:
-            log.info("for batches of %d samples:", each.data.global_batch_size)
-        with progress.span(i / total, (i + 1) / total, "the step"):
-            train[each.data.microbatches] = steps.made(TRAIN, each, folder if each is cfg else None)
-    if not with_eval:
-        return train, None
-    with progress.span(1 - 1 / total, 1.0, "the evaluation"):
-        return train, steps.made(EVALUATE, cfg, folder / dump.EVALUATION if folder else None)
+    wanted = [*(Step(TRAIN, each) for each in listed), *([Step(EVALUATE, cfg)] if with_eval else [])]
+    with compiled_ahead(steps.left_to_others(wanted), compat.physical_cores() - 1) as finish:
+        for i, each in enumerate(listed):
+            if each is not cfg:
+                log.info("for batches of %d samples:", each.data.global_batch_size)
+            with progress.span(i / total, (i + 1) / total, "the step"):
+                finish(Step(TRAIN, each))
+                train[each.data.microbatches] = steps.made(TRAIN, each, folder if each is cfg else None)
+        if not with_eval:
+            return train, None
+        with progress.span(1 - 1 / total, 1.0, "the evaluation"):
+            finish(Step(EVALUATE, cfg))
+            return train, steps.made(EVALUATE, cfg, folder / dump.EVALUATION if folder else None)
+
+
+def compile_one(which: str, cfg: Config, mesh: Mesh) -> None:
+    """Compile one of STEPS and keep it, for a start in another process."""
+    cache = code_cache.of_inductor(cache_folder(cfg))
+    _Steps(cfg, mesh, None, None, None, cache, compilers=1).made(which, cfg, None)
 
 
 def which_code(compiled: stages.Compiled) -> str:

@@ -57,9 +57,11 @@ def compile(
     outlined: bool = True,
     processes: Processes | None = None,
     profiled: bool = False,
+    compilers: int = 0,
 ) -> Executable:
     """`attention`: form of that kernel, auto picks by device; `cache`: folder of compiled code, None keeps none of it;
-    `profiled`: the code names its scopes to a profiler, and a CUDA graph, which could not, is not made of it."""
+    `profiled`: the code names its scopes to a profiler, and a CUDA graph, which could not, is not made of it.
+    `compilers`: C++ compilers that run at a time, 0: one for each core."""
     check_tools(device)
     collectives = communication(program, "inductor", processes)
     kind = torch.device(device).type
@@ -94,7 +96,7 @@ def compile(
     staying = {*ir.written(mine.graph), *program.weights}
     sources = [_source(gm, body, staying, profiled) for body in bodies]
     with code_cache.opened(code_cache.of_inductor(cache)), uncollected():
-        compiled = compat.inductor_compile(sources, patches, compat.physical_cores(), cache is not None)
+        compiled = compat.inductor_compile(sources, patches, compilers or compat.physical_cores(), cache is not None)
     runs = [_run(each, "triton.cudagraphs" in patches) for each in compiled]
     origins = tuple(CodeOrigin(each.key, each.file, each.from_cache) for each in compiled if each.key)
     text, code = ir.as_text(gm, "inductor"), "\n".join(each.code for each in compiled)
