@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def tiny(**model):
 @pytest.fixture
 def tiny_config():
     return tiny
+
+
+@pytest.fixture
+def nobody_helps(monkeypatch):
+    """Every step is compiled by the process of the test."""
+    from llama_fn.run import compiling
+
+    monkeypatch.setattr(compiling, "compiled_ahead", lambda *_: nullcontext(lambda step: None))
 
 
 @pytest.fixture

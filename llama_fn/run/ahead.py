@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
+import torch
+
 import llama_fn
 from llama_fn.config import Config
 from llama_fn.config_fields import flat
@@ -112,6 +114,7 @@ def _begun(step: Step, said: int) -> subprocess.Popen[str]:
     )  # fmt: skip
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # its status tells
-        process.stdin.write(json.dumps(flat(step.cfg)) + "\n")
+        # Code depends on the number of threads, which is this process's.
+        process.stdin.write(json.dumps(flat(step.cfg) | {"run.threads": torch.get_num_threads()}) + "\n")
         process.stdin.flush()
     return process

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_fn import compat
 from llama_fn.compiler import kept
@@ -55,6 +56,7 @@ def test_the_evaluation_is_compiled_by_another_process(cfg, monkeypatch):
     def trace(cfg):
         raise AssertionError("traced here")
 
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as in a process that was told so; code depends on it
     monkeypatch.setitem(compiling.STEPS, compiling.EVALUATE, (trace, compiling.STEPS[compiling.EVALUATE][1]))
     train, evaluate = compiling.compile(cfg, Mesh(), None, None, with_eval=True)
     assert not train[cfg.data.microbatches].from_cache and evaluate.from_cache

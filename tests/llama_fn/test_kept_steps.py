@@ -28,6 +28,7 @@ from llama_fn.run import compiling, decoding, kept_steps
 from sharding import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("nobody_helps")
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_a_span_is_its_part_of_the_whole_and_nothing_is_said_where_nobody_looks(
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_compiling_says_which_step_and_which_part(backend, tiny_config, tmp_path):
+def test_compiling_says_which_step_and_which_part(backend, tiny_config, tmp_path, nobody_helps):
     cfg = tiny_config()
     cfg = replace(cfg, run=replace(cfg.run, backend=backend, device="cpu", compile_cache=str(tmp_path)))
     said = said_by(lambda: compiling.compile(cfg, Mesh(), None, None, with_eval=True))
